@@ -1,0 +1,105 @@
+"""The data that flows through a run: problems, rollouts, samples, and what a loss sees.
+
+Pure: torch only. Tensor names carry their shape where it is not obvious: ``_T`` tokens, ``_TV`` tokens x vocabulary.
+All log-probabilities and entropies are in nats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One verifiable task."""
+
+    id: str
+    prompt: str  # text as written by the data set; the prompt template is applied by `recipes.data`
+    answer: str  # gold final answer, never shown to the policy
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled response, token for token as the rollout engine produced it.
+
+    ``response_ids``, ``logprobs`` and ``weight_versions`` have equal lengths; the end-of-sequence token is included
+    when ``finish_reason == "stop"``.
+    """
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    logprobs: list[float]  # log p of each sampled token under the engine's sampling distribution, nats
+    weight_versions: list[int]  # version of the weights that produced each token
+    finish_reason: str  # "stop" | "length"
+
+    def __post_init__(self) -> None:
+        if not len(self.response_ids) == len(self.logprobs) == len(self.weight_versions):
+            raise ValueError(
+                f"rollout with {len(self.response_ids)} tokens, {len(self.logprobs)} logprobs and "
+                f"{len(self.weight_versions)} weight versions: the three must have equal lengths"
+            )
+
+
+@dataclass(slots=True)
+class Sample:
+    """A rollout with what the verifier and the advantage estimator said about it."""
+
+    rollout: Rollout
+    problem_id: str
+    group: int  # index of the prompt within the step; samples of one group share a prompt
+    seq_id: int  # unique within the run; keys counter-based random numbers
+    text: str = ""  # decoded response, for the report only
+    reward: float = 0.0
+    correct: bool = False
+    status: str = "ok"  # "ok" | "timeout" | "crash" | "invalid", from the reward worker
+    advantage: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStats:
+    """Four vocabulary statistics per response token, each of shape (T,), from one pass over the logits.
+
+    They suffice for every diagnostic and selection in this project: with ``p = exp(logp)``,
+    ``S = p (H + logp)`` and ``E_p[S] = H * sum_p2 + sum_p2_logp``.
+    """
+
+    logp: Tensor  # log p of the token taken, <= 0
+    entropy: Tensor  # H = -sum_v p_v log p_v, in [0, ln V]
+    sum_p2: Tensor  # sum_v p_v^2
+    sum_p2_logp: Tensor  # sum_v p_v^2 log p_v
+
+
+@dataclass(frozen=True, slots=True)
+class LossInputs:
+    """What a policy loss may look at. Every tensor has shape (T,): response tokens of one or many sequences, flat.
+
+    Only ``logp`` (and ``entropy``, for losses that regularise it) carries gradient. Optional fields default to None.
+    """
+
+    logp: Tensor  # log pi_theta(y_t), differentiable
+    old_logp: Tensor  # log pi_old(y_t)
+    advantages: Tensor
+    mask: Tensor  # bool; False tokens get loss 0 and count in no metric
+    seq_ids: Tensor | None = None  # int64, sequence of each token; required by sequence-level losses
+    entropy: Tensor | None = None  # H of the next-token distribution, nats
+
+
+@dataclass(frozen=True, slots=True)
+class LossOutputs:
+    """Per-token loss without any aggregation, and named scalar tensors.
+
+    ``loss`` has shape (T,) and is 0 where the mask is False. ``metrics`` are *sums over masked tokens* with names
+    such as ``clip_low``; whoever logs them divides by the global token count, so that they reduce exactly over
+    micro-batches and ranks.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+def empty_stats(n: int, dtype: torch.dtype = torch.float32) -> TokenStats:
+    """Statistics of ``n`` tokens, filled with zeros: a receive buffer."""
+    return TokenStats(*(torch.zeros(n, dtype=dtype) for _ in range(4)))
