@@ -91,9 +91,9 @@ class LossInputs:
 class LossOutputs:
     """Per-token loss without any aggregation, and named scalar tensors.
 
-    ``loss`` has shape (T,) and is 0 where the mask is False. ``metrics`` are *sums over masked tokens* with names
-    such as ``clip_low``; whoever logs them divides by the global token count, so that they reduce exactly over
-    micro-batches and ranks.
+    ``loss`` has shape (T,) and is 0 where the mask is False. ``metrics`` are *means over the masked tokens* (0 for an
+    empty mask), detached, named as logged without the ``actor/`` prefix: ``pg_clipfrac_low``, ``pg_clipfrac_high``,
+    ``pg_clipfrac_dual``, ... The learner weights them by token count, so they reduce over micro-batches and ranks.
     """
 
     loss: Tensor
