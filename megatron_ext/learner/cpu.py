@@ -1,0 +1,119 @@
+"""All that makes Megatron-Core run unmodified on a CPU with gloo, in one file.
+
+Megatron-Core names CUDA in three ways that matter without a GPU, and each has one answer here:
+
+* it asks ``torch.cuda`` for the current device, streams and random states: those functions are replaced by CPU ones;
+* it allocates with ``device="cuda"``: a ``TorchFunctionMode`` rewrites that argument;
+* its optimizers recognise tensors by the string ``Tensor.type()``: the same mode answers ``torch.cuda.FloatTensor``.
+  float64 answers so too, which lets the float64 reference runs of the tests use the same optimizers.
+
+Nothing here is imported when a GPU is used. Call :func:`enable` before ``megatron.core`` is imported anywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CUDA_NAME = {
+    torch.float32: "torch.cuda.FloatTensor",
+    torch.float64: "torch.cuda.FloatTensor",
+    torch.bfloat16: "torch.cuda.BFloat16Tensor",
+    torch.float16: "torch.cuda.HalfTensor",
+}
+
+
+class _Stream:
+    """A stream that does nothing: on a CPU everything is already ordered."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def wait_stream(self, _other: Any) -> None: ...
+    def wait_event(self, _event: Any) -> None: ...
+    def record_event(self, event: Any = None) -> Any:
+        return event
+
+
+def _is_cuda(device: Any) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+class CudaOnCpu(TorchFunctionMode):
+    """Within this mode ``device="cuda"`` means the CPU and ``Tensor.type()`` answers with CUDA type names."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return _CUDA_NAME.get(args[0].dtype) or func(*args)
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if _is_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": "cpu"}
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], "cpu", *args[2:])
+        return func(*args, **kwargs)
+
+
+_enabled = False
+
+
+def enable() -> None:
+    """Replace the parts of ``torch.cuda`` that Megatron-Core calls. Idempotent, process-wide, refuses beside a GPU."""
+    global _enabled
+    if _enabled:
+        return
+    if torch.cuda.is_available():
+        raise RuntimeError("megatron_ext.learner.cpu.enable() was called on a machine with a GPU")
+    _import_megatron_without_compile()
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.device_count = lambda: 1
+    for name in ("set_device", "synchronize", "manual_seed", "manual_seed_all", "empty_cache", "reset_peak_memory_stats"):
+        setattr(cuda, name, lambda *_, **__: None)
+    cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+    cuda.random.get_rng_state, cuda.random.set_rng_state = cuda.get_rng_state, cuda.set_rng_state
+    cuda.Stream = _Stream
+    cuda.Event = _Stream
+    cuda.current_stream = cuda.default_stream = lambda *_: _Stream()
+    cuda.stream = lambda *_: contextlib.nullcontext()
+    cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *_, **__: None
+    cuda.FloatTensor = lambda data: torch.tensor(data, dtype=torch.float32)
+    _enabled = True
+    _patch_rng_tracker()
+
+
+def _import_megatron_without_compile() -> None:
+    """Import Megatron-Core with ``torch.compile`` as the identity.
+
+    Megatron decorates helpers with it at import. Compiling needs a C++ compiler on a CPU, and merely decorating
+    imports torch._dynamo, which costs seconds of every start.
+    """
+    compile_, torch_ = torch.compile, cast(Any, torch)
+    torch_.compile = lambda function=None, **_: function if function is not None else (lambda f: f)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "Apex is not installed", "Transformer Engine is not installed"
+            import megatron.core.models.gpt
+            import megatron.core.optimizer
+            import megatron.core.pipeline_parallel
+            import megatron.core.tensor_parallel.random  # noqa: F401
+    finally:
+        torch_.compile = compile_
+
+
+def _patch_rng_tracker() -> None:
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    rng: Any = megatron_random
+    rng._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    rng._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
