@@ -1,0 +1,42 @@
+"""Checkpoint conversion between Hugging Face and Megatron-Core, both ways and exact.
+
+The names below are the pure core (torch only), which weight sync and the learner use too. See docs/conversion.md.
+"""
+
+from conversion.config import HFConfig, gpt_model_kwargs, parse_config, read_config, transformer_config
+from conversion.families import FAMILIES
+from conversion.mapping import (
+    export_tensors,
+    hf_parts,
+    hf_shapes,
+    import_tensor,
+    megatron_names,
+    megatron_shape,
+    unconsumed,
+)
+from conversion.sharding import layout, local_name, padded_vocab, shard, te_name, unshard
+from conversion.table import Family, Rule
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "HFConfig",
+    "Rule",
+    "export_tensors",
+    "gpt_model_kwargs",
+    "hf_parts",
+    "hf_shapes",
+    "import_tensor",
+    "layout",
+    "local_name",
+    "megatron_names",
+    "megatron_shape",
+    "padded_vocab",
+    "parse_config",
+    "read_config",
+    "shard",
+    "te_name",
+    "transformer_config",
+    "unconsumed",
+    "unshard",
+]

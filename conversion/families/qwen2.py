@@ -1,0 +1,38 @@
+"""Qwen2, Qwen2.5, Qwen2.5-Math, DeepSeek-R1-Distill-Qwen: Llama with a bias on query, key and value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from conversion.families.llama import ATTENTION, DEFAULTS, EMBEDDINGS, MLP
+from conversion.table import Family
+
+
+def sliding_window(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Window size and the layers that have it, from Qwen's four keys; `layer_types` wins when it is written out."""
+    if not config.get("use_sliding_window", False) or config.get("sliding_window") is None:
+        return {}
+    layers = config["num_hidden_layers"]
+    types = config.get("layer_types") or [
+        "sliding_attention" if layer >= config.get("max_window_layers", 28) else "full_attention"
+        for layer in range(layers)
+    ]
+    if len(types) != layers or not set(types) <= {"sliding_attention", "full_attention"}:
+        raise ValueError(
+            f"layer_types={types} must name sliding_attention or full_attention for each of {layers} layers"
+        )
+    windowed = tuple(kind == "sliding_attention" for kind in types)
+    return {"window": config["sliding_window"], "window_layers": windowed} if any(windowed) else {}
+
+
+def _options(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {"qkv_bias": True, **sliding_window(config)}
+
+
+QWEN2 = Family(
+    "Qwen2ForCausalLM",
+    EMBEDDINGS + ATTENTION + MLP,
+    {**DEFAULTS, "max_position_embeddings": 32768, "num_key_value_heads": 32},
+    _options,
+)

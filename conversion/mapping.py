@@ -1,0 +1,135 @@
+"""From names to tensors: what the tables say about one model, in both directions. Pure torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from functools import cache
+
+from torch import Tensor
+
+from conversion.config import HFConfig
+from conversion.families import find_family
+from conversion.sharding import VOCAB_TENSORS, local_name
+from conversion.table import Rule
+from conversion.transforms import TRANSFORMS
+
+EMBEDDING, OUTPUT = VOCAB_TENSORS
+HF_OUTPUT = "lm_head.weight"
+
+
+@cache
+def _patterns(architecture: str) -> tuple[tuple[Rule, re.Pattern[str]], ...]:
+    return tuple((rule, rule.pattern()) for rule in find_family(architecture).rules)
+
+
+def _find(hf: HFConfig, megatron_name: str) -> tuple[Rule, dict[str, str]]:
+    """The line of the table for a name, and the layer and expert numbers in it."""
+    name = local_name(megatron_name)
+    limits = {"layer": hf.num_layers, "expert": hf.experts.count if hf.experts else 0}
+    for rule, pattern in _patterns(hf.architecture):
+        if rule.when(hf) and (match := pattern.fullmatch(name)):
+            numbers = match.groupdict()
+            if all(int(number) < limits[key] for key, number in numbers.items()):
+                return rule, numbers
+    raise ValueError(f"Megatron tensor {megatron_name!r} has no counterpart in {hf.architecture} with this config")
+
+
+def _source_name(hf: HFConfig, megatron_name: str) -> str:
+    # Under pipeline parallelism the last stage of a tied model holds a copy of the embedding as its output layer.
+    return EMBEDDING if hf.tied and megatron_name == OUTPUT else megatron_name
+
+
+def megatron_names(hf: HFConfig) -> list[str]:
+    """Every full parameter, named as in Megatron's local layer spec with model-wide layer and expert numbers.
+
+    In the order of a forward pass, so that neighbours can be streamed together. A tied model has no output layer.
+    """
+    rules = [rule for rule in find_family(hf.architecture).rules if rule.when(hf)]
+    names = [EMBEDDING]
+    for layer in range(hf.num_layers):
+        for rule in rules:
+            if "{expert}" in rule.megatron:
+                assert hf.experts is not None
+                names += [rule.megatron.format(layer=layer, expert=expert) for expert in range(hf.experts.count)]
+            elif "{layer}" in rule.megatron:
+                names.append(rule.megatron.format(layer=layer))
+    return names + [rule.megatron for rule in rules if "{" not in rule.megatron and rule.megatron != EMBEDDING]
+
+
+def hf_parts(hf: HFConfig, megatron_name: str) -> dict[str, tuple[int, ...]]:
+    """Name and shape of the Hugging Face tensors that one Megatron tensor is made of, in the order of its layout."""
+    rule, numbers = _find(hf, _source_name(hf, megatron_name))
+    return {name.format(**numbers): shape for name, shape in zip(rule.parts, rule.shapes(hf), strict=True)}
+
+
+def hf_shapes(hf: HFConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of the Hugging Face checkpoint (no `lm_head.weight` when tied)."""
+    return {part: shape for name in megatron_names(hf) for part, shape in hf_parts(hf, name).items()}
+
+
+def megatron_shape(hf: HFConfig, megatron_name: str) -> tuple[int, ...]:
+    """Shape of a full Megatron tensor, without vocabulary padding."""
+    shapes = list(hf_parts(hf, megatron_name).values())
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+def import_tensor(hf: HFConfig, megatron_name: str, get: Callable[[str], Tensor]) -> Tensor:
+    """One full (unsharded, unpadded) Megatron tensor, made of Hugging Face tensors.
+
+    Args:
+        megatron_name: in either spelling (local or Transformer Engine), with the model-wide layer number.
+        get: Hugging Face tensor by name; KeyError when there is none.
+
+    Raises:
+        ValueError: unknown name, tensor missing or of another shape than config.json says.
+    """
+    parts = []
+    for name, shape in hf_parts(hf, megatron_name).items():
+        try:
+            part = get(name)
+        except KeyError as error:
+            raise ValueError(f"the checkpoint has no tensor {name!r}, which {megatron_name} needs") from error
+        if tuple(part.shape) != shape:
+            raise ValueError(f"tensor {name!r} has shape {tuple(part.shape)} but config.json implies {shape}")
+        parts.append(part)
+    rule, _ = _find(hf, _source_name(hf, megatron_name))
+    return TRANSFORMS[rule.transform].merge(parts, hf.num_kv_heads)
+
+
+def export_tensors(
+    hf: HFConfig, megatron_name: str, full: Tensor, *, explicit_lm_head: bool = False
+) -> list[tuple[str, Tensor]]:
+    """The Hugging Face tensors that a full Megatron tensor contains, vocabulary padding removed.
+
+    Results are views of `full` where the layout allows it. For a tied model the output layer gives nothing, and the
+    embedding gives `lm_head.weight` as well when `explicit_lm_head` is set: files leave it out, but a running vLLM
+    keeps a stale output layer unless it is sent.
+
+    Raises:
+        ValueError: unknown name, or `full` has another shape than the config implies.
+    """
+    if hf.tied and megatron_name == OUTPUT:
+        return []
+    rule, _ = _find(hf, megatron_name)
+    parts = hf_parts(hf, megatron_name)
+    expected = megatron_shape(hf, megatron_name)
+    shape = tuple(full.shape)
+    padded = megatron_name in VOCAB_TENSORS and shape[0] >= expected[0] and shape[1:] == expected[1:]
+    if shape != expected and not padded:
+        raise ValueError(f"Megatron tensor {megatron_name!r} has shape {shape} but the config implies {expected}")
+    pieces = TRANSFORMS[rule.transform].split(full, hf.num_kv_heads, [part[0] for part in parts.values()])
+    named = list(zip(parts, pieces, strict=True))
+    if explicit_lm_head and hf.tied and megatron_name == EMBEDDING:
+        named.append((HF_OUTPUT, pieces[0]))
+    return named
+
+
+def unconsumed(hf: HFConfig, checkpoint_names: Iterable[str]) -> list[str]:
+    """Names in a checkpoint that no line of the table reads and the config does not make redundant.
+
+    `lm_head.weight` of a tied model is not reported: whoever holds the tensors checks that it equals the embedding.
+    """
+    known = set(hf_shapes(hf)) | ({HF_OUTPUT} if hf.tied else set())
+    ignored = [re.compile(pattern) for pattern in find_family(hf.architecture).ignored]
+    return sorted(n for n in checkpoint_names if n not in known and not any(p.fullmatch(n) for p in ignored))

@@ -1,0 +1,57 @@
+"""A model family as a table: which Megatron tensor is made of which Hugging Face tensors, and how."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from conversion.config import HFConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One line of a table.
+
+    Names may contain `{layer}` (counted over the whole model) and `{expert}` (counted over all experts of the layer).
+    `parts` maps each Hugging Face name to its shape, written in the symbols of `HFConfig.sizes`.
+    """
+
+    megatron: str
+    transform: str  # a key of `transforms.TRANSFORMS`
+    parts: Mapping[str, str]
+    when: Callable[[HFConfig], bool] = lambda hf: True  # the tensor exists only for such configs
+
+    def shapes(self, hf: HFConfig) -> list[tuple[int, ...]]:
+        """Shape of every Hugging Face part."""
+        sizes = hf.sizes()
+        return [tuple(sizes[symbol] for symbol in shape.split()) for shape in self.parts.values()]
+
+    def pattern(self) -> re.Pattern[str]:
+        """Regular expression for the Megatron name, with groups `layer` and `expert`."""
+        text = re.escape(self.megatron)
+        for group in ("layer", "expert"):
+            text = text.replace(re.escape("{" + group + "}"), rf"(?P<{group}>\d+)")
+        return re.compile(text)
+
+
+def _no_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """Everything that is particular to one Hugging Face architecture.
+
+    `options` turns config.json (with defaults filled in) into the optional fields of `HFConfig`, and raises
+    ValueError for a setting that Megatron-Core cannot represent.
+    """
+
+    architecture: str  # `architectures[0]` of config.json
+    rules: tuple[Rule, ...]
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # what transformers assumes when a key is missing
+    options: Callable[[Mapping[str, Any]], dict[str, Any]] = _no_options
+    ignored: tuple[str, ...] = (
+        r".*\.rotary_emb\.inv_freq",
+    )  # patterns of tensors that can be computed from the config
