@@ -1,0 +1,105 @@
+"""Dynamic clipping with the ID, DID and OD schedules. Source: P0 (Flexible Entropy Control) sec. 4.
+
+PPO whose offsets depend on the token's current probability p (detached, no gradient through a bound):
+upper H(p) = alpha_high p + b_high, lower M(p) = alpha_low p + b_low, in place of the constant eps.
+
+Resolutions. P0's printed phase-II lower bound, (1+lambda) M - lambda eps, runs from M to eps, against its own text
+and figures ("progressively transform the lower clipping threshold from eps_std to M(p)"): ``lower_ramp=text`` (default)
+runs from eps to M, ``printed`` is the formula as printed. The step k = phase_ratio * T belongs to phase I.
+P0 app. E.3 (static thresholds in the same schedules) is alpha_high = alpha_low = 0, b_high = b_low = 0.28.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_ext.rl.losses.base import Loss, Terms
+from megatron_ext.rl.losses.ppo import clipped_terms
+from megatron_ext.rl.params import check_choice, check_number
+from megatron_ext.rl.types import LossInputs
+
+STRATEGIES = ("id", "did", "od", "upper", "lower", "both")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DynamicClip(Loss):
+    """PPO's closed forms with eps_high(p), eps_low(p) = a mixture of eps and H(p), M(p) that `mixture` sets.
+
+    ``step``, ``total_steps`` and ``state`` come from the controller (`megatron_ext.rl.schedules`), not from a config.
+    """
+
+    strategy: str = "id"
+    """id | did | od, or without a schedule: upper (H, eps), lower (eps, M), both (H, M)."""
+    eps: float = 0.2
+    """eps_std, the constant offset of the sides that are not dynamic."""
+    alpha_high: float = -0.25
+    b_high: float = 0.5
+    alpha_low: float = -0.13
+    b_low: float = 0.3
+    phase_ratio: float = 0.5
+    """Share of the steps in phase I, for id and did; studied: 0.3, 0.4, 0.5, 0.6."""
+    lower_ramp: str = "text"
+    """text | printed, see the head of this file."""
+    entropy_floor: float = 0.2
+    """od: H_min as a share of the first batch's entropy; read by the controller."""
+    initial_state: int = 0
+    """od: s before the first switch (P0 does not say): 0 suppress, 1 boost; read by the controller."""
+    step: int | None = None
+    """Rollout step k, 0 <= k <= total_steps; required by id and did."""
+    total_steps: int | None = None
+    state: int | None = None
+    """od's s: 1 boost, 0 suppress; required by od."""
+
+    def __post_init__(self) -> None:
+        check_choice("loss.strategy", self.strategy, STRATEGIES)
+        check_choice("loss.lower_ramp", self.lower_ramp, ("text", "printed"))
+        check_number("loss.eps", self.eps, 0, 1)
+        check_number("loss.phase_ratio", self.phase_ratio, 0, 1, exclusive=True)
+        check_number("loss.entropy_floor", self.entropy_floor, 0, 1)
+        for side in ("high", "low"):
+            alpha, b = getattr(self, f"alpha_{side}"), getattr(self, f"b_{side}")
+            check_number(f"loss.b_{side}", b, 0)
+            check_number(f"loss.alpha_{side}", alpha, -b)  # so that the offset is >= 0 for every p in [0, 1]
+        for key in ("initial_state", "state"):
+            if getattr(self, key) not in ((0, 1) if key == "initial_state" else (0, 1, None)):
+                raise ValueError(f"loss.{key}={getattr(self, key)!r} is unknown: set 0 (suppress) or 1 (boost).")
+        self._check_progress()
+
+    def _check_progress(self) -> None:
+        if self.strategy == "od" and self.state is None:
+            raise ValueError("loss.state=None: strategy=od needs the controller's state, 0 or 1.")
+        if self.strategy in ("id", "did") and (self.step is None or self.total_steps is None):
+            raise ValueError(f"loss.step={self.step!r}: strategy={self.strategy} needs step and total_steps.")
+        if self.total_steps is not None:
+            check_number("loss.total_steps", self.total_steps, 1)
+            if self.step is not None:
+                check_number("loss.step", self.step, 0, self.total_steps)
+
+    def mixture(self) -> tuple[float, float]:
+        """(share of H in the upper offset, share of M in the lower one), each in [0, 1]; the rest is eps."""
+        if self.strategy == "od":
+            return (1.0, 0.0) if self.state == 1 else (0.0, 1.0)
+        if self.strategy in ("upper", "lower", "both"):
+            return float(self.strategy != "lower"), float(self.strategy != "upper")
+        assert self.step is not None and self.total_steps is not None
+        split = self.phase_ratio * self.total_steps
+        if self.step <= split:
+            u = self.step / split
+            return (1 - u if self.strategy == "id" else u), 0.0
+        u = (self.step - split) / (self.total_steps - split)
+        return (0.0 if self.strategy == "id" else 1.0), (u if self.lower_ramp == "text" else 1 - u)
+
+    def offsets(self, p: Tensor) -> tuple[Tensor, Tensor]:
+        """(eps_low(p), eps_high(p)) of shape (T,), for probabilities p of shape (T,)."""
+        upper, lower = self.mixture()
+        eps_high = (1 - upper) * self.eps + upper * (self.alpha_high * p + self.b_high)
+        eps_low = (1 - lower) * self.eps + lower * (self.alpha_low * p + self.b_low)
+        return eps_low, eps_high
+
+    def terms(self, x: LossInputs, ratio: Tensor) -> Terms:
+        eps_low, eps_high = self.offsets(torch.exp(x.logp))
+        terms = clipped_terms(x.advantages, ratio, 1 - eps_low, 1 + eps_high)
+        return Terms(terms.value, terms.weight, {**terms.metrics, "eps_low_mean": eps_low, "eps_high_mean": eps_high})

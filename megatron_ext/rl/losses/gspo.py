@@ -1,0 +1,38 @@
+"""GSPO: PPO's clip on the length-normalised sequence ratio. Source: Zheng et al. 2025; P2 (CE-GPPO) app. A.1."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_ext.rl.losses.base import Loss, SegmentSum, Terms, max_log_ratio, segment_sum
+from megatron_ext.rl.losses.ppo import check_offsets, clipped_terms
+from megatron_ext.rl.types import LossInputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gspo(Loss):
+    """s_i = exp(mean_t (logp - old_logp)) over the masked tokens of sequence i; then PPO's closed forms with s_i for r.
+
+    F = s_i for every token of i, 0 for the whole sequence when PPO's clip holds for (s_i, A_i). Aggregate with
+    ``seq_mean_token_mean``: only then is this the gradient of (1/B) sum_i min(s_i A_i, clip(s_i) A_i).
+    """
+
+    eps_low: float = 3e-4
+    eps_high: float = 4e-4
+    segment_sum: SegmentSum = segment_sum
+    """Sum over a whole sequence, given to every token; context parallelism passes one that spans its ranks."""
+
+    def __post_init__(self) -> None:
+        check_offsets(self.eps_low, self.eps_high)
+
+    def terms(self, x: LossInputs, ratio: Tensor) -> Terms:
+        if x.seq_ids is None:
+            raise ValueError("LossInputs.seq_ids is None: loss.name=gspo needs the sequence of every token.")
+        log_ratio = x.logp - x.old_logp  # 0 outside the mask
+        length = self.segment_sum(x.mask.to(ratio.dtype), x.seq_ids).clamp(min=1)
+        mean = self.segment_sum(log_ratio, x.seq_ids) / length
+        seq_ratio = mean.clamp(max=max_log_ratio(ratio.dtype)).exp()
+        terms = clipped_terms(x.advantages, seq_ratio, 1 - self.eps_low, 1 + self.eps_high)
+        return Terms(terms.value, terms.weight, {**terms.metrics, "seq_ratio_mean": seq_ratio})

@@ -1,0 +1,19 @@
+"""REINFORCE. Source: P3 (Clip-Low/Clip-High) eq. 2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_ext.rl.losses.base import Loss, Terms
+from megatron_ext.rl.types import LossInputs
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyGradient(Loss):
+    """Value A * logp, F = 1. There is no ratio in it: off-policy data are not corrected for."""
+
+    def terms(self, x: LossInputs, ratio: Tensor) -> Terms:
+        return Terms(value=x.advantages * x.logp, weight=torch.ones_like(ratio))
