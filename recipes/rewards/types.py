@@ -1,0 +1,39 @@
+"""What goes into a verifier and what comes out. No imports: reward workers load this in milliseconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+OK, TIMEOUT, CRASH, INVALID = "ok", "timeout", "crash", "invalid"
+
+
+@dataclass(frozen=True, slots=True)
+class RewardItem:
+    """One response to be judged."""
+
+    text: str  # decoded response, without the prompt; untrusted
+    gold: str  # reference answer
+    truncated: bool = False  # the response hit the length limit
+    key: int = 0  # unique within the run; keys counter-based random rewards
+
+
+@dataclass(frozen=True, slots=True)
+class RewardResult:
+    """The verdict on one response.
+
+    ``status``: ``ok``; ``timeout`` and ``crash`` when the worker had to be replaced; ``invalid`` when the verifier
+    raised an error. All but ``ok`` carry the configured failure score and ``correct=False``.
+    """
+
+    score: float
+    correct: bool
+    status: str = OK
+
+
+class Verifier(Protocol):
+    """A pure function of the item: equal items get equal results, in any process and any order."""
+
+    in_process: ClassVar[bool] | bool  # harmless string work, may run inside the trainer
+
+    def __call__(self, item: RewardItem) -> RewardResult: ...

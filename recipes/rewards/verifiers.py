@@ -1,0 +1,232 @@
+"""Verifiers: ``(text, gold) -> score``. Nothing here evaluates model output as code.
+
+``final_answer`` and ``random`` are plain string work; ``math`` hands text to a grammar parser and a computer algebra
+system and therefore belongs in a worker process (`recipes.rewards.pool`), as does ``format`` with its regular
+expression over untrusted text.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from recipes.rewards.types import RewardItem, RewardResult, Verifier
+
+# ------------------------------------------------------------------------------------------------------ extraction
+
+_BOX = re.compile(r"\\f?boxed\s*")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)")
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Content of the last ``\boxed{...}`` (or ``\fbox``-like ``\fboxed``), nested braces included.
+
+    ``\boxed 5`` without braces gives the next word. None when there is no box or the last one is not closed: a
+    response cut inside its answer has none. Braces escaped as ``\{`` do not count.
+    """
+    starts = [match.end() for match in _BOX.finditer(text)]
+    if not starts:
+        return None
+    start = starts[-1]
+    if start >= len(text):
+        return None
+    if text[start] != "{":
+        return text[start:].split(maxsplit=1)[0].rstrip("$.,")
+    depth, position = 0, start
+    while position < len(text):
+        character = text[position]
+        if character == "\\":
+            position += 2
+            continue
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return text[start + 1 : position].strip()
+        position += 1
+    return None
+
+
+def normalise_answer(text: str) -> str:
+    """Canonical form of a short answer: case and outer punctuation dropped, spaces joined, ``$1,200.00`` as ``1200``."""
+    text = " ".join(text.split()).strip("$ ").rstrip(".").rstrip("$ ").casefold()
+    text = _THOUSANDS.sub("", text)
+    if _NUMBER.fullmatch(text):
+        sign = "-" if text.startswith("-") else ""
+        whole, _, decimals = text.lstrip("+-").partition(".")
+        whole, decimals = whole.lstrip("0") or "0", decimals.rstrip("0")
+        text = whole + ("." + decimals if decimals else "")
+        text = text if text == "0" else sign + text
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------- verifiers
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalAnswer:
+    """1 if the text behind the last marker, up to the end of its line, equals the gold answer after normalisation.
+
+    With ``last_number`` a response without the marker is judged by its last number (P3's rule for GSM8K).
+    """
+
+    marker: str = "#"
+    last_number: bool = False
+    in_process: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not self.marker:
+            raise ValueError("reward.marker is empty: name the text that precedes the final answer, such as '#'")
+
+    def __call__(self, item: RewardItem) -> RewardResult:
+        answer = self.extract(item.text)
+        correct = answer is not None and normalise_answer(answer) == normalise_answer(item.gold) != ""
+        return RewardResult(float(correct), correct)
+
+    def extract(self, text: str) -> str | None:
+        """The final answer as written, None when there is none."""
+        _, found, tail = text.rpartition(self.marker)
+        if found:
+            return tail.strip().split("\n", 1)[0]
+        if self.last_number:
+            numbers = _NUMBER.findall(_THOUSANDS.sub("", text))
+            return numbers[-1] if numbers else None
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Math:
+    r"""1 if the last ``\boxed{}`` is mathematically equal to the gold answer according to math-verify.
+
+    ``require_box=False`` lets math-verify look for the answer in a response without a box. Boxes longer than
+    ``max_answer_chars`` are wrong unread: no gold answer is that long, and parsers choke on them. math-verify's own
+    time-outs are off, because they do not hold inside C code: the pool's hard limit is the only clock.
+    """
+
+    require_box: bool = True
+    max_answer_chars: int = 2000
+    max_text_chars: int = 20_000  # of a response without a box: its end is what is searched
+    in_process: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.max_answer_chars < 1 or self.max_text_chars < 1:
+            raise ValueError("reward.max_answer_chars and reward.max_text_chars must be positive")
+
+    def __call__(self, item: RewardItem) -> RewardResult:
+        answer = last_boxed(item.text)
+        if answer is None and self.require_box:
+            return RewardResult(0.0, False)
+        if answer is None:
+            correct = math_equal(item.text[-self.max_text_chars :], item.gold, extract=True)
+        else:
+            correct = 0 < len(answer) <= self.max_answer_chars and math_equal(answer, item.gold)
+        return RewardResult(float(correct), correct)
+
+
+def math_equal(answer: str, gold: str, *, extract: bool = False) -> bool:
+    """Whether ``answer`` equals ``gold``: as normalised text, else by math-verify.
+
+    Both are bare answers; with ``extract`` the first is running text in which math-verify looks for the answer.
+    Must run in the main thread of a process that may be killed.
+    """
+    gold = last_boxed(gold) or gold
+    if not extract and normalise_answer(answer) == normalise_answer(gold) != "":
+        return True
+    from math_verify import parse, verify
+
+    parsed_gold = parse(_as_latex(gold), parsing_timeout=None)
+    parsed_answer = parse(answer if extract else _as_latex(answer), parsing_timeout=None)
+    return bool(verify(parsed_gold, parsed_answer, timeout_seconds=None))
+
+
+def _as_latex(answer: str) -> str:
+    """Delimit a bare answer, so that math-verify takes all of it."""
+    return answer if "$" in answer else f"${answer}$"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """Answer and format together (P4, appendix B): 1 both right; 0 answer right, format wrong; both wrong: -1 if the
+    response ran into the length limit, else -0.1. "Format right, answer wrong" is not given there: -0.1 here.
+
+    The format itself is not printed in P4 either; the default is the ``<think>``/``<answer>`` template.
+    """
+
+    judge: str = "math"  # verifier that decides whether the answer is right
+    judge_params: dict[str, Any] = field(default_factory=lambda: {"require_box": False})
+    pattern: str = r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*"  # must match the whole response
+    in_process: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"reward.pattern is not a regular expression: {error}") from error
+        make_verifier(self.judge, **self.judge_params)
+
+    def __call__(self, item: RewardItem) -> RewardResult:
+        correct = make_verifier(self.judge, **self.judge_params)(item).correct
+        formatted = re.fullmatch(self.pattern, item.text, re.DOTALL) is not None
+        if correct:
+            return RewardResult(1.0 if formatted else 0.0, True)
+        return RewardResult(-1.0 if item.truncated and not formatted else -0.1, False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Random:
+    """Rewards that know nothing of prompt or response (P3): Bernoulli(p), or our additions normal(0, 1) and
+    uniform(0, 1). A draw is a pure function of ``(seed, item.key)``.
+
+    Only a distribution that is symmetric about its mean (p = 0.5) meets the premise of P3's theorem 1.
+    ``correct`` is what ``judge`` says, so that accuracy can be watched although it is not rewarded.
+    """
+
+    distribution: str = "bernoulli"
+    p: float = 0.5
+    seed: int = 0
+    judge: str = "final_answer"
+    judge_params: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.distribution not in ("bernoulli", "normal", "uniform"):
+            raise ValueError(f"reward.distribution must be bernoulli, normal or uniform, not {self.distribution!r}")
+        if not 0 <= self.p <= 1:
+            raise ValueError(f"reward.p is a probability between 0 and 1, not {self.p}")
+        make_verifier(self.judge, **self.judge_params)
+
+    @property
+    def in_process(self) -> bool:
+        return make_verifier(self.judge, **self.judge_params).in_process
+
+    def __call__(self, item: RewardItem) -> RewardResult:
+        rng = random.Random(f"random-reward/{self.seed}/{item.key}")
+        if self.distribution == "bernoulli":
+            score = float(rng.random() < self.p)
+        else:
+            score = rng.gauss(0.0, 1.0) if self.distribution == "normal" else rng.random()
+        return RewardResult(score, make_verifier(self.judge, **self.judge_params)(item).correct)
+
+
+VERIFIERS: dict[str, Callable[..., Verifier]] = {
+    "final_answer": FinalAnswer,
+    "math": Math,
+    "format": Format,
+    "random": Random,
+}
+
+
+def make_verifier(name: str, **params: Any) -> Verifier:
+    """Build a verifier. Cheap: heavy libraries are loaded at the first call.
+
+    Raises ``ValueError`` naming an unknown verifier or parameter and the known ones.
+    """
+    if name not in VERIFIERS:
+        raise ValueError(f"reward.name={name!r} is unknown: choose one of {', '.join(VERIFIERS)}")
+    known = list(inspect.signature(VERIFIERS[name]).parameters)
+    for key in params:
+        if key not in known:
+            raise ValueError(f"reward.{key} is unknown for the {name} reward: it takes {', '.join(known)}")
+    return VERIFIERS[name](**params)
