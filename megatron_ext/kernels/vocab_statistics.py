@@ -112,7 +112,7 @@ class _VocabStatistics(torch.autograd.Function):
         return logp_T, entropy_T, sum_p2_T, sum_p2_logp_T
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, grad_logp_T: Tensor | None, grad_entropy_T: Tensor | None, *_: Tensor | None
     ) -> tuple[Tensor | None, None, None, None]:

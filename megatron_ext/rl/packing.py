@@ -1,0 +1,246 @@
+"""Which sample goes into which micro-batch of which rank, and the packed (THD) tensors of one micro-batch.
+
+Pure: torch only. Shape legend: T tokens of a packed micro-batch, R response tokens in *sample order* (the responses of
+all samples of a batch, one after the other, in the order of the batch).
+
+A sample of P prompt and L response tokens is fed as its first P + L - 1 tokens: the last response token is a target
+only, so feeding it would buy a position whose output nobody reads. Hence every fed position has a true next token.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left, insort
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """One micro-batch of whole sequences laid end to end, as `PackedSeqParams(qkv_format="thd")` wants it.
+
+    If the batch had to be padded, the padding is one more segment of ``cu_seqlens`` behind the samples, so that no
+    sample attends to it. A batch without samples is padding only.
+    """
+
+    tokens_T: Tensor  # int64, what the model reads
+    targets_T: Tensor  # int64, the next token of the same sequence; pad_id on padding
+    position_ids_T: Tensor  # int64, restart at 0 in every segment
+    cu_seqlens: Tensor  # int32, (segments + 1,), 0 first, T last
+    max_seqlen: int  # longest segment
+    response_mask_T: Tensor  # bool, True where the *target* is a response token
+    seq_index_T: Tensor  # int64, index into the pairs given to `collate`; -1 on padding
+    response_pos_T: Tensor  # int64, index of the target within its response; -1 where it is not a response token
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The same batch with every tensor on ``device``."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "max_seqlen"}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+
+
+def fed_length(prompt_length: int, response_length: int) -> int:
+    """Tokens that `collate` feeds for one sample: the unit of `plan`'s ``lengths`` and ``token_budget``."""
+    return prompt_length + response_length - 1
+
+
+def attention_cost(hidden_size: int) -> Callable[[int], float]:
+    """Relative forward cost of a sequence in a decoder of this width: ``n + n^2 / (12 hidden)``, in token units.
+
+    Per layer the projections and a 4x MLP cost 24 h^2 FLOPs a token, causal attention 2 h n.
+    """
+    return lambda n: n + n * n / (12.0 * hidden_size)
+
+
+def plan(
+    lengths: Sequence[int],
+    *,
+    dp_size: int,
+    token_budget: int,
+    micro_batch_multiple: int = 1,
+    cost: Callable[[int], float] | None = None,
+    oversize: Literal["own", "raise"] = "own",
+) -> list[list[list[int]]]:
+    """Spread samples over ranks and micro-batches. A pure function of its arguments; ties go to the lower index.
+
+    Best-fit decreasing says how few micro-batches suffice (rounded up to the required multiple). Into that many the
+    samples go in order of falling cost, each to the cheapest micro-batch with room, and micro-batches to ranks
+    likewise. Within a rank the costliest comes first, so that a memory problem shows at once.
+
+    Args:
+        lengths: fed tokens of every sample (`fed_length`), all >= 1.
+        dp_size: data-parallel ranks.
+        token_budget: most tokens of a micro-batch, before padding.
+        micro_batch_multiple: the number of micro-batches per rank is a multiple of it (interleaved pipelines need it).
+        cost: time of a sequence by its length, in any unit; by default `attention_cost(2048)`.
+        oversize: a sample beyond the budget gets a micro-batch of its own, or raises.
+
+    Returns:
+        Sample indices by [rank][micro-batch]. Every sample occurs once, and every rank has the same number of
+        micro-batches, at least one; some are empty if there are too few samples (`collate` takes an empty one).
+
+    Raises:
+        ValueError: for sizes below 1, and for a sample beyond the budget if ``oversize="raise"``.
+    """
+    for name, value in (("dp_size", dp_size), ("token_budget", token_budget)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if micro_batch_multiple < 1:
+        raise ValueError(f"micro_batch_multiple={micro_batch_multiple} must be at least 1")
+    if min(lengths, default=1) < 1:
+        raise ValueError(f"a sample of length {min(lengths)} cannot be packed: drop empty sequences first")
+    longest = max(lengths, default=0)
+    if oversize == "raise" and longest > token_budget:
+        raise ValueError(f"a sample of {longest} tokens exceeds token_budget={token_budget}: raise it or drop it")
+
+    costs = [(cost or attention_cost(2048))(n) for n in lengths]
+    order = sorted(range(len(lengths)), key=lambda i: (-costs[i], i))
+    tight = _best_fit(lengths, token_budget)
+    step = dp_size * micro_batch_multiple
+    count = step * max(1, -(-len(tight) // step))
+    # Balancing may need more room than the tightest packing; then tight but uneven micro-batches are the better deal.
+    bins = _balance(order, lengths, costs, count, token_budget) or tight + [[] for _ in range(count - len(tight))]
+    weights = [sum(costs[i] for i in members) for members in bins]
+    by_weight = sorted(range(count), key=lambda b: (-weights[b], b))
+    ranks = _balance(by_weight, [1] * count, weights, dp_size, count // dp_size)
+    assert ranks is not None, "dp_size divides the number of micro-batches"
+    return [[sorted(bins[b]) for b in rank] for rank in ranks]
+
+
+def _best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Best-fit decreasing: each item, largest first, to the fullest bin with room. A bin's index is its age."""
+    members: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (room left, bin), ascending
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        need = min(sizes[item], capacity)
+        at = bisect_left(rooms, (need, -1))
+        if at < len(rooms):
+            room, index = rooms.pop(at)
+        else:
+            room, index = capacity, len(members)
+            members.append([])
+        members[index].append(item)
+        insort(rooms, (room - need, index))
+    return members
+
+
+def _balance(
+    order: Sequence[int], sizes: Sequence[int], costs: Sequence[float], bins: int, capacity: int
+) -> list[list[int]] | None:
+    """Each item, in the given order, to the cheapest bin with room. None if some item finds none.
+
+    An item larger than the capacity needs an empty bin and fills it.
+    """
+    members: list[list[int]] = [[] for _ in range(bins)]
+    room = [capacity] * bins
+    smallest = min(sizes, default=0)
+    heap = [(0.0, b) for b in range(bins)]  # (cost, bin); a bin too full for the smallest item leaves for good
+    for item in order:
+        need = min(sizes[item], capacity)
+        passed = []
+        while heap and room[heap[0][1]] < need:
+            passed.append(heapq.heappop(heap))
+        if not heap:
+            return None
+        load, best = heapq.heappop(heap)
+        members[best].append(item)
+        room[best] -= need
+        passed.append((load + costs[item], best))
+        for entry in passed:
+            if room[entry[1]] >= smallest:
+                heapq.heappush(heap, entry)
+    return members
+
+
+def collate(
+    pairs: Sequence[tuple[list[int], list[int]]], *, pad_to_multiple: int = 1, pad_id: int = 0
+) -> PackedBatch:
+    """Pack (prompt ids, response ids) pairs into one micro-batch on the CPU.
+
+    Args:
+        pairs: may be empty: the result is then one padding segment, with which a rank without work keeps step.
+        pad_to_multiple: T is a multiple of it (sequence and context parallelism, FP8).
+        pad_id: token on padding, a valid id: it is embedded like any other.
+
+    Raises:
+        ValueError: for an empty prompt (nothing would predict the first response token), and for a pair with nothing
+            to predict.
+    """
+    if pad_to_multiple < 1:
+        raise ValueError(f"pad_to_multiple={pad_to_multiple} must be at least 1")
+    tokens: list[int] = []
+    targets: list[int] = []
+    positions: list[int] = []
+    seq_index: list[int] = []
+    response_pos: list[int] = []
+    ends = [0]
+    for index, (prompt, response) in enumerate(pairs):
+        whole = prompt + response
+        if not prompt or len(whole) < 2:
+            raise ValueError(
+                f"sample {index} has {len(prompt)} prompt and {len(response)} response tokens: "
+                "packing needs at least one prompt token and one token to predict; drop it first"
+            )
+        fed = len(whole) - 1
+        tokens += whole[:-1]
+        targets += whole[1:]
+        positions += range(fed)
+        seq_index += [index] * fed
+        response_pos += [-1] * (len(prompt) - 1) + list(range(len(response)))
+        ends.append(ends[-1] + fed)
+    padding = -len(tokens) % pad_to_multiple if tokens else pad_to_multiple
+    if padding:
+        tokens += [pad_id] * padding
+        targets += [pad_id] * padding
+        positions += range(padding)
+        seq_index += [-1] * padding
+        response_pos += [-1] * padding
+        ends.append(ends[-1] + padding)
+    response_pos_T = torch.tensor(response_pos, dtype=torch.int64)
+    return PackedBatch(
+        tokens_T=torch.tensor(tokens, dtype=torch.int64),
+        targets_T=torch.tensor(targets, dtype=torch.int64),
+        position_ids_T=torch.tensor(positions, dtype=torch.int64),
+        cu_seqlens=torch.tensor(ends, dtype=torch.int32),
+        max_seqlen=max(b - a for a, b in zip(ends, ends[1:], strict=False)),
+        response_mask_T=response_pos_T >= 0,
+        seq_index_T=torch.tensor(seq_index, dtype=torch.int64),
+        response_pos_T=response_pos_T,
+    )
+
+
+def response_offsets(response_lengths: Sequence[int]) -> Tensor:
+    """(samples + 1,) int64: sample i owns entries ``offsets[i] : offsets[i + 1]`` of a vector in sample order."""
+    return torch.tensor([0, *response_lengths], dtype=torch.int64).cumsum(0)
+
+
+def response_slots(batch: PackedBatch, samples: Sequence[int], offsets: Tensor) -> Tensor:
+    """Where the response tokens of a micro-batch live in a vector in sample order.
+
+    Args:
+        batch: from `collate`, of the samples below in that order.
+        samples: their indices in the whole batch: one entry of `plan`.
+        offsets: `response_offsets` of the whole batch.
+
+    Returns:
+        (response tokens of the batch,) int64, in packed order. ``values_R[slots]`` are the values in packed order of
+        ``x_T[batch.response_mask_T]``, and ``values_R[slots] = x_T[batch.response_mask_T]`` goes back.
+    """
+    where = batch.response_mask_T
+    sample_index = torch.tensor(list(samples), dtype=torch.int64, device=where.device)
+    return offsets.to(where.device)[sample_index[batch.seq_index_T[where]]] + batch.response_pos_T[where]
+
+
+def to_packed(values_R: Tensor, batch: PackedBatch, slots: Tensor, *, fill: float = 0.0) -> Tensor:
+    """(T,) values of the batch's response tokens at their packed positions, ``fill`` elsewhere."""
+    packed_T = torch.full(batch.tokens_T.shape, fill, dtype=values_R.dtype, device=values_R.device)
+    packed_T[batch.response_mask_T] = values_R[slots]
+    return packed_T
+
+
+def to_samples(values_T: Tensor, batch: PackedBatch, slots: Tensor, out_R: Tensor) -> None:
+    """Write the response-token values of a packed (T,) tensor into ``out_R``, in sample order."""
+    out_R[slots] = values_T[batch.response_mask_T].to(out_R.dtype)
