@@ -1,0 +1,201 @@
+"""The plan loses no sample and keeps every promise; packing and unpacking are inverse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_ext.rl import packing
+from megatron_ext.rl.packing import collate, fed_length, plan, response_offsets, response_slots, to_packed, to_samples
+
+PAIRS = st.lists(
+    st.tuples(
+        st.lists(st.integers(1, 99), min_size=1, max_size=6), st.lists(st.integers(100, 199), min_size=1, max_size=7)
+    ),
+    max_size=9,
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    lengths=st.lists(st.integers(1, 60), max_size=40),
+    dp_size=st.integers(1, 5),
+    token_budget=st.integers(1, 50),
+    multiple=st.integers(1, 3),
+)
+def test_plan_keeps_its_promises(lengths: list[int], dp_size: int, token_budget: int, multiple: int) -> None:
+    planned = plan(lengths, dp_size=dp_size, token_budget=token_budget, micro_batch_multiple=multiple)
+    assert len(planned) == dp_size
+    counts = {len(rank) for rank in planned}
+    assert len(counts) == 1
+    assert (count := counts.pop()) >= 1 and count % multiple == 0
+    micro_batches = [micro_batch for rank in planned for micro_batch in rank]
+    assert sorted(i for micro_batch in micro_batches for i in micro_batch) == list(range(len(lengths)))
+    for micro_batch in micro_batches:
+        assert sum(lengths[i] for i in micro_batch) <= token_budget or len(micro_batch) == 1
+    # Rounding up to whole ranks is the only reason for a micro-batch more than one sample each would need.
+    assert len(micro_batches) < max(len(lengths), 1) + dp_size * multiple
+    assert planned == plan(list(lengths), dp_size=dp_size, token_budget=token_budget, micro_batch_multiple=multiple)
+
+
+@settings(deadline=None, max_examples=60)
+@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=7), token_budget=st.integers(20, 30))
+def test_plan_needs_at_most_one_micro_batch_more_than_the_optimum(lengths: list[int], token_budget: int) -> None:
+    """Best-fit decreasing against the exact optimum, by dynamic programming over subsets."""
+    everything = 2 ** len(lengths)
+    total = [sum(n for i, n in enumerate(lengths) if subset >> i & 1) for subset in range(everything)]
+    fewest = [0] + [len(lengths)] * (everything - 1)
+    for subset in range(1, everything):
+        part = subset
+        while part:
+            if total[part] <= token_budget:
+                fewest[subset] = min(fewest[subset], 1 + fewest[subset ^ part])
+            part = (part - 1) & subset
+    count = len(plan(lengths, dp_size=1, token_budget=token_budget)[0])
+    assert fewest[-1] <= count <= fewest[-1] + 1
+
+
+def test_plan_fills_micro_batches_exactly_where_that_is_possible() -> None:
+    planned = plan([6, 4, 7, 3, 5, 5, 8, 2], dp_size=2, token_budget=10)
+    assert [[sum([6, 4, 7, 3, 5, 5, 8, 2][i] for i in mb) for mb in rank] for rank in planned] == [[10, 10], [10, 10]]
+
+
+def test_plan_balances_cost_and_not_only_tokens() -> None:
+    """One sequence of 8 costs as much as four of 4 when cost is quadratic."""
+    lengths = [8, 4, 4, 4, 4]
+    planned = plan(lengths, dp_size=2, token_budget=16, cost=lambda n: float(n * n))
+    assert sorted(planned) == [[[0]], [[1, 2, 3, 4]]]
+
+
+def test_plan_balances_ranks_on_a_long_tailed_batch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = [int(n) for n in (torch.randn(512, generator=generator) * 0.9 + 6).exp().clamp(20, 4096)]
+    cost = packing.attention_cost(2048)
+    loads = [
+        sum(cost(lengths[i]) for micro_batch in rank for i in micro_batch)
+        for rank in plan(lengths, dp_size=4, token_budget=8192)
+    ]
+    assert max(loads) <= 1.02 * sum(loads) / 4
+
+
+def test_plan_with_fewer_samples_than_micro_batches_leaves_some_empty() -> None:
+    assert plan([3, 5], dp_size=4, token_budget=16) == [[[1]], [[0]], [[]], [[]]]
+    assert plan([], dp_size=2, token_budget=16) == [[[]], [[]]]
+
+
+def test_an_oversized_sample_is_alone_or_refused() -> None:
+    planned = plan([100, 3, 3], dp_size=1, token_budget=10)
+    assert sorted(planned[0]) == [[0], [1, 2]]
+    with pytest.raises(ValueError, match="100 tokens exceeds token_budget=10"):
+        plan([100, 3, 3], dp_size=1, token_budget=10, oversize="raise")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "named"),
+    [
+        ({"dp_size": 0, "token_budget": 8}, "dp_size=0"),
+        ({"dp_size": 1, "token_budget": 0}, "token_budget=0"),
+        ({"dp_size": 1, "token_budget": 8, "micro_batch_multiple": 0}, "micro_batch_multiple=0"),
+    ],
+)
+def test_plan_refuses_impossible_sizes(kwargs: dict[str, int], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        plan([1, 2], **kwargs)  # type: ignore[arg-type]
+
+
+def test_plan_refuses_an_empty_sequence() -> None:
+    with pytest.raises(ValueError, match="length 0"):
+        plan([4, 0], dp_size=1, token_budget=8)
+
+
+def test_collate_by_hand() -> None:
+    """Two samples and one token of padding; the last response token (13, 25) is a target only."""
+    batch = collate([([1, 2, 3], [11, 12, 13]), ([4], [25])], pad_to_multiple=7, pad_id=9)
+    assert batch.tokens_T.tolist() == [1, 2, 3, 11, 12, 4, 9]
+    assert batch.targets_T.tolist() == [2, 3, 11, 12, 13, 25, 9]
+    assert batch.position_ids_T.tolist() == [0, 1, 2, 3, 4, 0, 0]
+    assert batch.cu_seqlens.tolist() == [0, 5, 6, 7]
+    assert batch.max_seqlen == 5
+    assert batch.response_mask_T.tolist() == [False, False, True, True, True, True, False]
+    assert batch.seq_index_T.tolist() == [0, 0, 0, 0, 0, 1, -1]
+    assert batch.response_pos_T.tolist() == [-1, -1, 0, 1, 2, 0, -1]
+    assert batch.cu_seqlens.dtype == torch.int32
+    assert {batch.tokens_T.dtype, batch.targets_T.dtype, batch.seq_index_T.dtype} == {torch.int64}
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_collate_without_samples_is_padding_only(multiple: int) -> None:
+    batch = collate([], pad_to_multiple=multiple, pad_id=3)
+    assert batch.tokens_T.tolist() == [3] * multiple
+    assert batch.cu_seqlens.tolist() == [0, multiple]
+    assert not batch.response_mask_T.any()
+    assert (batch.seq_index_T == -1).all()
+
+
+@pytest.mark.parametrize("pair", [([], [5, 6]), ([1], [])])
+def test_collate_refuses_what_cannot_be_trained(pair: tuple[list[int], list[int]]) -> None:
+    with pytest.raises(ValueError, match="sample 1 has"):
+        collate([([1], [2]), pair])
+
+
+def test_collate_accepts_a_prompt_without_response() -> None:
+    batch = collate([([1, 2, 3], [])])
+    assert batch.tokens_T.tolist() == [1, 2]
+    assert not batch.response_mask_T.any()
+
+
+@settings(deadline=None, max_examples=100)
+@given(pairs=PAIRS, multiple=st.integers(1, 9))
+def test_every_segment_is_its_sample(pairs: list[tuple[list[int], list[int]]], multiple: int) -> None:
+    batch = collate(pairs, pad_to_multiple=multiple)
+    total = batch.tokens_T.numel()
+    fed = sum(fed_length(len(p), len(r)) for p, r in pairs)
+    assert total % multiple == 0 and total < max(fed, 1) + multiple
+    ends = batch.cu_seqlens.tolist()
+    assert ends[0] == 0 and ends[-1] == total
+    for index, (prompt, response) in enumerate(pairs):
+        rows = slice(ends[index], ends[index + 1])
+        assert batch.tokens_T[rows].tolist() + [batch.targets_T[rows][-1].item()] == prompt + response
+        assert batch.position_ids_T[rows].tolist() == list(range(len(prompt) + len(response) - 1))
+        assert (batch.seq_index_T[rows] == index).all()
+        assert batch.targets_T[rows][batch.response_mask_T[rows]].tolist() == response
+        assert batch.response_pos_T[rows][batch.response_mask_T[rows]].tolist() == list(range(len(response)))
+    assert batch.max_seqlen == max(b - a for a, b in zip(ends, ends[1:], strict=False))
+    assert int(batch.response_mask_T.sum()) == sum(len(r) for _, r in pairs)
+
+
+@settings(deadline=None, max_examples=100)
+@given(pairs=PAIRS, dp_size=st.integers(1, 3), token_budget=st.integers(1, 30))
+def test_sample_order_survives_any_packing(
+    pairs: list[tuple[list[int], list[int]]], dp_size: int, token_budget: int
+) -> None:
+    """Response token ids, written back through the slots of every micro-batch, are the concatenated responses."""
+    expected = torch.tensor([token for _, response in pairs for token in response], dtype=torch.int64)
+    offsets = response_offsets([len(response) for _, response in pairs])
+    written = torch.full_like(expected, -1)
+    lengths = [fed_length(len(p), len(r)) for p, r in pairs]
+    for rank in plan(lengths, dp_size=dp_size, token_budget=token_budget):
+        for samples in rank:
+            batch = collate([pairs[i] for i in samples], pad_to_multiple=4)
+            slots = response_slots(batch, samples, offsets)
+            assert (written[slots] == -1).all()  # no slot is written twice
+            to_samples(batch.targets_T, batch, slots, written)
+            packed = to_packed(expected, batch, slots, fill=-7)
+            assert torch.equal(packed[batch.response_mask_T], batch.targets_T[batch.response_mask_T])
+            assert (packed[~batch.response_mask_T] == -7).all()
+    assert torch.equal(written, expected)
+
+
+def test_slots_keep_gradients_on_their_tokens() -> None:
+    """Values in sample order -> packed -> gradient arrives at the token that carried it."""
+    pairs = [([1], [2, 3]), ([1, 1], [4]), ([1], [5, 6, 7])]
+    offsets = response_offsets([2, 1, 3])
+    values_R = torch.arange(6, dtype=torch.float64, requires_grad=True)
+    batch = collate([pairs[2], pairs[0]])
+    packed = to_packed(values_R, batch, response_slots(batch, [2, 0], offsets))
+    assert packed.tolist() == [3.0, 4.0, 5.0, 0.0, 1.0]
+    (packed * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], dtype=torch.float64)).sum().backward()
+    assert values_R.grad is not None
+    assert values_R.grad.tolist() == [4.0, 5.0, 0.0, 1.0, 2.0, 3.0]
