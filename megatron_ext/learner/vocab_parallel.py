@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_ext.kernels import VocabShard
@@ -27,6 +26,8 @@ def tensor_parallel_shard(
         ValueError: if the sizes do not fit each other or the group.
     """
     if group is None:
+        from megatron.core import parallel_state  # not at the top: `cpu.enable` has to run before Megatron is imported
+
         group = parallel_state.get_tensor_model_parallel_group()
     world, rank = group.size(), group.rank()
     if not 0 < vocab_size <= padded_vocab_size or padded_vocab_size % world:

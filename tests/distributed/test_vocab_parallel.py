@@ -1,0 +1,117 @@
+"""Vocabulary statistics over real tensor-parallel ranks (gloo) equal the single-rank float64 result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from megatron_ext.kernels import vocab_statistics
+from megatron_ext.rl.types import TokenStats
+
+pytestmark = pytest.mark.distributed
+
+FIELDS = ("logp", "entropy", "sum_p2", "sum_p2_logp")
+TOKENS = 23
+
+
+def _textbook(logits_TV: Tensor, targets_T: Tensor) -> TokenStats:
+    logp_TV = logits_TV.log_softmax(-1)
+    p_TV = logp_TV.exp()
+    return TokenStats(
+        logp_TV.gather(1, targets_T[:, None]).squeeze(1),
+        -(p_TV * logp_TV).sum(-1),
+        p_TV.square().sum(-1),
+        (p_TV.square() * logp_TV).sum(-1),
+    )
+
+
+def _gradient(stats: TokenStats, leaf: Tensor) -> Tensor:
+    """Both outputs, another weight on every token: what a loss with an entropy bonus sends back, equal on all ranks."""
+    weight_T = torch.linspace(-1, 2, TOKENS, dtype=stats.logp.dtype)
+    (grad,) = torch.autograd.grad((weight_T * stats.logp - 0.3 * weight_T.square() * stats.entropy).sum(), leaf)
+    return grad
+
+
+def _check(vocab: int, padded: int, chunk_tokens: int, scale: float) -> None:
+    from megatron_ext.learner.vocab_parallel import tensor_parallel_shard
+
+    generator = torch.Generator().manual_seed(vocab)
+    whole = torch.randn(TOKENS, vocab, generator=generator, dtype=torch.float64) * scale
+    targets = torch.randint(vocab, (TOKENS,), generator=generator)
+    targets[:2] = torch.tensor([0, vocab - 1])
+    leaf = whole.clone().requires_grad_()
+    expected = _textbook(leaf, targets)
+    expected_grad = _gradient(expected, leaf)
+
+    # Padding holds the largest logits of all, so that a leak cannot go unseen.
+    columns = padded // dist.get_world_size()
+    start = dist.get_rank() * columns
+    full = torch.cat([whole, torch.full((TOKENS, padded - vocab), 1e3, dtype=torch.float64)], dim=1)
+    local = full[:, start : start + columns].clone().requires_grad_()
+    shard = tensor_parallel_shard(vocab, padded)
+    assert shard is not None
+    got = vocab_statistics(local, targets, shard=shard, chunk_tokens=chunk_tokens)
+
+    for name in FIELDS:
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=1e-12, atol=1e-12)
+    padded_grad = torch.cat([expected_grad, torch.zeros(TOKENS, padded - vocab, dtype=torch.float64)], dim=1)
+    torch.testing.assert_close(_gradient(got, local), padded_grad[:, start : start + columns], rtol=1e-12, atol=1e-12)
+
+    # Every rank must hold the same bits, or ranks of one model would select different tokens.
+    for name in FIELDS:
+        mine = getattr(got, name).detach().contiguous()
+        first = mine.clone()
+        dist.broadcast(first, src=0)
+        assert torch.equal(mine, first)
+
+    low = vocab_statistics(local.detach().bfloat16(), targets, shard=shard)
+    exact = _textbook(whole.bfloat16().double(), targets)
+    for name in FIELDS:
+        torch.testing.assert_close(getattr(low, name).double(), getattr(exact, name), rtol=2e-6, atol=2e-6)
+
+
+def _worker(rank: int, world: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    from megatron_ext.learner import cpu
+
+    cpu.enable()
+    from megatron.core import parallel_state
+
+    from megatron_ext.learner.vocab_parallel import tensor_parallel_shard
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
+    _check(vocab=32, padded=32, chunk_tokens=0, scale=3.0)
+    _check(vocab=37, padded=40, chunk_tokens=5, scale=3.0)
+    _check(vocab=9, padded=16, chunk_tokens=1, scale=200.0)  # the last ranks are all padding
+    with pytest.raises(ValueError, match="padded_vocab_size=41"):
+        tensor_parallel_shard(37, 41)
+    with pytest.raises(ValueError, match="vocab_size=50"):
+        tensor_parallel_shard(50, 48)
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_statistics_and_gradients_equal_one_rank(world: int, tmp_path: Path) -> None:
+    mp.spawn(_worker, args=(world, str(tmp_path / "store")), nprocs=world)
+
+
+def _single(rank: int, store: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=1)
+    from megatron_ext.learner.vocab_parallel import tensor_parallel_shard
+
+    group = dist.group.WORLD
+    assert tensor_parallel_shard(40, 40, group=group) is None
+    shard = tensor_parallel_shard(37, 40, group=group)
+    assert shard is not None and (shard.start, shard.size) == (0, 37)
+    dist.destroy_process_group()
+
+
+def test_one_rank_needs_a_shard_only_for_padding(tmp_path: Path) -> None:
+    mp.spawn(_single, args=(str(tmp_path / "store"),), nprocs=1)
