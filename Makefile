@@ -1,0 +1,37 @@
+# make train [RECIPE=quickstart] [ARGS="key=value ..."] [DRY_RUN=1]   train; a run directory that exists is resumed
+# make test                                                           linter, type checker, all tests
+# make doctor                                                         what this machine has, what it lacks, what that costs
+#
+# Each installs what is pinned in constraints/ into .venv first, once.
+
+# 3.11 comes first because only there vLLM installs on a CPU. Override: make PYTHON=/path/to/python
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
+  $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+PY := $(VENV)/bin/python
+
+RECIPE ?= quickstart
+ARGS ?=
+DRY_RUN ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help env train test doctor
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+
+env:
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 found: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -I recipes/setup_env.py --venv $(VENV)
+
+train: env
+	@$(PY) -m recipes.train recipe=$(RECIPE) $(if $(filter-out 0 false,$(DRY_RUN)),run.dry_run=true) $(ARGS)
+
+doctor: env
+	@$(PY) -m recipes.doctor
+
+# In order of what fails fastest; tests/gpu skips itself without a GPU.
+test: env
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	$(PY) -m pytest tests/unit tests/distributed tests/e2e tests/gpu
