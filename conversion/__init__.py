@@ -6,12 +6,15 @@ The names below are the pure core (torch only), which weight sync and the learne
 from conversion.config import HFConfig, gpt_model_kwargs, parse_config, read_config, transformer_config
 from conversion.families import FAMILIES
 from conversion.mapping import (
+    export_rows,
     export_tensors,
     hf_parts,
     hf_shapes,
+    import_rows,
     import_tensor,
     megatron_names,
     megatron_shape,
+    row_unit,
     unconsumed,
 )
 from conversion.sharding import layout, local_name, padded_vocab, shard, te_name, unshard
@@ -22,10 +25,12 @@ __all__ = [
     "Family",
     "HFConfig",
     "Rule",
+    "export_rows",
     "export_tensors",
     "gpt_model_kwargs",
     "hf_parts",
     "hf_shapes",
+    "import_rows",
     "import_tensor",
     "layout",
     "local_name",
@@ -34,6 +39,7 @@ __all__ = [
     "padded_vocab",
     "parse_config",
     "read_config",
+    "row_unit",
     "shard",
     "te_name",
     "transformer_config",

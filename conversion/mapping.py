@@ -84,17 +84,44 @@ def import_tensor(hf: HFConfig, megatron_name: str, get: Callable[[str], Tensor]
     Raises:
         ValueError: unknown name, tensor missing or of another shape than config.json says.
     """
-    parts = []
-    for name, shape in hf_parts(hf, megatron_name).items():
-        try:
-            part = get(name)
-        except KeyError as error:
-            raise ValueError(f"the checkpoint has no tensor {name!r}, which {megatron_name} needs") from error
+
+    def get_rows(name: str, start: int, stop: int) -> Tensor:
+        part = get(name)
+        shape = parts[name]
         if tuple(part.shape) != shape:
             raise ValueError(f"tensor {name!r} has shape {tuple(part.shape)} but config.json implies {shape}")
-        parts.append(part)
+        return part[start:stop]
+
+    parts = hf_parts(hf, megatron_name)
+    return import_rows(hf, megatron_name, 0, megatron_shape(hf, megatron_name)[0], get_rows)
+
+
+def import_rows(
+    hf: HFConfig, megatron_name: str, start: int, stop: int, get_rows: Callable[[str, int, int], Tensor]
+) -> Tensor:
+    """Rows [start, stop) of `import_tensor`'s result; `get_rows(name, a, b)` gives rows of a Hugging Face tensor.
+
+    `start` and `stop` must be multiples of `row_unit`. Raises ValueError when a tensor is missing.
+    """
     rule, _ = _find(hf, _source_name(hf, megatron_name))
-    return TRANSFORMS[rule.transform].merge(parts, hf.num_kv_heads)
+    parts = hf_parts(hf, megatron_name)
+    transform, rows = TRANSFORMS[rule.transform], [shape[0] for shape in parts.values()]
+    slices = []
+    for name, (low, high) in zip(parts, transform.locate(start, stop, hf.num_kv_heads, rows), strict=True):
+        if low < high:
+            try:
+                slices.append(get_rows(name, low, high))
+            except KeyError as error:
+                raise ValueError(f"the checkpoint has no tensor {name!r}, which {megatron_name} needs") from error
+    return transform.merge(slices, (stop - start) // transform.unit(hf.num_kv_heads, rows))
+
+
+def row_unit(hf: HFConfig, megatron_name: str) -> int:
+    """Granularity of the row blocks in which a Megatron tensor can be converted."""
+    rule, _ = _find(hf, _source_name(hf, megatron_name))
+    return TRANSFORMS[rule.transform].unit(
+        hf.num_kv_heads, [shape[0] for shape in hf_parts(hf, megatron_name).values()]
+    )
 
 
 def export_tensors(
@@ -111,18 +138,28 @@ def export_tensors(
     """
     if hf.tied and megatron_name == OUTPUT:
         return []
-    rule, _ = _find(hf, megatron_name)
-    parts = hf_parts(hf, megatron_name)
-    expected = megatron_shape(hf, megatron_name)
-    shape = tuple(full.shape)
+    expected, shape = megatron_shape(hf, megatron_name), tuple(full.shape)
     padded = megatron_name in VOCAB_TENSORS and shape[0] >= expected[0] and shape[1:] == expected[1:]
     if shape != expected and not padded:
         raise ValueError(f"Megatron tensor {megatron_name!r} has shape {shape} but the config implies {expected}")
-    pieces = TRANSFORMS[rule.transform].split(full, hf.num_kv_heads, [part[0] for part in parts.values()])
-    named = list(zip(parts, pieces, strict=True))
+    named = [(name, part) for name, _, part in export_rows(hf, megatron_name, 0, full)]
     if explicit_lm_head and hf.tied and megatron_name == EMBEDDING:
-        named.append((HF_OUTPUT, pieces[0]))
+        named.append((HF_OUTPUT, named[0][1]))
     return named
+
+
+def export_rows(hf: HFConfig, megatron_name: str, start: int, block: Tensor) -> list[tuple[str, int, Tensor]]:
+    """Hugging Face (name, first row, rows) contained in the block of a Megatron tensor that begins at row `start`.
+
+    `start` and the number of rows must be multiples of `row_unit`. Vocabulary padding is left out.
+    """
+    rule, _ = _find(hf, megatron_name)
+    parts = hf_parts(hf, megatron_name)
+    transform, rows = TRANSFORMS[rule.transform], [shape[0] for shape in parts.values()]
+    ranges = transform.locate(start, start + block.shape[0], hf.num_kv_heads, rows)
+    groups = block.shape[0] // transform.unit(hf.num_kv_heads, rows)
+    pieces = transform.split(block, groups, [high - low for low, high in ranges])
+    return [(name, low, piece) for name, (low, high), piece in zip(parts, ranges, pieces, strict=True) if low < high]
 
 
 def unconsumed(hf: HFConfig, checkpoint_names: Iterable[str]) -> list[str]:

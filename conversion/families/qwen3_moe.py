@@ -1,0 +1,62 @@
+"""Qwen3 mixture of experts: Qwen3 with a router and experts in every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from conversion.config import Experts
+from conversion.families.llama import ATTENTION, DEFAULTS, EMBEDDINGS
+from conversion.families.qwen3 import QK_NORM, qwen3_options
+from conversion.table import Family, Rule
+
+_HF = "model.layers.{layer}.mlp."
+_MEGATRON = "decoder.layers.{layer}.mlp."
+
+EXPERTS = (
+    Rule(_MEGATRON + "router.weight", "copy", {_HF + "gate.weight": "experts hidden"}),
+    Rule(
+        _MEGATRON + "experts.local_experts.{expert}.linear_fc1.weight",
+        "gate_up",
+        {
+            _HF + "experts.{expert}.gate_proj.weight": "expert_ffn hidden",
+            _HF + "experts.{expert}.up_proj.weight": "expert_ffn hidden",
+        },
+    ),
+    Rule(
+        _MEGATRON + "experts.local_experts.{expert}.linear_fc2.weight",
+        "copy",
+        {_HF + "experts.{expert}.down_proj.weight": "hidden expert_ffn"},
+    ),
+)
+
+
+def _options(config: Mapping[str, Any]) -> dict[str, Any]:
+    for key, only in (("decoder_sparse_step", 1), ("mlp_only_layers", [])):
+        if config.get(key) not in (None, only):
+            raise ValueError(f"{key}={config[key]!r} is not supported: every layer must have experts ({key}={only!r})")
+    experts = Experts(
+        count=config.get("num_local_experts", config["num_experts"]),  # transformers 5 writes the first, 4 the second
+        ffn_hidden_size=config["moe_intermediate_size"],
+        top_k=config["num_experts_per_tok"],
+        normalise_top_k=bool(config["norm_topk_prob"]),
+    )
+    if not 0 < experts.top_k <= experts.count:
+        raise ValueError(f"num_experts_per_tok={experts.top_k} must be between 1 and num_experts={experts.count}")
+    return {**qwen3_options(config), "experts": experts}
+
+
+QWEN3_MOE = Family(
+    "Qwen3MoeForCausalLM",
+    EMBEDDINGS + ATTENTION + QK_NORM + EXPERTS,
+    {
+        **DEFAULTS,
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "moe_intermediate_size": 768,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": False,
+    },
+    _options,
+)

@@ -1,0 +1,237 @@
+"""The tables against transformers' own state dicts, and the transforms against Megatron's documented layouts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import conversion
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2-untied": ("Qwen2", {"tie_word_embeddings": False}),
+    "llama": ("Llama", {"head_dim": 16}),
+    "llama-biased": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama3-rope": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
+    "smollm2": ("Llama", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    ),
+    "mistral": ("Mistral", {"sliding_window": 16}),
+}
+
+
+def make(case: str) -> tuple[conversion.HFConfig, dict[str, Tensor]]:
+    """A small random model of transformers: its parsed config and its state dict under the names it has on disk."""
+    prefix, extra = CASES[case]
+    config = getattr(transformers, prefix + "Config")(**SMALL, **extra)
+    torch.manual_seed(0)
+    model = getattr(transformers, prefix + "ForCausalLM")(config)
+    raw = {**config.to_dict(), "architectures": [prefix + "ForCausalLM"]}
+    state = {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
+    if raw["tie_word_embeddings"]:
+        del state["lm_head.weight"]
+    for name in [name for name in state if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        fused = state.pop(name)  # in memory transformers fuses the experts, on disk they are separate
+        for expert, tensor in enumerate(fused):
+            if name.endswith("down_proj"):
+                state[name.replace("down_proj", f"{expert}.down_proj.weight")] = tensor
+            else:
+                gate, up = tensor.chunk(2)
+                state[name.replace("gate_up_proj", f"{expert}.gate_proj.weight")] = gate
+                state[name.replace("gate_up_proj", f"{expert}.up_proj.weight")] = up
+    return conversion.parse_config(raw), state
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tables_cover_exactly_what_transformers_has(case: str) -> None:
+    hf, state = make(case)
+    assert conversion.hf_shapes(hf) == {name: tuple(tensor.shape) for name, tensor in state.items()}
+    assert conversion.unconsumed(hf, state) == []
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("rename", [conversion.local_name, conversion.te_name])
+def test_round_trip_through_every_tensor_parallel_size_is_bit_identical(case: str, tp: int, rename: Any) -> None:
+    hf, state = make(case)
+    back: dict[str, Tensor] = {}
+    for name in conversion.megatron_names(hf):
+        full = conversion.import_tensor(hf, rename(name), state.__getitem__)
+        assert tuple(full.shape) == conversion.megatron_shape(hf, name)
+        pieces = [conversion.shard(rename(name), full, rank, tp) for rank in range(tp)]
+        assert len({piece.shape for piece in pieces}) == 1, "tensor-parallel ranks must hold equal shapes"
+        back.update(conversion.export_tensors(hf, rename(name), conversion.unshard(rename(name), pieces)))
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("case", ["qwen2-untied", "qwen3-moe"])
+def test_streaming_in_row_blocks_equals_whole_tensors(case: str) -> None:
+    hf, state = make(case)
+    for name in conversion.megatron_names(hf):
+        full = conversion.import_tensor(hf, name, state.__getitem__)
+        unit = conversion.row_unit(hf, name)
+        back = {part: torch.full_like(state[part], torch.nan) for part in conversion.hf_parts(hf, name)}
+        for start in range(0, full.shape[0], 3 * unit):
+            stop = min(start + 3 * unit, full.shape[0])
+            block = conversion.import_rows(hf, name, start, stop, lambda part, a, b: state[part][a:b])
+            assert torch.equal(block, full[start:stop])
+            for part, row, rows in conversion.export_rows(hf, name, start, block):
+                back[part][row : row + len(rows)] = rows
+        assert all(torch.equal(back[part], state[part]) for part in back)
+
+
+def test_qkv_holds_the_queries_of_a_kv_head_then_its_key_then_its_value() -> None:
+    hf, state = make("qwen2-untied")  # 8 heads of 6 rows on 4 KV heads
+    q, k, v = (state[f"model.layers.1.self_attn.{x}_proj.bias"] for x in "qkv")
+    qkv = conversion.import_tensor(hf, "decoder.layers.1.self_attention.linear_qkv.bias", state.__getitem__)
+    expected = [torch.cat([q[12 * g : 12 * g + 12], k[6 * g : 6 * g + 6], v[6 * g : 6 * g + 6]]) for g in range(4)]
+    assert torch.equal(qkv, torch.cat(expected))
+    # two tensor-parallel ranks get two whole KV heads each
+    name = "decoder.layers.1.self_attention.linear_qkv.bias"
+    assert torch.equal(conversion.shard(name, qkv, 1, 2), torch.cat(expected[2:]))
+
+
+def test_each_rank_holds_its_gate_rows_above_its_up_rows() -> None:
+    gate, up = torch.arange(8.0), torch.arange(8.0) + 100
+    shard = conversion.shard("decoder.layers.0.mlp.linear_fc1.bias", torch.cat([gate, up]), 1, 4)
+    assert shard.tolist() == [2, 3, 102, 103]
+
+
+def test_vocabulary_padding_is_zero_and_never_leaks() -> None:
+    hf, state = make("qwen2-tied")  # 131 tokens
+    name = "embedding.word_embeddings.weight"
+    full = conversion.import_tensor(hf, name, state.__getitem__)
+    last = conversion.shard(name, full, 3, 4, vocab_multiple=8)
+    assert conversion.padded_vocab(131, 4, 8) == 160 and last.shape[0] == 40
+    assert torch.equal(last[:11], full[120:]) and not last[11:].any()
+    padded = torch.cat([conversion.shard(name, full, rank, 4, vocab_multiple=8) for rank in range(4)])
+    assert conversion.export_tensors(hf, name, padded)[0][1].shape[0] == 131
+
+
+def test_tied_output_layer_is_the_embedding_and_is_exported_only_on_request() -> None:
+    hf, state = make("qwen2-tied")
+    assert "output_layer.weight" not in conversion.megatron_names(hf)
+    output = conversion.import_tensor(hf, "output_layer.weight", state.__getitem__)
+    assert torch.equal(output, state["model.embed_tokens.weight"])
+    assert conversion.export_tensors(hf, "output_layer.weight", output) == []
+    names = [n for n, _ in conversion.export_tensors(hf, "embedding.word_embeddings.weight", output)]
+    assert names == ["model.embed_tokens.weight"]
+    sent = dict(conversion.export_tensors(hf, "embedding.word_embeddings.weight", output, explicit_lm_head=True))
+    assert torch.equal(sent["lm_head.weight"], output)
+
+
+@settings(max_examples=60, deadline=None)
+@given(heads=st.integers(1, 4), groups=st.integers(1, 4), head_dim=st.integers(1, 5), ffn=st.integers(1, 7))
+def test_transforms_are_bijections_for_any_shape(heads: int, groups: int, head_dim: int, ffn: int) -> None:
+    raw = {**SMALL, "architectures": ["LlamaForCausalLM"], "num_attention_heads": heads * groups}
+    raw |= {"num_key_value_heads": groups, "head_dim": head_dim, "intermediate_size": ffn}
+    hf = conversion.parse_config(raw)
+    for name in conversion.megatron_names(hf):
+        size = 1
+        for extent in conversion.megatron_shape(hf, name):
+            size *= extent
+        full = torch.arange(size).reshape(conversion.megatron_shape(hf, name))
+        parts = dict(conversion.export_tensors(hf, name, full))
+        assert sum(part.numel() for part in parts.values()) == size
+        assert torch.equal(conversion.import_tensor(hf, name, parts.__getitem__), full)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "LlamaForCausalLM", "Qwen2ForCausalLM"]),
+        ({"architectures": ["Olmo2ForCausalLM"]}, ["over all heads"]),
+        ({"architectures": None}, ["None", "supported"]),
+        ({"hidden_size": "48"}, ["hidden_size='48'", "positive integer"]),
+        ({"num_key_value_heads": 3}, ["num_attention_heads=8", "num_key_value_heads=3"]),
+        ({"hidden_size": 50}, ["hidden_size=50", "head_dim"]),
+        ({"hidden_act": "gelu"}, ["hidden_act='gelu'"]),
+        ({"attention_bias": True}, ["attention_bias=True", "mlp_bias=False"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["yarn", "llama3"]),
+        ({"rope_parameters": {**LLAMA3_ROPE, "low_freq_factor": 2.0}}, ["low_freq_factor=2.0", "1.0"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
+    ],
+)
+def test_what_megatron_cannot_represent_is_refused_by_name(changes: dict[str, Any], words: list[str]) -> None:
+    raw = {**SMALL, "architectures": ["LlamaForCausalLM"], **changes}
+    with pytest.raises(ValueError) as error:
+        conversion.parse_config(raw)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_both_config_dialects_mean_the_same() -> None:
+    base = {**SMALL, "architectures": ["LlamaForCausalLM"]}
+    scaling = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}
+    old = conversion.parse_config({**base, "rope_theta": 500000.0, "rope_scaling": scaling})
+    new = conversion.parse_config({**base, "rope_parameters": LLAMA3_ROPE})
+    assert old.rope == new.rope == type(old.rope)(500000.0, "llama3", 32.0)
+    kwargs = conversion.gpt_model_kwargs(old)
+    assert (kwargs["rotary_base"], kwargs["rope_scaling"], kwargs["rope_scaling_factor"]) == (500000, True, 32.0)
+
+
+def test_architecture_details_reach_megatron() -> None:
+    qwen3 = conversion.transformer_config(make("qwen3")[0])
+    assert (qwen3["qk_layernorm"], qwen3["kv_channels"], qwen3["add_qkv_bias"]) == (True, 16, False)
+    assert conversion.transformer_config(make("qwen2-tied")[0])["add_qkv_bias"] is True
+    # transformers' mask lets token i see j when i - j < 16; Megatron's window counts the tokens to the left only
+    assert conversion.transformer_config(make("mistral")[0])["window_size"] == (15, 0)
+    moe = conversion.transformer_config(make("qwen3-moe")[0])
+    assert (moe["num_moe_experts"], moe["moe_router_topk"], moe["moe_router_pre_softmax"]) == (4, 2, True)
+    raw = {**SMALL, "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 8}
+    windowed = conversion.transformer_config(conversion.parse_config({**raw, "max_window_layers": 1}))
+    assert (windowed["window_size"], windowed["window_attn_skip_freq"]) == ((7, 0), [0, 1])
+    assert conversion.gpt_model_kwargs(make("qwen2-tied")[0], tp_size=2)["vocab_size"] == 132
+
+
+def test_unknown_missing_and_misshapen_tensors_are_named() -> None:
+    hf, state = make("llama")
+    name = "decoder.layers.0.mlp.linear_fc2.weight"
+    part = "model.layers.0.mlp.down_proj.weight"
+    assert conversion.unconsumed(hf, [*state, "model.layers.2.mlp.down_proj.weight", "x.rotary_emb.inv_freq"]) == [
+        "model.layers.2.mlp.down_proj.weight"
+    ]
+    with pytest.raises(ValueError, match=f"no tensor '{part}'"):
+        conversion.import_tensor(hf, name, {}.__getitem__)
+    with pytest.raises(ValueError, match=r"shape \(48,\) but config.json implies \(48, 80\)"):
+        conversion.import_tensor(hf, name, lambda _: torch.zeros(48))
+    for unknown in ("decoder.layers.2.mlp.linear_fc2.weight", "decoder.layers.0.self_attention.linear_qkv.bias"):
+        with pytest.raises(ValueError, match="no counterpart in LlamaForCausalLM"):
+            conversion.import_tensor(hf, unknown, state.__getitem__)
+    with pytest.raises(ValueError, match="not known to the conversion tables"):
+        conversion.shard("decoder.layers.0.mystery.weight", torch.zeros(2), 0, 2)
+    with pytest.raises(ValueError, match="cannot be cut into 3 equal parts"):
+        conversion.shard(name, torch.zeros(48, 80), 0, 3)
+
+
+def test_the_core_imports_neither_megatron_nor_transformers() -> None:
+    code = "import conversion, sys; print([m for m in ('megatron', 'transformers', 'vllm') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
