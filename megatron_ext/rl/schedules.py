@@ -1,0 +1,325 @@
+"""Schedules and controllers: what a loss's parameters are at rollout step k, open loop or from the measured entropy.
+
+A `Controller` is pure: ``init`` gives a JSON-serialisable state, ``observe`` maps state and measurement to the next
+state, ``loss_params`` says which parameters `build_loss` gets at this step. The state is part of the checkpoint;
+nothing else is remembered. Within rollout step k: ``state = observe(state, ...)``, then
+``build_loss(name, **{**config, **loss_params(state, ...)})``.
+
+Sources: P2 (CE-GPPO) fig. 4 for schedules of beta; P0 (Flexible Entropy Control) sec. 4.2 for OD (ID and DID need the
+step only and live in the loss `dynamic_clip`). ``entropy_target`` is ours.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from megatron_ext.rl import params as _params
+from megatron_ext.rl.losses import LOSSES, build_loss
+from megatron_ext.rl.losses.dynamic_clip import DynamicClip
+from megatron_ext.rl.params import check_choice, check_number, suggest
+
+State = dict[str, Any]
+Curve = Sequence[Sequence[float]]
+"""[[step, value], ...] with rising steps, the first of which is 0."""
+
+
+class Schedule(ABC):
+    """Base of the schedules. Subclasses are frozen dataclasses whose fields are the schedule's parameters."""
+
+    def init(self) -> State:
+        return {}
+
+    def observe(self, state: State, *, step: int, total_steps: int, entropy: float) -> State:
+        return state
+
+    @abstractmethod
+    def values(self, state: State, base: Mapping[str, float], *, step: int) -> dict[str, float]:
+        """Loss parameters that differ from the configured ones, ``base``."""
+
+    def extremes(self, base: Mapping[str, float]) -> list[dict[str, float]]:
+        """Settings to try when the run is configured, so that no later step can be refused by the loss."""
+        return []
+
+    def metrics(self, state: State) -> dict[str, float]:
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoSchedule(Schedule):
+    """The configured parameters at every step."""
+
+    def values(self, state: State, base: Mapping[str, float], *, step: int) -> dict[str, float]:
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piecewise(Schedule):
+    """Piecewise-constant parameters over rollout steps. P2 fig. 4: beta1 0 -> 0.5 at step 585, beta2 1."""
+
+    points: Mapping[str, Curve] = field(default_factory=lambda: {"beta1": [[0, 0.0], [585, 0.5]]})
+    """Loss parameter -> [[step, value], ...]: the value from that step on; the first step is 0."""
+
+    def __post_init__(self) -> None:
+        for key, curve in self.points.items():
+            steps = [point[0] for point in curve if len(point) == 2]
+            rising = all(a < b for a, b in zip(steps, steps[1:], strict=False))
+            if len(steps) != len(curve) or not steps or steps[0] != 0 or not rising:
+                raise ValueError(
+                    f"schedule.points.{key}={[list(p) for p in curve]!r} is no curve: "
+                    "give [[0, value], [step, value], ...] with rising steps."
+                )
+
+    def values(self, state: State, base: Mapping[str, float], *, step: int) -> dict[str, float]:
+        return {key: self._at(curve, step) for key, curve in self.points.items()}
+
+    def _at(self, curve: Curve, step: int) -> float:
+        return [value for start, value in curve if start <= step][-1]
+
+    def extremes(self, base: Mapping[str, float]) -> list[dict[str, float]]:
+        # a linear curve stays between its points, so trying the points is enough for both
+        steps = {int(point[0]) for curve in self.points.values() for point in curve}
+        return [self.values({}, base, step=step) for step in sorted(steps)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Piecewise):
+    """Piecewise-linear parameters: interpolated between the points, constant after the last."""
+
+    def _at(self, curve: Curve, step: int) -> float:
+        return interpolate(curve, step)
+
+
+def interpolate(curve: Curve, x: float) -> float:
+    """The curve's value at x, linear between its points and constant after the last."""
+    for (start, low), (end, high) in zip(curve, curve[1:], strict=False):
+        if x <= end:
+            return low + (high - low) * (x - start) / (end - start)
+    return curve[-1][1]
+
+
+ACTUATORS: dict[str, dict[str, tuple[int, tuple[float, float] | None]]] = {
+    "ppo": {"eps_high": (+1, (0.1, 0.4)), "eps_low": (-1, (0.1, 0.3))},
+    "ce_gppo": {"beta1": (-1, (0.0, 0.75)), "beta2": (+1, (0.5, 1.0))},
+    "dynamic_clip": {
+        "b_high": (+1, (0.25, 0.75)),
+        "b_low": (-1, (0.2, 0.4)),
+        "alpha_high": (-1, None),
+        "alpha_low": (+1, None),
+    },
+}
+"""loss -> parameter -> (sign of its effect on entropy, default limits; None: moved only if limits are configured).
+
+Signs: P2 sec. 5.1 for beta, P3 for eps. A larger b_high admits rewarded tokens (entropy up), a larger b_low penalised
+ones (down); a steeper, more negative alpha_high takes likely tokens (E1) away (up), a steeper alpha_low takes E3 away
+(down). beta1 stops at 0.75, P2's setting for 7B: beta1 = 1 was unstable at small scale."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntropyTarget(Schedule):
+    """A closed loop that follows a target entropy H*(k) by moving loss parameters within limits. Ours.
+
+    Error e = (H* - H) / H_init. Control u = clip(gain e + I, -1, 1) and I += integral_gain e, but not while u is
+    saturated in the direction of e (anti-windup). u = 0 is the configured value of every actuator, u = +1 the limit
+    that raises entropy most, u = -1 the one that lowers it most; linear in between.
+    """
+
+    curve: str = "constant"
+    """constant | linear | cosine (start to end) | id (start, peak, end) | did (start, end, peak, end) | od: falls to
+    ``end``, then up to the envelope end + (start - end)(1 - k/T), and so on (P0's hysteresis, as a target)."""
+    start: float = 1.0
+    end: float = 1.0
+    peak: float = 1.2
+    """id, did: entropy at the end of phase I."""
+    relative: bool = True
+    """start, end, peak are multiples of the first batch's entropy; else nats per token."""
+    phase_ratio: float = 0.5
+    """id, did: share of the steps in phase I; did reaches its valley half way through it."""
+    gain: float = 2.0
+    integral_gain: float = 0.1
+    """Per rollout step."""
+    limits: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Loss parameter -> [low, high], which must hold its configured value; empty: the defaults in `ACTUATORS`."""
+
+    def __post_init__(self) -> None:
+        check_choice("schedule.curve", self.curve, ("constant", "linear", "cosine", "id", "did", "od"))
+        for key in ("start", "end", "peak", "gain", "integral_gain"):
+            check_number(f"schedule.{key}", getattr(self, key), 0)
+        check_number("schedule.phase_ratio", self.phase_ratio, 0, 1, exclusive=True)
+
+    def init(self) -> State:
+        return {"target_h_init": None, "target": None, "target_up": 0, "integral": 0.0, "control": 0.0}
+
+    def observe(self, state: State, *, step: int, total_steps: int, entropy: float) -> State:
+        h_init = entropy if state["target_h_init"] is None else state["target_h_init"]
+        scale = h_init if self.relative else 1.0
+        start, end, peak = (scale * v for v in (self.start, self.end, self.peak))
+        up = state["target_up"]
+        if self.curve == "od":
+            up = hysteresis(up, entropy, end, end + (start - end) * (1 - step / total_steps))
+        target = self._target(step / total_steps, start, end, peak, up)
+        error = (target - entropy) / max(h_init, 1e-8)
+        raw = self.gain * error + state["integral"]
+        winding_up = abs(raw) >= 1 and raw * error > 0
+        integral = state["integral"] + (0.0 if winding_up else self.integral_gain * error)
+        control = max(-1.0, min(1.0, raw))
+        return {"target_h_init": h_init, "target": target, "target_up": up, "integral": integral, "control": control}
+
+    def _target(self, x: float, start: float, end: float, peak: float, up: int) -> float:
+        """H* at progress x in [0, 1], in the unit of its arguments."""
+        if self.curve == "constant":
+            return start
+        if self.curve == "cosine":
+            return end + (start - end) * (1 + math.cos(math.pi * x)) / 2
+        if self.curve == "od":
+            return end + (start - end) * (1 - x) if up else end
+        phase = self.phase_ratio
+        knots: dict[str, Curve] = {
+            "linear": [(0, start), (1, end)],
+            "id": [(0, start), (phase, peak), (1, end)],
+            "did": [(0, start), (phase / 2, end), (phase, peak), (1, end)],
+        }
+        return interpolate(knots[self.curve], x)
+
+    def values(self, state: State, base: Mapping[str, float], *, step: int) -> dict[str, float]:
+        return self._actuate(state["control"], base)
+
+    def _actuate(self, control: float, base: Mapping[str, float]) -> dict[str, float]:
+        signs = {key: sign for actuators in ACTUATORS.values() for key, (sign, _) in actuators.items()}
+        result = {}
+        for key, (low, high) in self.limits.items():
+            push = signs[key] * control
+            result[key] = base[key] + push * ((high - base[key]) if push > 0 else (base[key] - low))
+        return result
+
+    def extremes(self, base: Mapping[str, float]) -> list[dict[str, float]]:
+        for key, (low, high) in self.limits.items():
+            if not low <= base[key] <= high:
+                raise ValueError(
+                    f"schedule.limits.{key}=[{low:g}, {high:g}] does not hold loss.{key}={base[key]:g}: "
+                    "widen the limits or change the loss's value."
+                )
+        return [self._actuate(control, base) for control in (-1.0, 1.0)]
+
+    def metrics(self, state: State) -> dict[str, float]:
+        return {key: state[key] for key in ("target", "control", "integral") if state[key] is not None}
+
+
+SCHEDULES: dict[str, type[Schedule]] = {
+    "none": NoSchedule,
+    "piecewise": Piecewise,
+    "linear": Linear,
+    "entropy_target": EntropyTarget,
+}
+
+
+def hysteresis(previous: int, entropy: float, low: float, high: float) -> int:
+    """OD's state (P0 sec. 4.2): 1 (boost) when H <= low, 0 (suppress) when H > high, else as before."""
+    if entropy <= low:
+        return 1
+    return 0 if entropy > high else previous
+
+
+@dataclass(frozen=True)
+class Controller:
+    """A loss's configuration and the schedule that moves it. Build with `build_controller`."""
+
+    loss_name: str
+    base: dict[str, Any]
+    """The loss's parameters, defaults filled in."""
+    schedule: Schedule
+
+    @property
+    def _oscillates(self) -> bool:
+        return self.loss_name == "dynamic_clip" and self.base["strategy"] == "od"
+
+    def init(self) -> State:
+        """State before the first step; JSON-serialisable."""
+        state: State = {"step": -1, "total_steps": 0, **self.schedule.init()}
+        if self._oscillates:
+            state |= {"h_init": None, "s": self.base["initial_state"]}
+        return state
+
+    def observe(self, state: State, *, step: int, total_steps: int, entropy: float) -> State:
+        """The next state. Call once per rollout step, before its first update.
+
+        Args:
+            step: rollout step, 0 <= step <= total_steps, larger than at the last call.
+            entropy: mean token entropy over this step's global batch, nats.
+        Raises:
+            ValueError: entropy is not a finite number >= 0.
+        """
+        check_number("entropy", entropy, 0, 1e6)
+        assert step > state["step"], f"step {step} observed after step {state['step']}: each step is observed once"
+        new = {**state, **self.schedule.observe(state, step=step, total_steps=total_steps, entropy=entropy)}
+        if self._oscillates:
+            h_init = entropy if state["h_init"] is None else state["h_init"]
+            h_min = self.base["entropy_floor"] * h_init
+            high = h_min + (h_init - h_min) * (1 - step / total_steps)
+            new |= {"h_init": h_init, "s": hysteresis(state["s"], entropy, h_min, high)}
+        return {**new, "step": step, "total_steps": total_steps}
+
+    def loss_params(self, state: State, *, step: int, total_steps: int) -> dict[str, Any]:
+        """Parameters to merge over the configured ones for this step's `build_loss`."""
+        params: dict[str, Any] = dict(self.schedule.values(state, self.base, step=step))
+        if self.loss_name == "dynamic_clip":
+            params |= {"step": step, "total_steps": total_steps, "state": state.get("s")}
+        return params
+
+    def metrics(self, state: State) -> dict[str, float]:
+        """What was decided at the last observed step, for the log: every parameter moved and every state."""
+        logged = dict(self.schedule.metrics(state))
+        if state["step"] >= 0:
+            logged |= self.schedule.values(state, self.base, step=state["step"])
+        if self._oscillates:
+            logged["state"] = state["s"]
+        return {f"schedule/{key}": float(value) for key, value in logged.items()}
+
+
+def build_controller(
+    loss_name: str, loss_params: Mapping[str, Any], schedule_name: str = "none", **schedule_params: Any
+) -> Controller:
+    """The controller for a loss as configured. OD comes with ``dynamic_clip``'s ``strategy=od`` by itself.
+
+    Raises:
+        ValueError: unknown names or parameters; a schedule that moves what the loss does not have; or one that would
+            take a parameter out of its range at some step (every extreme is tried here).
+    """
+    given = {key: value for key, value in loss_params.items() if key != "name"}
+    clock = {"step": 0, "total_steps": 1, "state": 0} if loss_name == "dynamic_clip" else {}
+    loss = build_loss(loss_name, **{**given, **clock})
+    base = {f.name: getattr(loss, f.name) for f in fields(LOSSES[loss_name])}  # type: ignore[arg-type]
+    if isinstance(loss, DynamicClip):
+        for key in clock:
+            del base[key]
+    if schedule_name == "entropy_target":
+        schedule_params = {**schedule_params, "limits": _limits(loss_name, schedule_params.get("limits"))}
+    schedule = _params.build("schedule", SCHEDULES, schedule_name, schedule_params)
+    for key in getattr(schedule, "points", {}):
+        _check_moves(f"schedule.points.{key}", key, loss_name, base)
+    for settings in schedule.extremes(base):
+        build_loss(loss_name, **{**given, **clock, **settings})
+    return Controller(loss_name, base, schedule)
+
+
+def _limits(loss_name: str, limits: Mapping[str, Sequence[float]] | None) -> dict[str, Sequence[float]]:
+    """The configured limits, checked, or the loss's defaults."""
+    known = ACTUATORS.get(loss_name)
+    if known is None:
+        losses = ", ".join(ACTUATORS)
+        raise ValueError(
+            f"schedule.name='entropy_target' cannot steer loss.name={loss_name!r}: choose one of {losses}."
+        )
+    for key, pair in (limits or {}).items():
+        _check_moves(f"schedule.limits.{key}", key, loss_name, known)
+        if len(pair) != 2:
+            raise ValueError(f"schedule.limits.{key}={list(pair)!r} is no interval: give [low, high].")
+    return dict(limits) if limits else {key: default for key, (_, default) in known.items() if default}
+
+
+def _check_moves(where: str, key: str, loss_name: str, known: Mapping[str, Any]) -> None:
+    if key not in known:
+        raise ValueError(f"{where} is not a parameter that loss.name={loss_name!r} has{suggest(key, known)}.")
