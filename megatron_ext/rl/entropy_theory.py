@@ -1,0 +1,299 @@
+"""What the papers say a policy-gradient step does to entropy: per-batch diagnostics, and the theorems themselves.
+
+Pure: torch only, no gradient flows through anything here. Shape legend: T tokens (flat, any packing), V actions of a
+tabular softmax with logits ``z_V``. Entropies in nats. Papers: P0 Flexible Entropy Control, P2 CE-GPPO,
+P3 Clip-Low/Clip-High, P4 entropy dynamics (Clip_B / Clip_V).
+
+Notation: ``S_v = p_v (H + log p_v)`` is P4's entropy discriminant (P3 calls it Q), ``S`` the one of the token taken,
+``D = S - E_p[S]`` with ``E_p[S] = H sum p^2 + sum p^2 log p``, and ``r = pi_theta / pi_old``.
+
+First half: diagnostics of a batch. ``*_sums`` return additive float64 scalars, including their denominators: add them
+over micro-batches and ranks (one all-reduce), then call `diagnostics` once. Nothing in them is a mean.
+
+Second half: the theorems on a tabular softmax as (direction of the logits, slope of H) pairs, so that
+`residual_order` can check them: about 2 if the claim is right (halving the step quarters the error), 1 if not.
+
+Where the papers slip, and what is done here:
+* P3 theorems 1 and 2 hold with p_k, q_k and E under ``a ~ pi_k``; the sentence below eq. 5 says ``pi_old``, which gives
+  wrong values. Their 1/T is dropped: one state is one token.
+* P2 eq. 7 needs advantages centred under pi; its eq. 23, E[pi A] = E[A], is false, and is not needed for eq. 7.
+* P4 theorem 2: the proof's expression for delta p_i has a wrong sign; the theorem is right.
+* P4 corollaries 2, 4 and 4.1 hold in expectation over the sampled tokens, not for a batch. With independent tokens the
+  expectation of the population covariance over N tokens is (1 - 1/N) of the exact change.
+* P0 eq. 6 drops the baseline E_p[S] of eq. 5 and so has the wrong sign for some tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_ext.rl.types import TokenStats
+
+REGIONS = ("E1", "E2", "E3", "E4")
+QUADRANTS = ("PA_HP", "PA_LP", "NA_HP", "NA_LP")
+
+
+# --- diagnostics of a batch --------------------------------------------------------------------------------------
+
+
+def discriminant(stats: TokenStats) -> Tensor:
+    """``S = p (H + log p)`` of the token taken, (T,). P4 section 3.1; Q in P3 theorem 1."""
+    return stats.logp.exp() * (stats.entropy + stats.logp)
+
+
+def expected_discriminant(stats: TokenStats) -> Tensor:
+    """``E_p[S] = sum_v p_v^2 (H + log p_v)``, (T,). P4 theorem 2."""
+    return stats.entropy * stats.sum_p2 + stats.sum_p2_logp
+
+
+def score_norm(stats: TokenStats) -> Tensor:
+    """``||d log p / d z||_2 = ||e_y - p||_2 = sqrt(1 - 2 p + sum p^2)``, (T,): a token's gradient at the logits."""
+    return (1 - 2 * stats.logp.exp() + stats.sum_p2).clamp(min=0).sqrt()
+
+
+def diagnostic_sums(
+    stats: TokenStats,
+    old_logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    grad_weight: Tensor | None = None,
+    eps_low: float | Tensor = 0.2,
+    eps_high: float | Tensor = 0.2,
+    hp_threshold: float = 0.5,
+) -> dict[str, Tensor]:
+    """All sums that `diagnostics` needs, as additive float64 scalars.
+
+    Args:
+        stats: of the weights in force (statistics pass: then ``old_logp = stats.logp``; or a mini-update's forward).
+        old_logp, advantages: (T,).
+        mask: (T,) bool; other tokens may hold anything, NaN included.
+        grad_weight: (T,) F of the loss, ``d(-loss)/d theta = F A grad log p``; by default r, the unclipped one.
+        eps_low, eps_high: the events of P3 are r < 1 - eps_low and r > 1 + eps_high, scalar or per token.
+        hp_threshold: a token is "high-probability" (HP) above it. P2 gives no number; 0.5 is ours.
+    """
+    stats = TokenStats(*(_masked(x, mask) for x in (stats.logp, stats.entropy, stats.sum_p2, stats.sum_p2_logp)))
+    advantages = _masked(advantages, mask)
+    ratio = torch.where(mask, (stats.logp - _masked(old_logp, mask)).exp(), 0.0)
+    weight = ratio if grad_weight is None else _masked(grad_weight, mask)
+    mass = (weight * advantages).abs() * score_norm(stats)
+    sums = {"tokens": mask.sum().double(), "grad": mass.sum()}
+    sums |= _entropy_change_sums(stats, ratio, advantages)
+    sums |= _clip_sums(stats, ratio, mask, eps_low, eps_high)
+    groups = region_masks(stats.logp, ratio, advantages) | quadrant_masks(stats.logp, advantages, hp_threshold)
+    for name, member in groups.items():
+        sums[f"tokens/{name}"] = (member & mask).sum().double()
+        sums[f"grad/{name}"] = torch.where(member & mask, mass, 0.0).sum()
+    return sums
+
+
+def diagnostics(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Numbers to log from sums over the global batch; 0 where there is nothing to average.
+
+    * ``entropy_slope``: -Cov_B(A, r D), P4 cor. 4.1; times the learning rate it predicts the change of mean entropy
+      under plain gradient ascent on independent logits. Under Adam its sign and correlation mean something, not its
+      size. ``entropy_slope_raw``: -E_B[A r D], what theorem 2 says of this very batch, before cor. 2 is assumed.
+    * ``tokens/<region>``, ``grad/<region>``: share of response tokens, and of gradient mass |F A| ||e_y - p||, in
+      P0's E1..E4 and in P2's positive/negative advantage x high/low probability.
+    * ``q_gap_low``, ``q_gap_high``: E[Q] - E[Q|X] and E[Q] - E[Q|Y] (P3 eq. 7), expectations under pi_theta:
+      clipped tokens weighted by r, each against E_p[S] of its own state.
+    * ``clip_low_term``, ``clip_high_term``: p_k and q_k times these (P3 theorem 1): the mean over all tokens.
+    """
+    n = sums["tokens"]
+    mean = {name: _ratio(sums[name], n) for name in ("a", "rd", "ard", "low_gap", "high_gap")}
+    out = {
+        "entropy_slope": mean["a"] * mean["rd"] - mean["ard"],
+        "entropy_slope_raw": -mean["ard"],
+        "q_gap_low": _ratio(sums["low_gap"], sums["low_r"]),
+        "q_gap_high": _ratio(sums["high_gap"], sums["high_r"]),
+        "clip_low_term": mean["low_gap"],
+        "clip_high_term": mean["high_gap"],
+    }
+    for name in REGIONS + QUADRANTS:
+        out[f"tokens/{name}"] = _ratio(sums[f"tokens/{name}"], n)
+        out[f"grad/{name}"] = _ratio(sums[f"grad/{name}"], sums["grad"])
+    return out
+
+
+def region_masks(logp: Tensor, ratio: Tensor, advantages: Tensor) -> dict[str, Tensor]:
+    """P0 section 3: E1/E2 = A > 0, 1 < r < 1.3, p > 0.7 / p <= 0.3; E3/E4 = A < 0, 0.7 < r < 1, likewise."""
+    prob = logp.exp()
+    raised = (advantages > 0) & (ratio > 1) & (ratio < 1.3)
+    lowered = (advantages < 0) & (ratio > 0.7) & (ratio < 1)
+    high, low = prob > 0.7, prob <= 0.3
+    return {"E1": raised & high, "E2": raised & low, "E3": lowered & high, "E4": lowered & low}
+
+
+def quadrant_masks(logp: Tensor, advantages: Tensor, hp_threshold: float = 0.5) -> dict[str, Tensor]:
+    """P2 figure 1: positive (PA) or negative (NA) advantage x high (HP) or low (LP) probability."""
+    high = logp.exp() > hp_threshold
+    positive, negative = advantages > 0, advantages < 0
+    return {"PA_HP": positive & high, "PA_LP": positive & ~high, "NA_HP": negative & high, "NA_LP": negative & ~high}
+
+
+def _entropy_change_sums(stats: TokenStats, ratio: Tensor, advantages: Tensor) -> dict[str, Tensor]:
+    rd = ratio * (discriminant(stats) - expected_discriminant(stats))
+    return {"a": advantages.sum(), "rd": rd.sum(), "ard": (advantages * rd).sum()}
+
+
+def _clip_sums(
+    stats: TokenStats, ratio: Tensor, mask: Tensor, eps_low: float | Tensor, eps_high: float | Tensor
+) -> dict[str, Tensor]:
+    """Tokens come from pi_old, so r turns their sums into expectations under pi_theta."""
+    gap = ratio * (expected_discriminant(stats) - discriminant(stats))
+    low, high = mask & (ratio < 1 - eps_low), mask & (ratio > 1 + eps_high)
+    return {
+        "low_r": torch.where(low, ratio, 0.0).sum(),
+        "low_gap": torch.where(low, gap, 0.0).sum(),
+        "high_r": torch.where(high, ratio, 0.0).sum(),
+        "high_gap": torch.where(high, gap, 0.0).sum(),
+    }
+
+
+def _masked(x: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, x.detach().double(), 0.0)
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    return torch.where(denominator != 0, numerator / denominator, 0.0)
+
+
+def exponential_fit(entropy: Tensor, reward: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Least squares of P0 section 2.2, ``R = a exp(H) + b``, over a run's steps.
+
+    Returns:
+        a, b and the coefficient of determination (0 for a constant reward).
+    """
+    x, y = entropy.double().exp(), reward.double()
+    x0, y0 = x - x.mean(), y - y.mean()
+    a = _ratio((x0 * y0).sum(), x0.square().sum())
+    residual = (y0 - a * x0).square().sum()
+    return a, y.mean() - a * x.mean(), _ratio(y0.square().sum() - residual, y0.square().sum())
+
+
+# --- theorems on a tabular softmax -------------------------------------------------------------------------------
+
+
+class FirstOrder(NamedTuple):
+    """A claim: the logits move by ``eta * direction``, and the entropy by ``eta * slope + O(eta^2)``."""
+
+    direction: Tensor  # (V,)
+    slope: Tensor  # scalar
+
+
+def entropy(z_V: Tensor) -> Tensor:
+    """H of softmax(z) over the last dimension."""
+    logp_V = z_V.log_softmax(-1)
+    return -(logp_V.exp() * logp_V).sum(-1)
+
+
+def discriminants(z_V: Tensor) -> Tensor:
+    """``S_v = p_v (H + log p_v)`` of every action. P0 eq. 4: the gradient of H with respect to the logits is -S."""
+    logp_V = z_V.log_softmax(-1)
+    return logp_V.exp() * (entropy(z_V)[..., None] + logp_V)
+
+
+def centred_discriminants(z_V: Tensor) -> Tensor:
+    """``D_v = S_v - E_p[S]``. P0 eq. 5: <grad L, grad H> = -A D for the token taken. P4 cor. 1: E_p[D] = 0."""
+    s_V = discriminants(z_V)
+    return s_V - (z_V.softmax(-1) * s_V).sum(-1, keepdim=True)
+
+
+def residual_order(z_V: Tensor, claim: FirstOrder, eta: float) -> Tensor:
+    """log2 of the error of the claim at ``eta`` over the error at ``eta / 2``, measured by taking both steps."""
+
+    def error(step: float) -> Tensor:
+        return (entropy(z_V + step * claim.direction) - entropy(z_V) - step * claim.slope).abs()
+
+    return torch.log2(error(eta) / error(eta / 2))
+
+
+def single_logit(z_V: Tensor, action: int) -> FirstOrder:
+    """P4 theorem 1: raising one logit changes H by -S of that action."""
+    return FirstOrder(_one_hot(z_V, action), -discriminants(z_V)[action])
+
+
+def single_token(z_V: Tensor, action: int) -> FirstOrder:
+    """P4 theorem 2 (and P0 eq. 5): ascent on log p of one action changes H by -D; eta stands for alpha = eta r A."""
+    return FirstOrder(_one_hot(z_V, action) - z_V.softmax(-1), -centred_discriminants(z_V)[action])
+
+
+def expected_gradient(z_V: Tensor, advantages_V: Tensor) -> FirstOrder:
+    """P2 eq. 7: the expected policy gradient changes H by -Cov_pi(log pi, pi A), if A is centred under pi."""
+    p_V, logp_V = z_V.softmax(-1), z_V.log_softmax(-1)
+    direction = p_V * (advantages_V - (p_V * advantages_V).sum())
+    return FirstOrder(direction, -covariance(p_V, logp_V, p_V * advantages_V))
+
+
+def clipped_gradient(
+    z_V: Tensor, z_old_V: Tensor, *, eps_low: float, eps_high: float, mu_nu: float = 1.0
+) -> FirstOrder:
+    """P3 theorem 1: random rewards and PPO clipping, policy gradient.
+
+    ``mu_nu`` is P(A > 0) E[A | A > 0] of advantages independent of the action, symmetric about 0. All expectations
+    under softmax(z); the clipped sets compare it with softmax(z_old).
+    """
+    p_V, q_V = z_V.softmax(-1), discriminants(z_V)
+    low_V, high_V = clip_events(z_V, z_old_V, eps_low=eps_low, eps_high=eps_high)
+    h_V = low_V - high_V
+    direction = mu_nu * p_V * (h_V - (p_V * h_V).sum())
+    gap_V = (p_V * q_V).sum() - q_V
+    # p_k (E[Q] - E[Q|X]) = E[1_X (E[Q] - Q)]: well defined for an empty X too.
+    return FirstOrder(direction, mu_nu * ((p_V * low_V * gap_V).sum() - (p_V * high_V * gap_V).sum()))
+
+
+def clipped_natural_gradient(
+    z_V: Tensor, z_old_V: Tensor, *, eps_low: float, eps_high: float, mu_nu: float = 1.0
+) -> FirstOrder:
+    """P3 theorem 2: as theorem 1 for the natural policy gradient, whose update of the logits is ``eta mu nu h``."""
+    p_V, logp_V = z_V.softmax(-1), z_V.log_softmax(-1)
+    low_V, high_V = clip_events(z_V, z_old_V, eps_low=eps_low, eps_high=eps_high)
+    surprise_V = -logp_V - entropy(z_V)
+    slope = mu_nu * ((p_V * low_V * surprise_V).sum() - (p_V * high_V * surprise_V).sum())
+    return FirstOrder(mu_nu * (low_V - high_V), slope)
+
+
+def clip_events(z_V: Tensor, z_old_V: Tensor, *, eps_low: float, eps_high: float) -> tuple[Tensor, Tensor]:
+    """Indicators, in the dtype of ``z_V``, of P3's X (r < 1 - eps_low) and Y (r > 1 + eps_high)."""
+    ratio_V = (z_V.log_softmax(-1) - z_old_V.log_softmax(-1)).exp()
+    return (ratio_V < 1 - eps_low).to(z_V.dtype), (ratio_V > 1 + eps_high).to(z_V.dtype)
+
+
+def covariance(p_V: Tensor, x_V: Tensor, y_V: Tensor) -> Tensor:
+    """Cov of two functions of an action drawn from ``p_V``."""
+    return (p_V * x_V * y_V).sum() - (p_V * x_V).sum() * (p_V * y_V).sum()
+
+
+def expected_token_slope(z_V: Tensor, z_sample_V: Tensor, advantages_V: Tensor) -> Tensor:
+    """P4 cor. 3 and 3.1: E over actions from softmax(z_sample) of a token's entropy slope, -Cov(A, r D)."""
+    ratio_V = (z_V.log_softmax(-1) - z_sample_V.log_softmax(-1)).exp()
+    return -covariance(z_sample_V.softmax(-1), advantages_V, ratio_V * centred_discriminants(z_V))
+
+
+def batch_expectation(sampling_NV: Tensor, statistic: Callable[[Tensor], Tensor]) -> Tensor:
+    """Exact expectation of ``statistic(actions_N)`` over N independent actions, by enumerating all V^N batches.
+
+    For P4 cor. 2, 4, 2.1 and 4.1, which hold in expectation only.
+    """
+    n, v = sampling_NV.shape
+    total = torch.zeros((), dtype=sampling_NV.dtype)
+    for actions in itertools.product(range(v), repeat=n):
+        actions_N = torch.tensor(actions)
+        total = total + sampling_NV[torch.arange(n), actions_N].prod() * statistic(actions_N)
+    return total
+
+
+def value_gradient_norm(z_V: Tensor, reward_V: Tensor) -> Tensor:
+    """``||grad_z V||_2`` with V = E_pi[R]. P0 section 2.2 states it is <= 2 H; with R in [0, 1] it is <= H even:
+    ||grad V||_1 = E|R - V| <= E|R - R'| <= P(a != a') = 1 - sum p^2 <= -ln sum p^2 <= H."""
+    p_V = z_V.softmax(-1)
+    return (p_V * (reward_V - (p_V * reward_V).sum())).norm()
+
+
+def _one_hot(z_V: Tensor, action: int) -> Tensor:
+    return torch.nn.functional.one_hot(torch.tensor(action), z_V.shape[-1]).to(z_V)
