@@ -1,0 +1,114 @@
+"""Weight transport through files: safetensors in a private directory that learner and servers both see.
+
+Memory-backed (/dev/shm) when the servers run on this host. The servers go on generating while tensors are staged; they
+are paused only once the files are complete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_ext.sync.base import Servers
+
+SHARD_BYTES = 1 << 30  # staged host memory is bounded by one shard
+PREFIX = "megatron-gppo-weights-"
+
+
+class DiskSync:
+    """`WeightSync` by files.
+
+    Args:
+        servers: control plane of the servers to update.
+        parent: directory in which a private (0700) one is made; default /dev/shm if there is one, else the system's
+            temporary directory. Servers on other hosts need a shared file system here.
+    """
+
+    def __init__(self, servers: Servers, parent: Path | None = None) -> None:
+        self._servers = servers
+        if parent is None:
+            parent = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
+        parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(parent)
+        self.root = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))  # mkdtemp gives mode 0700
+        self._lock_fd = os.open(self.root / "lock.new", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
+        (self.root / "lock.new").rename(self.root / "lock")  # never visible unlocked
+        self._stage: Path | None = None
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._files: list[str] = []
+
+    def begin(self, version: int) -> None:
+        assert self._stage is None, "an update is already open"
+        self._stage = self.root / f"v{version:06d}"
+        self._stage.mkdir(mode=0o700)
+        self._pending, self._pending_bytes, self._files = {}, 0, []
+
+    def send(self, name: str, tensor: Tensor) -> None:
+        """Stage a copy of one tensor."""
+        assert self._stage is not None, "send() before begin()"
+        # A sender may reuse its buffer (a gather per layer does), and a shard is written later than it is sent.
+        self._pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        self._pending_bytes += tensor.numel() * tensor.element_size()
+        if self._pending_bytes >= SHARD_BYTES:
+            self._flush()
+
+    def commit(self, version: int, checksum: str) -> None:
+        self._flush()
+        assert self._stage is not None
+        info = {"directory": str(self._stage), "files": self._files, "version": version, "checksum": checksum}
+        try:
+            self._servers.start_update()
+            self._servers.receive(info)
+            self._servers.finish_update(version, checksum)
+        except BaseException:
+            self._servers.fail_update()
+            raise
+        self._drop_stage()
+
+    def abort(self) -> None:
+        self._pending = {}
+        self._drop_stage()
+
+    def close(self) -> None:
+        """Remove the private directory; safe to call twice."""
+        shutil.rmtree(self.root, ignore_errors=True)
+        if self._lock_fd >= 0:
+            os.close(self._lock_fd)
+            self._lock_fd = -1
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        assert self._stage is not None
+        name = f"shard-{len(self._files):05d}.safetensors"
+        save_file(self._pending, self._stage / name)
+        self._files.append(name)
+        self._pending, self._pending_bytes = {}, 0
+
+    def _drop_stage(self) -> None:
+        if self._stage is not None:
+            shutil.rmtree(self._stage, ignore_errors=True)
+            self._stage = None
+
+
+def remove_abandoned(parent: Path) -> None:
+    """Delete what a killed run left behind: directories of ours whose lock nobody holds."""
+    for root in parent.glob(PREFIX + "*"):
+        if root.stat().st_uid != os.getuid() or not (root / "lock").exists():
+            continue
+        fd = os.open(root / "lock", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(root, ignore_errors=True)
+        except BlockingIOError:
+            pass  # its owner lives
+        finally:
+            os.close(fd)

