@@ -107,12 +107,12 @@ class Worker:
             return
         try:
             message = self._exchange(b"", STARTUP_TIMEOUT_S)
-        except (WorkerDied, TimeoutError) as error:
-            reason = f"it did not come up within {STARTUP_TIMEOUT_S:.0f} s" if isinstance(error, TimeoutError) else error
-            raise RuntimeError(f"the reward worker cannot start: {reason}; is reward.memory_mb too small?") from error
-        if not (isinstance(message, dict) and message.get("ready")):
-            reason = message.get("error") if isinstance(message, dict) else message
-            raise RuntimeError(f"the reward worker cannot start: {reason}")
+        except TimeoutError as error:
+            raise RuntimeError(f"the reward worker did not come up within {STARTUP_TIMEOUT_S:.0f} s") from error
+        except WorkerDied as error:
+            raise RuntimeError(f"the reward worker cannot start ({error}): is reward.memory_mb too small?") from error
+        if not isinstance(message, dict) or message.get("ready") is not True:
+            raise RuntimeError(f"the reward worker cannot start: {message}")
         self._ready = True
 
     def ask(self, item: RewardItem, timeout_s: float) -> RewardResult:
@@ -242,7 +242,12 @@ class RewardPool:
         while True:
             worker = self._slots[slot] or Worker(self._command)
             self._slots[slot] = worker
-            worker.wait_ready()
+            try:
+                worker.wait_ready()
+            except RuntimeError:
+                worker.kill()
+                self._slots[slot] = None
+                raise
             was_fresh = worker.served == 0
             try:
                 result = worker.ask(item, self._timeout_s)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 OK, TIMEOUT, CRASH, INVALID = "ok", "timeout", "crash", "invalid"
 
@@ -34,6 +34,9 @@ class RewardResult:
 class Verifier(Protocol):
     """A pure function of the item: equal items get equal results, in any process and any order."""
 
-    in_process: ClassVar[bool] | bool  # harmless string work, may run inside the trainer
+    @property
+    def in_process(self) -> bool:
+        """Harmless string work that may run inside the trainer."""
+        ...
 
     def __call__(self, item: RewardItem) -> RewardResult: ...

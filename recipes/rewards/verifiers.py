@@ -51,7 +51,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def normalise_answer(text: str) -> str:
-    """Canonical form of a short answer: case and outer punctuation dropped, spaces joined, ``$1,200.00`` as ``1200``."""
+    """Canonical form of a short answer: no case, no outer punctuation, single spaces, ``$1,200.00`` as ``1200``."""
     text = " ".join(text.split()).strip("$ ").rstrip(".").rstrip("$ ").casefold()
     text = _THOUSANDS.sub("", text)
     if _NUMBER.fullmatch(text):
@@ -79,7 +79,7 @@ class FinalAnswer:
 
     def __post_init__(self) -> None:
         if not self.marker:
-            raise ValueError("reward.marker is empty: name the text that precedes the final answer, such as '#'")
+            raise ValueError("reward.params.marker is empty: name the text that precedes the final answer, such as '#'")
 
     def __call__(self, item: RewardItem) -> RewardResult:
         answer = self.extract(item.text)
@@ -113,7 +113,7 @@ class Math:
 
     def __post_init__(self) -> None:
         if self.max_answer_chars < 1 or self.max_text_chars < 1:
-            raise ValueError("reward.max_answer_chars and reward.max_text_chars must be positive")
+            raise ValueError("reward.params.max_answer_chars and reward.params.max_text_chars must be positive")
 
     def __call__(self, item: RewardItem) -> RewardResult:
         answer = last_boxed(item.text)
@@ -164,7 +164,7 @@ class Format:
         try:
             re.compile(self.pattern)
         except re.error as error:
-            raise ValueError(f"reward.pattern is not a regular expression: {error}") from error
+            raise ValueError(f"reward.params.pattern is not a regular expression: {error}") from error
         make_verifier(self.judge, **self.judge_params)
 
     def __call__(self, item: RewardItem) -> RewardResult:
@@ -192,9 +192,11 @@ class Random:
 
     def __post_init__(self) -> None:
         if self.distribution not in ("bernoulli", "normal", "uniform"):
-            raise ValueError(f"reward.distribution must be bernoulli, normal or uniform, not {self.distribution!r}")
+            raise ValueError(
+                f"reward.params.distribution is bernoulli, normal or uniform, not {self.distribution!r}"
+            )
         if not 0 <= self.p <= 1:
-            raise ValueError(f"reward.p is a probability between 0 and 1, not {self.p}")
+            raise ValueError(f"reward.params.p is a probability between 0 and 1, not {self.p}")
         make_verifier(self.judge, **self.judge_params)
 
     @property
@@ -228,5 +230,5 @@ def make_verifier(name: str, **params: Any) -> Verifier:
     known = list(inspect.signature(VERIFIERS[name]).parameters)
     for key in params:
         if key not in known:
-            raise ValueError(f"reward.{key} is unknown for the {name} reward: it takes {', '.join(known)}")
+            raise ValueError(f"reward.params.{key} is unknown for the {name} reward: it takes {', '.join(known)}")
     return VERIFIERS[name](**params)
