@@ -14,13 +14,14 @@ Second half: the theorems on a tabular softmax as (direction of the logits, slop
 `residual_order` can check them: about 2 if the claim is right (halving the step quarters the error), 1 if not.
 
 Where the papers slip, and what is done here:
-* P3 theorems 1 and 2 hold with p_k, q_k and E under ``a ~ pi_k``; the sentence below eq. 5 says ``pi_old``, which gives
-  wrong values. Their 1/T is dropped: one state is one token.
+* P3 theorems 1 and 2 hold with p_k, q_k and E under ``a ~ pi_k``; X_k and Y_k are defined by actions
+  from ``pi_old``, and reading the expectations so gives wrong values, now and then of the wrong sign. Their 1/T is
+  dropped: one state is one token.
 * P2 eq. 7 needs advantages centred under pi; its eq. 23, E[pi A] = E[A], is false, and is not needed for eq. 7.
 * P4 theorem 2: the proof's expression for delta p_i has a wrong sign; the theorem is right.
 * P4 corollaries 2, 4 and 4.1 hold in expectation over the sampled tokens, not for a batch. With independent tokens the
   expectation of the population covariance over N tokens is (1 - 1/N) of the exact change.
-* P0 eq. 6 drops the baseline E_p[S] of eq. 5 and so has the wrong sign for some tokens.
+* P0 eq. 6 drops the baseline E_p[S] of eq. 5 and so has the wrong sign for about one in six sampled tokens.
 """
 
 from __future__ import annotations
