@@ -1,0 +1,73 @@
+"""What the command lines share: options, progress and errors of one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def size(text: str) -> int:
+    """Bytes from "5GB", "500MiB" or a plain number; ArgumentTypeError otherwise."""
+    digits = text.rstrip("KMGIBkmgib")
+    unit = text[len(digits) :].upper()
+    try:
+        value = float(digits) * (_UNITS[unit] if unit else 1)
+    except (ValueError, KeyError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MiB") from error
+    return int(value)
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, help="cast all tensors (default: keep)")
+    parser.add_argument("--threads", type=int, default=default_threads(), help="default: %(default)s")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out when it exists")
+
+
+def default_threads() -> int:
+    """One per usable core, at most 8: more only wait for the disk."""
+    return min(len(os.sched_getaffinity(0)), 8)
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar with bytes/s and time left on a terminal, one line at the end elsewhere; give it bytes as they are done."""
+    started, done, lock = time.monotonic(), 0, threading.Lock()
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(title, total=total)
+
+        def advance(count: int) -> None:
+            nonlocal done
+            with lock:
+                done += count
+            bar.advance(task, count)
+
+        yield advance
+    seconds = time.monotonic() - started
+    print(f"{title}: {done / 2**20:,.1f} MiB in {seconds:.1f} s ({done / 2**20 / seconds:,.0f} MiB/s)", file=sys.stderr)
+
+
+def run(main: Callable[[], int]) -> None:
+    """Run a command; what a user can mend ends in one sentence and status 1 instead of a traceback."""
+    torch.set_num_threads(1)  # conversion has threads of its own
+    try:
+        status = main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        print("interrupted: nothing was left behind", file=sys.stderr)
+        status = 130
+    raise SystemExit(status)

@@ -1,0 +1,230 @@
+"""Hugging Face checkpoint files, read by slice and written as a stream.
+
+The safetensors library validates every file; the bytes are then read with `pread` and written with `pwrite`, because
+its own interface maps whole files (resident memory grows with the checkpoint) and writes only files that are complete
+in memory. Format: https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Where one tensor lies."""
+
+    path: Path
+    offset: int  # bytes from the start of the file
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape[1:])
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+class HFReader:
+    """Tensors of a Hugging Face directory by name; safe to share between threads.
+
+    Raises:
+        ValueError: no safetensors there, an index that names files outside the directory or tensors that are not
+            there, a truncated or corrupt file, a tensor whose dtype is not a floating-point one.
+        OSError: a file cannot be read.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.tensors: dict[str, Located] = {}
+        expected = self._index()
+        paths = {self.directory / file for file in expected.values()} or set(self.directory.glob("*.safetensors"))
+        if not paths:
+            raise ValueError(f"{self.directory} has no *.safetensors files; pickled weights are not read")
+        self._fds: dict[Path, int] = {}
+        for path in sorted(paths):
+            self._open(path)
+        if missing := sorted(set(expected) - set(self.tensors)):
+            raise ValueError(f"{INDEX} lists tensors that no file contains: {', '.join(missing[:8])}")
+
+    def _index(self) -> dict[str, str]:
+        path = self.directory / INDEX
+        if not path.is_file():
+            return {}
+        try:
+            weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+            files = set(weight_map.values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a valid index ({error!r}): download the file again") from error
+        for file in files:
+            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+                raise ValueError(f"{path} names {file!r}, which is not a plain *.safetensors file name: refused")
+            if not (self.directory / file).is_file():
+                raise ValueError(f"{path} names {file!r}, which does not exist: download it")
+        return dict(weight_map)
+
+    def _open(self, path: Path) -> None:
+        try:
+            with safe_open(str(path), framework="pt"):
+                pass  # the library checks the header against the size of the file
+        except SafetensorError as error:
+            raise ValueError(f"{path} is truncated or not a safetensors file ({error}): download it again") from error
+        fd = self._fds[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        length = int.from_bytes(os.pread(fd, 8, 0), "little")
+        header = json.loads(os.pread(fd, length, 8))
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(
+                    f"tensor {name!r} in {path.name} has dtype {entry['dtype']}, which conversion does not know: "
+                    f"convert the checkpoint to one of {', '.join(DTYPES)} first"
+                )
+            if name in self.tensors:
+                raise ValueError(f"tensor {name!r} is both in {self.tensors[name].path.name} and in {path.name}")
+            start = 8 + length + entry["data_offsets"][0]
+            self.tensors[name] = Located(path, start, tuple(entry["shape"]), DTYPES[entry["dtype"]])
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor, in memory of their own. KeyError for an unknown name."""
+        where = self.tensors[name]
+        tensor = torch.empty(stop - start, *where.shape[1:], dtype=where.dtype)
+        view, offset = _bytes_of(tensor), where.offset + start * where.row_bytes
+        while view:
+            count = os.preadv(self._fds[where.path], [view], offset)
+            if count == 0:
+                raise ValueError(f"{where.path} ended inside tensor {name!r}: the file was cut while being read")
+            view, offset = view[count:], offset + count
+        return tensor
+
+    def __call__(self, name: str) -> Tensor:
+        return self.rows(name, 0, self.tensors[name].shape[0])
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds = {}
+
+
+def plan_shards(sizes: Mapping[str, int], max_shard_size: int) -> list[list[str]]:
+    """Names per file, in the given order, each file at most `max_shard_size` bytes (or one larger tensor)."""
+    shards: list[list[str]] = []
+    used = 0
+    for name, size in sizes.items():
+        if not shards or used + size > max_shard_size:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    return shards
+
+
+class HFWriter:
+    """Sharded safetensors whose tensors arrive in any order, each from its first row to its last.
+
+    All space is reserved at the start, so a full disk is noticed before any work is done. Blocks of different tensors
+    may be written from different threads.
+
+    Args:
+        shapes: every tensor that will be written, in file order.
+        dtype: of all tensors, or one dtype per name.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtypes: Mapping[str, torch.dtype],
+        max_shard_size: int,
+    ) -> None:
+        self.directory = directory
+        self._fds: dict[Path, int] = {}
+        self._where: dict[str, Located] = {}
+        self._next_row = dict.fromkeys(shapes, 0)
+        self._digests = {name: hashlib.sha256() for name in shapes}
+        sizes = {name: dtypes[name].itemsize * math.prod(shape) for name, shape in shapes.items()}
+        shards = plan_shards(sizes, max_shard_size)
+        files = (
+            [SINGLE]
+            if len(shards) == 1
+            else [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+        )
+        for file, names in zip(files, shards, strict=True):
+            self._create(directory / file, {name: (shapes[name], dtypes[name]) for name in names})
+        if len(shards) > 1:
+            weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
+            (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        self.total_bytes = sum(sizes.values())
+
+    def _create(self, path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, (shape, dtype) in tensors.items():
+            start, end = end, end + dtype.itemsize * math.prod(shape)
+            header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the data must begin at a multiple of 8
+        for name, (shape, dtype) in tensors.items():
+            offset = 8 + len(text) + header[name]["data_offsets"][0]
+            self._where[name] = Located(path, offset, shape, dtype)
+        fd = self._fds[path] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        os.posix_fallocate(fd, 0, 8 + len(text) + end)
+        _write_all(fd, memoryview(len(text).to_bytes(8, "little") + text), 0)
+
+    def write(self, name: str, row: int, rows: Tensor) -> None:
+        """Write rows of a tensor, beginning where the last block of the same tensor ended; casts to its dtype."""
+        where = self._where[name]
+        assert row == self._next_row[name], f"{name}: expected row {self._next_row[name]}, got {row}"
+        view = _bytes_of(rows.to(where.dtype).contiguous())
+        _write_all(self._fds[where.path], view, where.offset + row * where.row_bytes)
+        self._digests[name].update(view)
+        self._next_row[name] = row + rows.shape[0]
+
+    def finish(self) -> dict[str, str]:
+        """Flush to disk; SHA-256 of every tensor's bytes. ValueError when a tensor was not written completely."""
+        short = [name for name, rows in self._next_row.items() if rows != self._where[name].shape[0]]
+        if short:
+            raise ValueError(f"tensors not written completely: {', '.join(short[:8])}")
+        for fd in self._fds.values():
+            os.fsync(fd)
+        self.close()
+        return {name: digest.hexdigest() for name, digest in self._digests.items()}
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds = {}
+
+
+def _write_all(fd: int, view: memoryview, offset: int) -> None:
+    while view:
+        count = os.pwrite(fd, view, offset)
+        view, offset = view[count:], offset + count
+
+
+def side_files(directory: Path) -> Iterable[Path]:
+    """Configuration, tokenizer and licence files: all that is not weights, index, code or hidden."""
+    for path in sorted(directory.iterdir()):
+        known = path.suffix in (".json", ".txt", ".model", ".jinja") or path.name in ("LICENSE", "NOTICE")
+        if path.is_file() and known and not path.name.endswith(".index.json") and path.name != "manifest.json":
+            yield path

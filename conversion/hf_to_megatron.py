@@ -1,0 +1,96 @@
+"""Hugging Face directory -> Megatron checkpoint: `python -m conversion.hf_to_megatron --hf DIR --out DIR`.
+
+The result is in Megatron's `dist_checkpointing` format and loads at any TP, PP, VPP and EP. No Megatron is needed here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+
+import torch
+
+from conversion import cli
+from conversion.config import HFConfig, read_config
+from conversion.hf_files import HFReader, side_files
+from conversion.mapping import HF_OUTPUT, hf_shapes, unconsumed
+from conversion.megatron_reader import HF_FILES
+from conversion.megatron_writer import Progress, write_megatron
+from conversion.publish import published, require_space, write_manifest
+
+
+def check_source(hf: HFConfig, reader: HFReader) -> None:
+    """ValueError when the tensors are not exactly those that config.json implies; says which, and how they differ."""
+    where = reader.directory
+    shapes = hf_shapes(hf)
+    if missing := sorted(set(shapes) - set(reader.tensors)):
+        raise ValueError(f"{where} lacks the tensors {', '.join(missing[:8])}, which its config.json implies")
+    if extra := unconsumed(hf, reader.tensors):
+        raise ValueError(f"{where} has tensors that nothing in {hf.architecture} uses: {', '.join(extra[:8])}")
+    for name, shape in shapes.items():
+        if (found := reader.tensors[name].shape) != shape:
+            raise ValueError(f"tensor {name!r} in {where} has shape {found} but config.json implies {shape}")
+    if hf.tied and HF_OUTPUT in reader.tensors:
+        embedding = "model.embed_tokens.weight"
+        for start in range(0, hf.vocab_size, 4096):
+            stop = min(start + 4096, hf.vocab_size)
+            if not torch.equal(reader.rows(HF_OUTPUT, start, stop), reader.rows(embedding, start, stop)):
+                raise ValueError(
+                    f"config.json says tie_word_embeddings=true but {HF_OUTPUT} differs from {embedding}: "
+                    "set it to false or remove the tensor"
+                )
+
+
+def convert(
+    hf_dir: str | Path,
+    out: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    threads: int = 1,
+    overwrite: bool = False,
+    progress: Progress = lambda count: None,
+) -> None:
+    """Write `out` completely or not at all. ValueError, OSError: what is wrong with the source or the destination."""
+    hf_dir = Path(hf_dir)
+    hf = read_config(hf_dir)
+    reader = HFReader(hf_dir)
+    try:
+        check_source(hf, reader)
+        with published(out, overwrite) as partial:
+            require_space(partial, total_bytes(hf, reader, dtype))
+            digests = write_megatron(hf, reader, partial, dtype=dtype, threads=threads, progress=progress)
+            (partial / HF_FILES).mkdir()
+            for path in side_files(hf_dir):
+                shutil.copyfile(path, partial / HF_FILES / path.name)
+            write_manifest(partial, known=digests, base_model=hf_dir.resolve().name)
+    finally:
+        reader.close()
+
+
+def total_bytes(hf: HFConfig, reader: HFReader, dtype: torch.dtype | None) -> int:
+    """Bytes of all tensors of the model in the dtype that they will have."""
+    total = 0
+    for name in hf_shapes(hf):
+        where = reader.tensors[name]
+        total += torch.Size(where.shape).numel() * (dtype or where.dtype).itemsize
+    return total
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m conversion.hf_to_megatron", description=(__doc__ or "").strip())
+    parser.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face model directory (safetensors)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="Megatron checkpoint to write")
+    cli.add_common(parser)
+    args = parser.parse_args()
+    dtype = cli.DTYPES.get(args.dtype)
+    reader = HFReader(args.hf)
+    total = sum(torch.Size(where.shape).numel() * (dtype or where.dtype).itemsize for where in reader.tensors.values())
+    reader.close()
+    with cli.progress("Hugging Face -> Megatron", total) as advance:
+        convert(args.hf, args.out, dtype=dtype, threads=args.threads, overwrite=args.overwrite, progress=advance)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,102 @@
+"""Keys of Megatron `dist_checkpointing` checkpoints.
+
+A key is the Transformer Engine spelling of a parameter name. Layers (and experts) are by default stacked: the key has
+no number and the tensor has one more leading axis. Newer Megatron can also number every layer
+(`non_homogeneous_layers`). Sources: megatron/core/transformer/transformer_block.py `sharded_state_dict`,
+megatron/core/transformer/moe/experts.py, megatron/core/models/gpt/gpt_layer_specs.py `sharded_state_dict_keys_map`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from conversion.config import HFConfig
+from conversion.mapping import megatron_names
+from conversion.sharding import te_name
+
+_NUMBERS = re.compile(r"decoder\.layers\.(\d+)\.(?:mlp\.experts\.local_experts\.(\d+)\.)?")
+# What a training checkpoint holds besides the weights of the model.
+_NOT_WEIGHTS = re.compile(r"(optimizer|chained_\d+|opt_param_scheduler|rng_state|rerun_state_machine_state)(\.|/|$).*")
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Where one parameter lies in a checkpoint: at `lead` of the leading axes, of extent `extents`, of tensor `key`."""
+
+    key: str
+    lead: tuple[int, ...] = ()
+    extents: tuple[int, ...] = ()
+
+
+def stacked_slot(hf: HFConfig, name: str) -> Slot:
+    """The default place of a parameter given by its local-spec name."""
+    match = _NUMBERS.match(name)
+    if match is None:
+        return Slot(name)
+    layer, expert = match.groups()
+    rest = name[match.end() :]
+    if expert is not None:
+        assert hf.experts is not None
+        key = f"decoder.layers.mlp.experts.experts.{rest}"
+        return Slot(key, (int(layer), int(expert)), (hf.num_layers, hf.experts.count))
+    key = te_name(f"decoder.layers.{rest}", moe=hf.experts is not None)
+    return Slot(key, (int(layer),), (hf.num_layers,))
+
+
+def _numbered_slots(hf: HFConfig, name: str) -> list[Slot]:
+    """The places of a parameter in checkpoints that number their layers."""
+    match = _NUMBERS.match(name)
+    if match is None:
+        return []
+    layer, expert = match.groups()
+    rest = name[match.end() :]
+    if expert is not None:
+        assert hf.experts is not None
+        base = f"decoder.layers.{layer}.mlp.experts.experts."
+        return [Slot(base + rest, (int(expert),), (hf.experts.count,)), Slot(f"{base}{expert}.{rest}")]
+    return [Slot(te_name(name, moe=hf.experts is not None)), Slot(name)]
+
+
+def find_slots(hf: HFConfig, keys: Iterable[str]) -> dict[str, Slot]:
+    """The place of every parameter of the model among the tensor keys of a checkpoint.
+
+    Raises:
+        ValueError: parameters without a key, or keys that belong to no parameter; lists the names.
+    """
+    weights = {key for key in keys if not _NOT_WEIGHTS.fullmatch(key) and "_extra_state" not in key}
+    slots: dict[str, Slot] = {}
+    missing = []
+    for name in megatron_names(hf):
+        candidates = [stacked_slot(hf, name), *_numbered_slots(hf, name)]
+        found = [slot for slot in candidates if slot.key in weights]
+        if found:
+            slots[name] = found[0]
+        else:
+            missing.append(candidates[0].key)
+    if missing:
+        raise ValueError(f"the checkpoint lacks {', '.join(sorted(set(missing))[:8])}, which {hf.architecture} needs")
+    used = {slot.key for slot in slots.values()} | ({"output_layer.weight"} if hf.tied else set())
+    if extra := sorted(weights - used):
+        raise ValueError(f"nothing in {hf.architecture} uses the checkpoint's {', '.join(extra[:8])}")
+    return slots
+
+
+def extra_state_keys(hf: HFConfig) -> list[str]:
+    """Keys of the (empty) extra states without which Megatron refuses to load a checkpoint into its linear layers."""
+    experts = hf.experts.count if hf.experts else 0
+    modules = ["self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention"]
+    modules += [] if experts else ["mlp.linear_fc1", "mlp.linear_fc2"]
+    keys = [
+        f"decoder.layers.{module}._extra_state/shard_{layer}_{hf.num_layers}"
+        for module in modules
+        for layer in range(hf.num_layers)
+    ]
+    keys += [
+        f"decoder.layers.mlp.experts.experts.linear_{fc}._extra_state/shard_{layer}.{expert}_{hf.num_layers}.{experts}"
+        for fc in ("fc1", "fc2")
+        for layer in range(hf.num_layers)
+        for expert in range(experts)
+    ]
+    return keys
