@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--mark", action="store_true", help="install nothing, declare the environment up to date")
     args = parser.parse_args(argv)
     if sys.version_info < (3, 11):  # noqa: UP036 - this file runs before pip can refuse
-        raise SystemExit(f"[setup] this is Python {platform.python_version()}, >= 3.11 is needed: make PYTHON=python3.11")
+        raise SystemExit(f"[setup] Python {platform.python_version()} is too old, take 3.11: make PYTHON=python3.11")
     venv_dir: Path = args.venv.absolute()
     stamp = venv_dir / ".installed"
     lock = os.open(ROOT, os.O_RDONLY)

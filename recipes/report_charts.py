@@ -1,0 +1,226 @@
+"""Charts of the report: small inline SVGs that take their colours from the page, so that light and dark both read well.
+
+matplotlib draws with sentinel colours; `_inline` turns them into CSS variables and strips what only a standalone file
+needs (prolog, metadata, namespaces), so the page contains no address at all.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+
+Series = dict[str, list[tuple[float, float]]]
+Chart = tuple[str, str, str]  # title, caption, svg
+
+COLOURS = 6  # series colours that the page defines: --s0 .. --s5
+_INK, _GRID = "#0a0b01", "#0a0b02"
+_POINTS = 300  # longer series are averaged in bins of steps: a screen shows no more
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "text.color": _INK,
+    "axes.edgecolor": _GRID,
+    "axes.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.6,
+    "xtick.color": _GRID,
+    "ytick.color": _GRID,
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+}
+# (title, caption, {label: metric}, kind). With several runs each metric gets a chart of its own.
+_LINES: list[tuple[str, str, dict[str, str], str]] = [
+    ("Entropy", "Mean over all response tokens, nats", {"": "actor/entropy"}, "line"),
+    ("Training reward", "Mean of a step", {"": "critic/rewards/mean"}, "line"),
+    (
+        "Clipped tokens",
+        "Share of response tokens whose ratio is below (low) or above (high) the clip range",
+        {"low": "actor/pg_clipfrac_low", "high": "actor/pg_clipfrac_high"},
+        "percent",
+    ),
+    ("Gradient norm", "Before clipping", {"": "actor/grad_norm"}, "line"),
+    ("Policy KL", "Estimated KL from the rollout policy to the updated one, nats", {"": "actor/ppo_kl"}, "line"),
+    ("Response length", "Mean, tokens", {"": "response_length/mean"}, "line"),
+    ("Cut off", "Share of responses that hit the length limit", {"": "response_length/clip_ratio"}, "percent"),
+    ("Throughput", "Tokens per second", {"": "perf/throughput"}, "line"),
+    (
+        "Rollout and learner",
+        "Mean |Δp| between the rollout engine and the learner on the same tokens; above 0.01 something is wrong",
+        {"": "rollout_agreement/abs_dp_mean"},
+        "line",
+    ),
+]
+_PHASES = ("generate", "reward", "statistics", "update", "sync")
+_EVALUATION = re.compile(r"^val-core/(.+)/((?:avg|pass)@\w+)$")
+
+
+def _sentinel(index: int) -> str:
+    return f"#0a0c{index % COLOURS:02x}"
+
+
+def _inline(figure: Figure, label: str) -> str:
+    """The figure as an SVG element that lives in a page, with the page's colours and fonts."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": label}):  # element ids: the same every time, different per chart
+        figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", pad_inches=0.04)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s(xmlns(:\w+)?|version|width|height)="[^"]*"', "", svg.split(">", 1)[0], flags=re.DOTALL) + (
+        ' role="img">' + svg.split(">", 1)[1]
+    )
+    svg = svg.replace("'DejaVu Sans'", "inherit").replace(_INK, "currentColor").replace(_GRID, "var(--grid)")
+    for i in range(COLOURS):
+        svg = svg.replace(_sentinel(i), f"var(--s{i})")
+    return re.sub(r"\n\s*", "\n", svg)
+
+
+def binned(pairs: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """Steps and values, averaged in equal bins of points when there are more than a chart can show."""
+    size = -(-len(pairs) // _POINTS)
+    bins = [pairs[i : i + size] for i in range(0, len(pairs), size)]
+    return [sum(s for s, _ in b) / len(b) for b in bins], [sum(v for _, v in b) / len(b) for b in bins]
+
+
+def running_mean(values: list[float]) -> list[float]:
+    """Centred mean over about a tenth of the series: the trend under the noise of single steps."""
+    half = len(values) // 20
+    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return [sum(w) / len(w) for w in windows]
+
+
+def _draw(title: str, plot: Callable[[Any], None], size: tuple[float, float] = (4.4, 2.3)) -> str:
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=size)
+        axes = figure.subplots()
+        axes.tick_params(length=0)
+        axes.grid(axis="x", visible=False)
+        plot(axes)
+        svg = _inline(figure, title)
+    return svg
+
+
+def _line_chart(title: str, lines: list[tuple[str, list[tuple[float, float]]]], kind: str) -> str:
+    """Thin line: single steps. Thick line: running mean. ``kind`` "percent" scales, "points" joins marked points."""
+
+    def plot(axes: Any) -> None:
+        for i, (label, pairs) in enumerate(lines):
+            steps, values = binned(pairs)
+            values = [100 * v for v in values] if kind in ("percent", "points") else values
+            dash = "-" if i < COLOURS else "--"
+            if kind == "points" or len(values) < 20:
+                axes.plot(steps, values, dash, color=_sentinel(i), label=label, marker="o", markersize=4)
+            else:
+                axes.plot(steps, values, dash, color=_sentinel(i), linewidth=0.8, alpha=0.35)
+                axes.plot(steps, running_mean(values), dash, color=_sentinel(i), label=label)
+        axes.set_xlabel("step")
+        axes.margins(x=0.02, y=0.12)
+        axes.yaxis.set_major_formatter("{x:g} %" if kind in ("percent", "points") else "{x:g}")
+        if any(label for label, _ in lines):
+            columns = min(3, len(lines))
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0, handlelength=1.2)
+
+    return _draw(title, plot)
+
+
+def _evaluation_charts(runs: dict[str, Series], used: set[str]) -> list[Chart]:
+    """One chart per held-out set (per set and metric with several runs); only curves, so two points at least."""
+    groups: dict[str, list[tuple[str, list[tuple[float, float]]]]] = {}
+    for name, series in runs.items():
+        for key in sorted(series):
+            match = _EVALUATION.match(key)
+            if match and len(series[key]) > 1:
+                used.add(key)
+                title, label = (match[1], match[2]) if len(runs) == 1 else (f"{match[1]}, {match[2]}", name)
+                groups.setdefault(title, []).append((label, series[key]))
+    return [
+        (f"Held-out accuracy: {title}", "Share of problems solved", _line_chart(title, lines, "points"))
+        for title, lines in groups.items()
+    ]
+
+
+def _time_chart(series: Series) -> str:
+    """Stacked seconds per step of each phase; what the phases leave of the step is "other"."""
+    total = dict(series["timing_s/step"])
+    steps = sorted(total)
+    bands: list[tuple[str, list[float]]] = []
+    for phase in _PHASES:
+        if f"timing_s/{phase}" in series:
+            values = dict(series[f"timing_s/{phase}"])
+            bands.append((phase, [values.get(s, 0.0) for s in steps]))
+    spent = [sum(values[i] for _, values in bands) for i in range(len(steps))]
+    bands.append(("other", [max(0.0, total[s] - t) for s, t in zip(steps, spent, strict=True)]))
+
+    def plot(axes: Any) -> None:
+        thinned = [binned(list(zip(steps, values, strict=True))) for _, values in bands]
+        axes.stackplot(
+            thinned[0][0],
+            [values for _, values in thinned],
+            labels=[name for name, _ in bands],
+            colors=[_sentinel(i) for i in range(len(bands))],
+            alpha=0.85,
+            linewidth=0,
+        )
+        axes.set_xlabel("step")
+        axes.margins(x=0)
+        axes.yaxis.set_major_formatter("{x:g} s")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0, handlelength=0.8)
+
+    return _draw("time", plot)
+
+
+def main_charts(runs: dict[str, Series]) -> tuple[list[Chart], set[str]]:
+    """The charts that every reader wants, and the metrics that they used up.
+
+    Args:
+        runs: run name -> metric -> (step, value) pairs. Several runs are overlaid, one colour each.
+    """
+    used: set[str] = set()
+    charts = _evaluation_charts(runs, used)
+    for title, caption, metrics, kind in _LINES:
+        lines = [
+            (label if len(runs) == 1 else name, metric, series[metric])
+            for label, metric in metrics.items()
+            for name, series in runs.items()
+            if metric in series
+        ]
+        used.update(metric for _, metric, _ in lines)
+        if len(runs) == 1 and lines:
+            charts.append((title, caption, _line_chart(title, [(label, pairs) for label, _, pairs in lines], kind)))
+            continue
+        for label, metric in metrics.items():
+            of_metric = [(name, pairs) for name, key, pairs in lines if key == metric]
+            full = f"{title}, {label}" if label else title
+            if of_metric:
+                charts.append((full, caption, _line_chart(full, of_metric, kind)))
+    if len(runs) == 1:
+        (series,) = runs.values()
+        if "timing_s/step" in series:
+            used.update(key for key in series if key.startswith("timing_s/"))
+            charts.append(("Where the time goes", "Seconds per step, stacked", _time_chart(series)))
+    return charts, used
+
+
+def other_charts(runs: dict[str, Series], used: set[str]) -> list[Chart]:
+    """Everything else that was logged and changes, by name: diagnostics of schedules, selections, entropy theory."""
+    names = sorted({key for series in runs.values() for key in series} - used)
+    charts = []
+    for metric in names:
+        lines = [(name if len(runs) > 1 else "", series[metric]) for name, series in runs.items() if metric in series]
+        if any(len({value for _, value in pairs}) > 1 for _, pairs in lines):
+            charts.append((metric, "", _line_chart(metric, lines, "line")))
+    return charts
