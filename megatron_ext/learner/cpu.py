@@ -77,7 +77,7 @@ def enable() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
     cuda.device_count = lambda: 1
-    for name in ("set_device", "synchronize", "manual_seed", "manual_seed_all", "empty_cache", "reset_peak_memory_stats"):
+    for name in ("set_device", "synchronize", "manual_seed", "manual_seed_all", "empty_cache"):
         setattr(cuda, name, lambda *_, **__: None)
     cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)

@@ -1,0 +1,204 @@
+"""The learner: Megatron model, optimizer and schedule behind five verbs.
+
+``statistics`` (one pass over the batch), ``update`` (one optimizer step), ``export`` (weights under Hugging Face
+names), ``save`` and ``load`` (in `checkpoint`). Every rank calls every verb with the same arguments; the layout
+decides who computes what, and every rank gets the same answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+import conversion
+from configs.schema import Config
+from megatron_ext.learner import model as megatron
+from megatron_ext.learner import weights
+from megatron_ext.learner.model import parallel_state
+from megatron_ext.learner.step import (
+    Diagnose,
+    Loss,
+    MicroBatch,
+    TrainBatch,
+    make_micro_batch,
+    statistics_step,
+    training_step,
+)
+from megatron_ext.learner.vocab_parallel import tensor_parallel_shard
+from megatron_ext.rl import packing
+from megatron_ext.rl.types import LossInputs, TokenStats
+
+
+class Learner:
+    """A policy under training. Create inside :func:`megatron_ext.learner.model.distributed`."""
+
+    def __init__(self, config: Config, model_dir: Path, *, total_updates: int) -> None:
+        """Build the model of ``model_dir`` in the configured layout and load its weights.
+
+        Raises ValueError for a checkpoint that does not fit its own config, or a layout that does not fit the model.
+        """
+        self.config = config
+        self.hf = conversion.read_config(model_dir)
+        parallel, optim = config.parallel, config.optim
+        self.chunks = megatron.build_chunks(
+            self.hf,
+            parallel,
+            config.model.dtype,
+            recompute=config.model.recompute,
+            distributed_optimizer=optim.distributed,
+        )
+        weights.import_hf(self.hf, model_dir, self.chunks)
+        self.optimizer, self.lr_schedule = megatron.build_optimizer(
+            optim, config.model.dtype, self.chunks, total_updates
+        )
+        self.device = megatron.device()
+        self.shard = tensor_parallel_shard(self.hf.vocab_size, conversion.padded_vocab(self.hf.vocab_size, parallel.tp))
+        self._last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+        self._dp_rank = parallel_state.get_data_parallel_rank()
+        self._dp_size = parallel_state.get_data_parallel_world_size()
+        self._reports = (
+            self._last_stage
+            and parallel_state.get_tensor_model_parallel_rank() == 0
+            and parallel_state.get_context_parallel_rank() == 0
+        )
+        self.forward_tokens = 0  # tokens this rank has pushed through the model, prompts included
+
+    # --- the two passes -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def statistics(self, batch: TrainBatch, samples: Sequence[int] | None = None) -> TokenStats:
+        """Vocabulary statistics of every response token under the current weights, shape (T,), on every rank.
+
+        With ``samples`` given only those are computed and the rest is 0.
+        """
+        samples = range(len(batch.responses)) if samples is None else samples
+        collected = self._run(batch, samples, None, self._statistics_step, forward_only=True)
+        dtype = torch.float64 if self.config.model.dtype == "float64" else torch.float32
+        flat = torch.zeros(4, batch.offsets[-1], dtype=dtype, device=self.device)
+        if self._reports:
+            for flat_R, stats in collected:
+                rows = torch.stack([stats.logp, stats.entropy, stats.sum_p2, stats.sum_p2_logp])
+                flat[:, flat_R.to(self.device)] = rows.to(dtype)
+        # Every token is filled in by exactly one rank, so this sum is a gather and exact.
+        torch.distributed.all_reduce(flat)
+        return TokenStats(*flat.cpu().unbind())
+
+    def update(
+        self,
+        batch: TrainBatch,
+        samples: Sequence[int],
+        weights_B: Tensor,
+        loss: Loss,
+        *,
+        selection_inside: Callable[[LossInputs], Tensor] | None = None,
+        diagnose: Diagnose | None = None,
+    ) -> dict[str, float]:
+        """One optimizer step on ``samples``; global metrics (means over response tokens), the same on every rank.
+
+        ``weights_B``: (B,) float64 aggregation weight of each sample of the batch, with the global denominator in it.
+        """
+        step = partial(
+            self._training_step, batch=batch, loss=loss, selection_inside=selection_inside, diagnose=diagnose
+        )
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        sums = self._run(batch, samples, weights_B, step, forward_only=False)
+        with megatron.on_device():
+            successful, grad_norm, _ = self.optimizer.step()
+            self.lr_schedule.step(increment=1)
+        metrics = self._reduce_metrics(sums)
+        metrics["grad_norm"] = float(grad_norm)
+        metrics["skipped_updates"] = float(not successful)
+        metrics["lr"] = float(self.optimizer.param_groups[0]["lr"])
+        return metrics
+
+    def export(self, *, explicit_lm_head: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """All weights under Hugging Face names, full, on rank 0; a collective that every rank must exhaust."""
+        return weights.export_hf(self.hf, self.chunks, explicit_lm_head=explicit_lm_head)
+
+    # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _run(
+        self,
+        batch: TrainBatch,
+        samples: Sequence[int],
+        weights_B: Tensor | None,
+        step: Callable[..., Any],
+        *,
+        forward_only: bool,
+    ) -> list[Any]:
+        """Plan, pack and push micro-batches through Megatron's schedule; what the last stage collected."""
+        lengths = [len(batch.prompts[i]) + len(batch.responses[i]) for i in samples]
+        parallel = self.config.parallel
+        plan = packing.plan(
+            lengths,
+            dp_size=self._dp_size,
+            token_budget=self.config.train.micro_batch_tokens,
+            micro_batch_multiple=parallel.pp if parallel.vpp > 1 else 1,
+        )[self._dp_rank]
+        pad = parallel.tp if parallel.sp else 1
+        micro_batches: list[MicroBatch] = []
+        for number, members in enumerate(plan):
+            mb = make_micro_batch(batch, [samples[i] for i in members], weights_B, pad)
+            mb.counts_divisor = number == 0 and self._dp_rank == 0 and parallel_state.get_context_parallel_rank() == 0
+            micro_batches.append(mb)
+            self.forward_tokens += len(mb.packed.tokens_T)
+        for chunk in self.chunks:
+            chunk.train(not forward_only)
+        schedule = get_forward_backward_func()
+        iterators = [iter(micro_batches) for _ in self.chunks]
+        with megatron.on_device():
+            collected: list[Any] = schedule(
+                forward_step_func=step,
+                data_iterator=iterators if len(iterators) > 1 else iterators[0],
+                model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+                num_microbatches=len(micro_batches),
+                seq_length=max((len(mb.packed.tokens_T) for mb in micro_batches), default=1),
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
+        return collected
+
+    def _statistics_step(self, iterator: Iterator[MicroBatch], model: Any) -> Any:
+        chunk = self.config.train.loss_chunk_tokens
+        return statistics_step(iterator, model, device=self.device, shard=self.shard, chunk_tokens=chunk)
+
+    def _training_step(self, iterator: Iterator[MicroBatch], model: Any, **kwargs: Any) -> Any:
+        chunk = self.config.train.loss_chunk_tokens
+        return training_step(iterator, model, device=self.device, shard=self.shard, chunk_tokens=chunk, **kwargs)
+
+    def _reduce_metrics(self, collected: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Global token-weighted means, from the sums that the last pipeline stage collected per micro-batch."""
+        reduced: dict[str, float] = {}
+        if self._last_stage:
+            names = sorted(collected[0])
+            total = torch.stack([torch.stack([sums[name].double() for name in names]) for sums in collected]).sum(0)
+            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+            torch.distributed.all_reduce(total, group=group)
+            reduced = dict(zip(names, total.tolist(), strict=True))
+            tokens = reduced.pop("tokens")
+            loss = reduced.pop("pg_loss")
+            reduced = {name: value / max(tokens, 1.0) for name, value in reduced.items()} | {"pg_loss": loss}
+        last = torch.distributed.get_world_size() - 1
+        return json.loads(broadcast_bytes(json.dumps(reduced).encode(), src=last, device=self.device))
+
+
+def broadcast_bytes(data: bytes, *, src: int, device: torch.device) -> bytes:
+    """``data`` of rank ``src`` on every rank; not pickled."""
+    if torch.distributed.get_world_size() == 1:
+        return data
+    size = torch.tensor([len(data)], device=device)
+    torch.distributed.broadcast(size, src=src)
+    buffer = torch.empty(int(size), dtype=torch.uint8, device=device)
+    if torch.distributed.get_rank() == src:
+        buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    torch.distributed.broadcast(buffer, src=src)
+    return bytes(buffer.cpu().numpy())

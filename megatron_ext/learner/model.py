@@ -1,0 +1,221 @@
+"""Megatron's GPTModel from a Hugging Face configuration: process groups, layer spec, data-parallel wrapping."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+import conversion
+from configs.schema import OptimConfig, ParallelConfig
+from megatron_ext.learner import ON_GPU, cpu
+from megatron_ext.learner.attention import PackedAttention
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+
+
+def on_device() -> contextlib.AbstractContextManager[Any]:
+    """Context in which Megatron's ``device="cuda"`` means the device that is there."""
+    return contextlib.nullcontext() if ON_GPU else cpu.CudaOnCpu()
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if ON_GPU else torch.device("cpu")
+
+
+def have_transformer_engine() -> bool:
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    return ON_GPU and bool(gpt_layer_specs.HAVE_TE)
+
+
+@contextlib.contextmanager
+def distributed(parallel: ParallelConfig, seed: int, timeout_s: float = 1800.0) -> Iterator[None]:
+    """Join the process group (environment of torchrun, or alone) and lay out Megatron's groups; undone on a clean exit."""
+    from datetime import timedelta
+
+    started_here = not torch.distributed.is_initialized()
+    if started_here:
+        backend = "nccl" if ON_GPU else "gloo"
+        if ON_GPU:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        if "WORLD_SIZE" in os.environ:
+            torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        else:  # a single process needs no port
+            store = torch.distributed.HashStore()
+            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
+    )
+    with on_device():
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    yield
+    # Not in a `finally`: after an error on one rank the others may be inside a collective, and waiting for them here
+    # would turn a clear failure into a hang.
+    parallel_state.destroy_model_parallel()
+    if started_here:
+        torch.distributed.destroy_process_group()
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm with the constructor and the marking that Megatron expects.
+
+    Under sequence parallelism each tensor-parallel rank sees part of the tokens, so the weight's gradient must be
+    summed over them; Megatron does so for parameters marked ``sequence_parallel``.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device())
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """Transformer Engine's layer when it is installed; else Megatron's local one with our attention and norm."""
+    if have_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
+        )
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
+    )
+    layer = spec.submodules
+    attention = layer.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if config.normalization == "RMSNorm":
+        layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+        if config.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return spec
+
+
+def _leave_as_is(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def transformer_config(hf: conversion.HFConfig, parallel: ParallelConfig, dtype: str, recompute: bool) -> Any:
+    """Megatron's configuration: architecture from the checkpoint, layout and precision from the run."""
+    # The dispatcher is named for dense models too: Megatron checks it against variable sequence lengths all the same.
+    architecture = {"moe_token_dispatcher_type": "alltoall", **conversion.transformer_config(hf)}
+    if isinstance(architecture.get("activation_func"), str):
+        architecture["activation_func"] = getattr(torch.nn.functional, architecture["activation_func"])
+    torch_dtype = DTYPES[dtype]
+    recomputation: dict[str, Any] = (
+        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1} if recompute else {}
+    )
+    return TransformerConfig(
+        **architecture,
+        **recomputation,
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
+        sequence_parallel=parallel.sp,
+        params_dtype=torch_dtype,
+        pipeline_dtype=torch_dtype,
+        bf16=torch_dtype is torch.bfloat16,
+        variable_seq_lengths=True,  # packed micro-batches have different lengths
+        calculate_per_token_loss=True,  # gradients are summed, never averaged: our weights hold the denominator
+        # Weights always come from a checkpoint. Initialisation stays on, because Megatron marks which parameters are
+        # tensor-parallel while it initialises (without the mark the gradient norm is wrong), but fills in nothing.
+        init_method=_leave_as_is,
+        output_layer_init_method=_leave_as_is,
+        embedding_init_method=_leave_as_is,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=ON_GPU,
+        bias_activation_fusion=ON_GPU,
+        persist_layer_norm=False,
+        batch_p2p_comm=True,
+    )
+
+
+def build_chunks(
+    hf: conversion.HFConfig, parallel: ParallelConfig, dtype: str, *, recompute: bool, distributed_optimizer: bool
+) -> list[DistributedDataParallel]:
+    """The model chunks of this rank (one per virtual pipeline stage), uninitialised, wrapped in Megatron's DDP."""
+    with on_device():
+        config = transformer_config(hf, parallel, dtype, recompute)
+        kwargs = conversion.gpt_model_kwargs(hf, tp_size=parallel.tp)
+        chunks: list[Any] = []
+        for stage in range(parallel.vpp):
+            vp_stage = stage if parallel.vpp > 1 else None
+            model = GPTModel(
+                config=config,
+                transformer_layer_spec=layer_spec(config),
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+                vp_stage=vp_stage,
+                **kwargs,
+            )
+            model = model.to(device())
+            chunks.append(Float16Module(config, model) if config.bf16 else model)
+        ddp = DistributedDataParallelConfig(
+            use_distributed_optimizer=distributed_optimizer,
+            grad_reduce_in_fp32=config.bf16,
+            overlap_grad_reduce=False,
+            check_for_nan_in_grad=False,  # the optimizer step reports it
+        )
+        wrapped = [DistributedDataParallel(config, ddp, c, disable_bucketing=i > 0) for i, c in enumerate(chunks)]
+    config.finalize_model_grads_func = finalize_model_grads
+    config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+    return wrapped
+
+
+def build_optimizer(
+    optim: OptimConfig, dtype: str, chunks: list[DistributedDataParallel], total_updates: int
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """Megatron's optimizer (with gradient clipping) and its learning-rate schedule over ``total_updates`` steps."""
+    config = OptimizerConfig(
+        optimizer=optim.optimizer,
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.betas[0],
+        adam_beta2=optim.betas[1],
+        adam_eps=optim.eps,
+        sgd_momentum=0.0,
+        clip_grad=optim.clip_grad,
+        bf16=dtype == "bfloat16",
+        params_dtype=DTYPES[dtype],
+        use_distributed_optimizer=optim.distributed,
+    )
+    with on_device():
+        optimizer = get_megatron_optimizer(config, chunks)
+        schedule = OptimizerParamScheduler(
+            optimizer,
+            init_lr=0.0 if optim.warmup_steps else optim.lr,
+            max_lr=optim.lr,
+            min_lr=optim.min_lr if optim.decay != "constant" else optim.lr,
+            lr_warmup_steps=optim.warmup_steps,
+            lr_decay_steps=max(total_updates, optim.warmup_steps + 1),
+            lr_decay_style=optim.decay,
+            start_wd=optim.weight_decay,
+            end_wd=optim.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+    return optimizer, schedule

@@ -1,0 +1,158 @@
+"""One pass of Megatron's schedule over packed micro-batches: the statistics pass and the training pass.
+
+Shapes: T response tokens of the whole rollout batch in sample order (sample 0's tokens first); R response tokens of
+one micro-batch; V vocabulary rows of this tensor-parallel rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ext.kernels import VocabShard, vocab_statistics
+from megatron_ext.learner.attention import packed_sequences
+from megatron_ext.rl import packing
+from megatron_ext.rl.types import LossInputs, LossOutputs, TokenStats
+
+Loss = Callable[[LossInputs], LossOutputs]
+Diagnose = Callable[[LossInputs, TokenStats], dict[str, Tensor]]
+
+
+@dataclass(slots=True)
+class TrainBatch:
+    """A rollout batch, whole, on every rank: token ids per sample and flat per-token tensors of shape (T,)."""
+
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    old_logp: Tensor
+    advantages: Tensor
+    mask: Tensor  # bool: False for tokens of filtered samples
+    keep: Tensor  # bool: False where token selection switches the policy loss off
+    kl_coef: Tensor  # coefficient of |logp - old_logp|
+    entropy_coef: Tensor  # coefficient of -H
+    is_weight: Tensor  # importance weight that corrects rollout-learner mismatch, 1 when off
+    seq_ids: Tensor = field(init=False)  # int64, index of the token's sample
+    offsets: list[int] = field(init=False)  # start of each sample in the flat tensors, and T
+
+    def __post_init__(self) -> None:
+        lengths = [len(r) for r in self.responses]
+        self.offsets = [0, *accumulate(lengths)]
+        self.seq_ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.long))
+
+
+@dataclass(slots=True)
+class MicroBatch:
+    """What one micro-batch needs on this rank: packed tokens, and the flat indices (R,) of its response tokens."""
+
+    packed: packing.PackedBatch
+    flat_R: Tensor
+    weight_R: Tensor | None = None  # aggregation weights, float64
+    counts_divisor: bool = False  # see training_step
+
+
+def make_micro_batch(batch: TrainBatch, samples: Sequence[int], weights_B: Tensor | None, pad: int = 1) -> MicroBatch:
+    """Pack ``samples`` (indices into the batch); ``weights_B`` (float64, all samples) are the aggregation weights."""
+    packed = packing.collate([(batch.prompts[i], batch.responses[i]) for i in samples], pad_to_multiple=pad)
+    mask = packed.response_mask_T
+    sample_R = torch.tensor(list(samples), dtype=torch.long)[packed.seq_index_T[mask]]
+    flat_R = torch.tensor(batch.offsets)[sample_R] + packed.response_pos_T[mask]
+    return MicroBatch(packed, flat_R, None if weights_B is None else weights_B[sample_R])
+
+
+def _forward(model: Any, mb: MicroBatch, device: torch.device) -> Tensor:
+    packed = mb.packed
+    return model(
+        input_ids=packed.tokens_T[None].to(device),
+        position_ids=packed.position_ids_T[None].to(device),
+        attention_mask=None,
+        packed_seq_params=packed_sequences(packed.cu_seqlens.to(device), packed.max_seqlen),
+    )
+
+
+def _statistics(output: Tensor, mb: MicroBatch, shard: VocabShard | None, chunk_tokens: int) -> TokenStats:
+    """Vocabulary statistics of the response tokens only: the prompt's logits are never looked at."""
+    mask = mb.packed.response_mask_T.to(output.device)
+    logits_RV = output[0][mask]
+    targets_R = mb.packed.targets_T.to(output.device)[mask]
+    return vocab_statistics(logits_RV, targets_R, shard=shard, chunk_tokens=chunk_tokens)
+
+
+def statistics_step(
+    iterator: Iterator[MicroBatch], model: Any, *, device: torch.device, shard: VocabShard | None, chunk_tokens: int
+) -> tuple[Tensor, Callable[..., Any]]:
+    """Megatron ``forward_step_func`` of the statistics pass; yields (flat indices, TokenStats) per micro-batch."""
+    mb = next(iterator)
+
+    def collect(output: Tensor) -> tuple[Tensor, Tensor, Any]:
+        stats = _statistics(output, mb, shard, chunk_tokens)
+        return output.new_zeros(()), torch.zeros((), dtype=torch.int), (mb.flat_R, stats)
+
+    return _forward(model, mb, device), collect
+
+
+def training_step(
+    iterator: Iterator[MicroBatch],
+    model: Any,
+    *,
+    batch: TrainBatch,
+    loss: Loss,
+    selection_inside: Callable[[LossInputs], Tensor] | None,
+    diagnose: Diagnose | None,
+    device: torch.device,
+    shard: VocabShard | None,
+    chunk_tokens: int,
+) -> tuple[Tensor, Callable[..., Any]]:
+    """Megatron ``forward_step_func`` of an optimizer step.
+
+    The objective is sum over response tokens of w (keep * loss + kl_coef |log r| - entropy_coef H) with w the
+    aggregation weight times the mismatch weight. All denominators are in w, so that gradients only need to be summed.
+    Megatron insists on dividing by a global token count, in float32; it is handed a count of exactly one
+    (``MicroBatch.counts_divisor`` is True for one micro-batch of one rank), which costs no precision.
+    """
+    mb = next(iterator)
+
+    def objective(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        stats = _statistics(output, mb, shard, chunk_tokens)
+        flat = mb.flat_R
+
+        def at(x: Tensor) -> Tensor:
+            value = x[flat].to(device)
+            return value.to(stats.logp.dtype) if value.is_floating_point() else value
+
+        inputs = LossInputs(
+            logp=stats.logp,
+            old_logp=at(batch.old_logp),
+            advantages=at(batch.advantages),
+            mask=at(batch.mask),
+            seq_ids=at(batch.seq_ids),
+            entropy=stats.entropy,
+        )
+        out = loss(inputs)
+        keep = at(batch.keep)
+        if selection_inside is not None:
+            keep = keep & selection_inside(inputs)
+        per_token = torch.where(keep, out.loss, 0.0)
+        per_token = per_token + at(batch.kl_coef) * (inputs.logp - inputs.old_logp).abs()
+        per_token = per_token - at(batch.entropy_coef) * stats.entropy
+        assert mb.weight_R is not None
+        weight = torch.where(inputs.mask, mb.weight_R.to(stats.logp) * at(batch.is_weight), 0.0)
+        total = (weight * torch.where(inputs.mask, per_token, 0.0)).sum()
+        sums = metric_sums(out, inputs, diagnose(inputs, stats) if diagnose is not None else {})
+        sums["pg_loss"] = total.detach().double()
+        divisor = torch.tensor(int(mb.counts_divisor), dtype=torch.int, device=device)
+        return total, divisor, sums
+
+    return _forward(model, mb, device), objective
+
+
+def metric_sums(out: LossOutputs, inputs: LossInputs, extra: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Token-weighted sums (float64 scalars) of means over masked tokens, and the token count under ``tokens``."""
+    count = inputs.mask.sum().double()
+    sums = {name: value.detach().double() * count for name, value in {**out.metrics, **extra}.items()}
+    sums["tokens"] = count
+    return sums
