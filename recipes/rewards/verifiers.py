@@ -19,34 +19,52 @@ from recipes.rewards.types import RewardItem, RewardResult, Verifier
 # ------------------------------------------------------------------------------------------------------ extraction
 
 _BOX = re.compile(r"\\f?boxed\s*")
+# What joins boxes that form one answer, as in \boxed{1}, \boxed{2} \text{ and } \boxed{3}: at least a comma or a word.
+_JOINT = re.compile(r"(?:[$,;]|\\(?:qquad|quad|[ ,;])|\\text\s*\{\s*(?:and|or)\s*\}|and|or|\s)*")
+_SEPARATOR = re.compile(r"[,;]|and|or")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)")
 
 
-def last_boxed(text: str) -> str | None:
-    r"""Content of the last ``\boxed{...}`` (or ``\fbox``-like ``\fboxed``), nested braces included.
+def boxed_answer(text: str) -> str | None:
+    r"""The final answer: content of the last ``\boxed{...}``, nested braces included.
 
-    ``\boxed 5`` without braces gives the next word. None when there is no box or the last one is not closed: a
-    response cut inside its answer has none. Braces escaped as ``\{`` do not count.
+    Boxes joined to it by commas or "and"/"or" belong to the answer (``\boxed{1} or \boxed{2}`` is "1, 2", so hedging
+    does not pay). None when there is no box, or the last one is not closed: a response cut inside its answer has none.
     """
-    starts = [match.end() for match in _BOX.finditer(text)]
-    if not starts:
+    boxes = list(_BOX.finditer(text))
+    if not boxes:
         return None
-    start = starts[-1]
-    if start >= len(text):
+    found = _braced(text, boxes[-1].end(), len(text))
+    if found is None:
+        return None
+    answers, following = [found[0]], boxes[-1].start()
+    for box in reversed(boxes[:-1]):
+        found = _braced(text, box.end(), following)
+        if found is None or not (
+            _JOINT.fullmatch(text, found[1], following) and _SEPARATOR.search(text, found[1], following)
+        ):
+            break
+        answers.append(found[0])
+        following = box.start()
+    return ", ".join(dict.fromkeys(reversed(answers)))
+
+
+def _braced(text: str, start: int, stop: int) -> tuple[str, int] | None:
+    r"""Content of the braces that open at ``start`` and the position behind them, None when they do not close before
+    ``stop``. Without an opening brace (``\boxed 5``) the next word. Braces escaped as ``\{`` do not count."""
+    if start >= stop:
         return None
     if text[start] != "{":
-        return text[start:].split(maxsplit=1)[0].rstrip("$.,")
+        word = text[start:stop].split(maxsplit=1)[0].rstrip("$.,")
+        return word, start + len(word)
     depth, position = 0, start
-    while position < len(text):
+    while position < stop:
         character = text[position]
-        if character == "\\":
-            position += 2
-            continue
         depth += (character == "{") - (character == "}")
+        position += 2 if character == "\\" else 1
         if depth == 0:
-            return text[start + 1 : position].strip()
-        position += 1
+            return text[start + 1 : position - 1].strip(), position
     return None
 
 
@@ -116,7 +134,7 @@ class Math:
             raise ValueError("reward.params.max_answer_chars and reward.params.max_text_chars must be positive")
 
     def __call__(self, item: RewardItem) -> RewardResult:
-        answer = last_boxed(item.text)
+        answer = boxed_answer(item.text)
         if answer is None and self.require_box:
             return RewardResult(0.0, False)
         if answer is None:
@@ -132,7 +150,7 @@ def math_equal(answer: str, gold: str, *, extract: bool = False) -> bool:
     Both are bare answers; with ``extract`` the first is running text in which math-verify looks for the answer.
     Must run in the main thread of a process that may be killed.
     """
-    gold = last_boxed(gold) or gold
+    gold = boxed_answer(gold) or gold
     if not extract and normalise_answer(answer) == normalise_answer(gold) != "":
         return True
     from math_verify import parse, verify
@@ -143,7 +161,8 @@ def math_equal(answer: str, gold: str, *, extract: bool = False) -> bool:
 
 
 def _as_latex(answer: str) -> str:
-    """Delimit a bare answer, so that math-verify takes all of it."""
+    """Delimit a bare answer, so that math-verify takes all of it; a dollar sign that means money goes."""
+    answer = answer.replace(r"\$", "")
     return answer if "$" in answer else f"${answer}$"
 
 
@@ -157,6 +176,7 @@ class Format:
 
     judge: str = "math"  # verifier that decides whether the answer is right
     judge_params: dict[str, Any] = field(default_factory=lambda: {"require_box": False})
+    _judge: Verifier = field(init=False, repr=False, compare=False)
     pattern: str = r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*"  # must match the whole response
     in_process: ClassVar[bool] = False
 
@@ -165,10 +185,10 @@ class Format:
             re.compile(self.pattern)
         except re.error as error:
             raise ValueError(f"reward.params.pattern is not a regular expression: {error}") from error
-        make_verifier(self.judge, **self.judge_params)
+        object.__setattr__(self, "_judge", make_verifier(self.judge, **self.judge_params))
 
     def __call__(self, item: RewardItem) -> RewardResult:
-        correct = make_verifier(self.judge, **self.judge_params)(item).correct
+        correct = self._judge(item).correct
         formatted = re.fullmatch(self.pattern, item.text, re.DOTALL) is not None
         if correct:
             return RewardResult(1.0 if formatted else 0.0, True)
@@ -189,19 +209,18 @@ class Random:
     seed: int = 0
     judge: str = "final_answer"
     judge_params: dict[str, Any] = field(default_factory=dict)
+    _judge: Verifier = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.distribution not in ("bernoulli", "normal", "uniform"):
-            raise ValueError(
-                f"reward.params.distribution is bernoulli, normal or uniform, not {self.distribution!r}"
-            )
+            raise ValueError(f"reward.params.distribution is bernoulli, normal or uniform, not {self.distribution!r}")
         if not 0 <= self.p <= 1:
             raise ValueError(f"reward.params.p is a probability between 0 and 1, not {self.p}")
-        make_verifier(self.judge, **self.judge_params)
+        object.__setattr__(self, "_judge", make_verifier(self.judge, **self.judge_params))
 
     @property
     def in_process(self) -> bool:
-        return make_verifier(self.judge, **self.judge_params).in_process
+        return self._judge.in_process
 
     def __call__(self, item: RewardItem) -> RewardResult:
         rng = random.Random(f"random-reward/{self.seed}/{item.key}")
@@ -209,7 +228,7 @@ class Random:
             score = float(rng.random() < self.p)
         else:
             score = rng.gauss(0.0, 1.0) if self.distribution == "normal" else rng.random()
-        return RewardResult(score, make_verifier(self.judge, **self.judge_params)(item).correct)
+        return RewardResult(score, self._judge(item).correct)
 
 
 VERIFIERS: dict[str, Callable[..., Verifier]] = {
