@@ -155,9 +155,7 @@ def _balance(
     return members
 
 
-def collate(
-    pairs: Sequence[tuple[list[int], list[int]]], *, pad_to_multiple: int = 1, pad_id: int = 0
-) -> PackedBatch:
+def collate(pairs: Sequence[tuple[list[int], list[int]]], *, pad_to_multiple: int = 1, pad_id: int = 0) -> PackedBatch:
     """Pack (prompt ids, response ids) pairs into one micro-batch on the CPU.
 
     Args:

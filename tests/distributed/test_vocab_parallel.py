@@ -43,13 +43,15 @@ def _check(vocab: int, padded: int, chunk_tokens: int, scale: float) -> None:
     generator = torch.Generator().manual_seed(vocab)
     whole = torch.randn(TOKENS, vocab, generator=generator, dtype=torch.float64) * scale
     targets = torch.randint(vocab, (TOKENS,), generator=generator)
-    targets[:2] = torch.tensor([0, vocab - 1])
-    leaf = whole.clone().requires_grad_()
+    targets[:3] = torch.tensor([0, vocab - 1, vocab - 1])
+    columns = padded // dist.get_world_size()
+    whole[2, : min(columns, vocab - 1)] = float("-inf")  # so that the first rank has no possible token
+    # To the textbook -1e6 is as impossible as -inf, without 0 * inf.
+    leaf = whole.clamp(min=-1e6).requires_grad_()
     expected = _textbook(leaf, targets)
     expected_grad = _gradient(expected, leaf)
 
     # Padding holds the largest logits of all, so that a leak cannot go unseen.
-    columns = padded // dist.get_world_size()
     start = dist.get_rank() * columns
     full = torch.cat([whole, torch.full((TOKENS, padded - vocab), 1e3, dtype=torch.float64)], dim=1)
     local = full[:, start : start + columns].clone().requires_grad_()
@@ -70,7 +72,7 @@ def _check(vocab: int, padded: int, chunk_tokens: int, scale: float) -> None:
         assert torch.equal(mine, first)
 
     low = vocab_statistics(local.detach().bfloat16(), targets, shard=shard)
-    exact = _textbook(whole.bfloat16().double(), targets)
+    exact = _textbook(whole.bfloat16().double().clamp(min=-1e6), targets)
     for name in FIELDS:
         torch.testing.assert_close(getattr(low, name).double(), getattr(exact, name), rtol=2e-6, atol=2e-6)
 

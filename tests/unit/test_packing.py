@@ -125,6 +125,13 @@ def test_collate_by_hand() -> None:
     assert {batch.tokens_T.dtype, batch.targets_T.dtype, batch.seq_index_T.dtype} == {torch.int64}
 
 
+def test_a_batch_moves_as_a_whole() -> None:
+    batch = collate([([1, 2], [3])]).to("meta")
+    tensors = [value for name in batch.__slots__ if isinstance(value := getattr(batch, name), torch.Tensor)]
+    assert len(tensors) == 7 and all(tensor.is_meta for tensor in tensors)
+    assert batch.max_seqlen == 2
+
+
 @pytest.mark.parametrize("multiple", [1, 8])
 def test_collate_without_samples_is_padding_only(multiple: int) -> None:
     batch = collate([], pad_to_multiple=multiple, pad_id=3)
