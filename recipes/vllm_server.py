@@ -121,7 +121,7 @@ def server_environment(base: Mapping[str, str], index: int, token: str) -> dict[
     kept = {
         key: value
         for key, value in base.items()
-        if key not in LAUNCHER_VARIABLES and not key.startswith(LAUNCHER_PREFIXES) and key != "OMP_NUM_THREADS"
+        if key not in LAUNCHER_VARIABLES and not key.startswith(LAUNCHER_PREFIXES)
     }
     cores = sorted(os.sched_getaffinity(0))
     path = [str(REPOSITORY), *filter(None, [base.get("PYTHONPATH")])]
@@ -134,6 +134,7 @@ def server_environment(base: Mapping[str, str], index: int, token: str) -> dict[
         "VLLM_HOST_IP": "127.0.0.1",
         # One core each is faster than two threads; counted from the end, the learner's ranks start at the front.
         "VLLM_CPU_OMP_THREADS_BIND": str(cores[-1 - index % len(cores)]),
+        "OMP_NUM_THREADS": "1",
     }
 
 
