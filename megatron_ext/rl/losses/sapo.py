@@ -28,7 +28,8 @@ class Sapo(Loss):
         check_number("loss.tau_neg", self.tau_neg, 0, math.inf, exclusive=True)
 
     def terms(self, x: LossInputs, ratio: Tensor) -> Terms:
-        tau = torch.where(x.advantages > 0, self.tau_pos, self.tau_neg).to(ratio.dtype)
+        # full_like: torch.where of two Python numbers is float32, whatever the rest is
+        tau = torch.where(x.advantages > 0, torch.full_like(ratio, self.tau_pos), self.tau_neg)
         z = tau * (ratio - 1)
         gate = torch.sigmoid(z)
         # 1 - gate as sigmoid(-z): it stays exact, and reaches 0 before r overflows

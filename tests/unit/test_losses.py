@@ -1,0 +1,493 @@
+"""Gradient weights by autograd against closed forms in plain Python, in float64, at and around each bound."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_ext.rl.losses import LOSSES, build_loss
+from megatron_ext.rl.types import LossInputs
+
+F64 = torch.float64
+INF = math.inf
+FAR = [-40.0, -20.0, -5.0, -1.0, -0.05, 0.0, 0.05, 1.0, 5.0, 20.0, 40.0]
+WeightOf = Callable[[float, float, float], float]  # (r, A, p) -> F
+
+
+def ratio_of(log_r: float) -> float:
+    """exp as torch computes it for one element."""
+    return float(torch.tensor([log_r], dtype=F64).exp())
+
+
+DUAL, STOP = ratio_of(1.1), ratio_of(1.4)  # bounds above e that exp reaches exactly; below e it reaches every double
+
+
+def ppo_weight(low: float, high: float, dual: float = INF) -> WeightOf:
+    def weight(r: float, a: float, p: float) -> float:
+        if a > 0 and r > high or a < 0 and r < low or a < 0 and r > dual:
+            return 0.0
+        return r
+
+    return weight
+
+
+def ce_weight(
+    b1: float, b2: float, low: float = 0.8, high: float = 1.2, stop: tuple[float, float] = (0, INF), nll: float = 0.0
+) -> WeightOf:
+    def weight(r: float, a: float, p: float) -> float:
+        extra = nll / a if a > 0 else 0.0
+        if a < 0 and r < low:
+            return 0.0 if r < stop[0] else b1 * low
+        if a > 0 and r > high:
+            return extra + (0.0 if r > stop[1] else b2 * high)
+        return extra + r
+
+    return weight
+
+
+def sapo_weight(r: float, a: float, p: float) -> float:
+    z = (1.0 if a > 0 else 1.05) * (r - 1)
+    return r / math.cosh(z / 2) ** 2 if z < 1000 else 0.0  # 4 sigma (1 - sigma) = 1 / cosh^2(z / 2)
+
+
+def dynamic_weight(upper: float, lower: float) -> WeightOf:
+    """``upper``, ``lower``: shares of P0's H(p) and M(p) in the offsets."""
+
+    def weight(r: float, a: float, p: float) -> float:
+        eps_high = 0.2 + upper * (-0.25 * p + 0.5 - 0.2)
+        eps_low = 0.2 + lower * (-0.13 * p + 0.3 - 0.2)
+        return ppo_weight(1 - eps_low, 1 + eps_high)(r, a, p)
+
+    return weight
+
+
+# id -> (loss, parameters, closed form, absolute bounds on r to test at and one ulp either side)
+CASES: dict[str, tuple[str, dict[str, Any], WeightOf, list[float]]] = {
+    "pg": ("pg", {}, lambda r, a, p: 1.0, [1.0]),
+    "ppo": ("ppo", {}, ppo_weight(1 - 0.2, 1 + 0.2), [1 - 0.2, 1 + 0.2]),
+    "ppo-dual": ("ppo", {"dual_clip": DUAL}, ppo_weight(1 - 0.2, 1 + 0.2, DUAL), [1 - 0.2, 1 + 0.2, DUAL]),
+    "ppo-zero": ("ppo", {"eps_low": 0.0, "eps_high": 0.0}, ppo_weight(1.0, 1.0), [1.0]),
+    "dapo": ("ppo", {"eps_high": 0.28}, ppo_weight(1 - 0.2, 1 + 0.28), [1 + 0.28]),
+    "clip-lower": ("ppo", {"eps_low": 0.15, "eps_high": INF}, ppo_weight(1 - 0.15, INF), [1 - 0.15]),
+    "no-clip": ("ppo", {"eps_low": 1, "eps_high": INF}, lambda r, a, p: r, [1.0]),
+    "ce-1.5b": ("ce_gppo", {"beta1": 0.5, "beta2": 1.0}, ce_weight(0.5, 1.0), [1 - 0.2, 1 + 0.2]),
+    "ce-7b": ("ce_gppo", {"beta1": 0.75, "beta2": 1.0}, ce_weight(0.75, 1.0), [1 - 0.2, 1 + 0.2]),
+    "ce-swapped": ("ce_gppo", {"beta1": 1.0, "beta2": 0.5}, ce_weight(1.0, 0.5), [1 - 0.2, 1 + 0.2]),
+    "ce-zero": ("ce_gppo", {"beta1": 0, "beta2": 0}, ppo_weight(1 - 0.2, 1 + 0.2), [1 - 0.2, 1 + 0.2]),
+    "ce-stops": (
+        "ce_gppo",
+        {"ratio_stop_low": 0.25, "ratio_stop_high": STOP},
+        ce_weight(0.5, 1.0, stop=(0.25, STOP)),
+        [0.25, 1 - 0.2, 1 + 0.2, STOP],
+    ),
+    "ce-stops-off": ("ce_gppo", {"ratio_stop_low": 0.0, "ratio_stop_high": INF}, ce_weight(0.5, 1.0), [1 - 0.2]),
+    "ce-unbounded": (
+        "ce_gppo",
+        {"eps_low": 1.0, "eps_high": INF, "beta2": 0.0},
+        ce_weight(0.5, 0.0, low=0.0, high=INF),
+        [1.0],
+    ),
+    "ce-script": (
+        "ce_gppo",
+        {"dual_clip": DUAL, "nll_coef": 0.1},
+        lambda r, a, p: 0.0 if a < 0 and r > DUAL else ce_weight(0.5, 1.0, nll=0.1)(r, a, p),
+        [1 - 0.2, 1 + 0.2, DUAL],
+    ),
+    "cispo": ("cispo", {}, lambda r, a, p: min(max(r, 1 - 0.2), 1 + 0.2), [1 - 0.2, 1 + 0.2]),
+    "cispo-open": ("cispo", {"eps_low": 1, "eps_high": INF}, lambda r, a, p: r, [1.0]),
+    "gspo": ("gspo", {}, ppo_weight(1 - 3e-4, 1 + 4e-4), [1 - 3e-4, 1 + 4e-4]),  # one token: s = r
+    "sapo": ("sapo", {}, sapo_weight, [1.0]),
+    "dynamic-upper": ("dynamic_clip", {"strategy": "upper"}, dynamic_weight(1, 0), []),
+    "dynamic-lower": ("dynamic_clip", {"strategy": "lower"}, dynamic_weight(0, 1), []),
+    "dynamic-both": ("dynamic_clip", {"strategy": "both"}, dynamic_weight(1, 1), []),
+    "od-boost": ("dynamic_clip", {"strategy": "od", "state": 1}, dynamic_weight(1, 0), []),
+    "od-suppress": ("dynamic_clip", {"strategy": "od", "state": 0}, dynamic_weight(0, 1), []),
+    "id-start": ("dynamic_clip", {"strategy": "id", "step": 0, "total_steps": 8}, dynamic_weight(1, 0), []),
+    "id-1/4": ("dynamic_clip", {"strategy": "id", "step": 2, "total_steps": 8}, dynamic_weight(0.5, 0), []),
+    "id-end": ("dynamic_clip", {"strategy": "id", "step": 8, "total_steps": 8}, dynamic_weight(0, 1), []),
+    "did-3/4": ("dynamic_clip", {"strategy": "did", "step": 6, "total_steps": 8}, dynamic_weight(1, 0.5), []),
+}
+
+
+def log_of(r: float) -> float:
+    """An x with exp(x) == r exactly."""
+    x = math.log(r)
+    for _ in range(64):
+        got = ratio_of(x)
+        if got == r:
+            return x
+        x = math.nextafter(x, INF if got < r else -INF)
+    raise AssertionError(f"no double has exp(x) == {r!r}")
+
+
+def around(bound: float) -> list[float]:
+    """Log-ratios at the bound, at the nearest ratio on either side that exp reaches, and at two nearby points."""
+    exact = log_of(bound)
+    below, above = (math.log(math.nextafter(bound, to)) for to in (0, INF))
+    while ratio_of(below) >= bound:
+        below = math.nextafter(below, -INF)
+    while ratio_of(above) <= bound:
+        above = math.nextafter(above, INF)
+    return [below, exact, above, exact - 1e-3, exact + 1e-3]
+
+
+def dynamic_edges(weight: WeightOf, p: float) -> Iterator[float]:
+    """Log-ratios just inside and outside a bound that depends on p, found by bisection of the closed form."""
+    for a, inside, outside in ((1.0, 0.0, 3.0), (-1.0, 0.0, -3.0)):
+        for _ in range(80):
+            mid = (inside + outside) / 2
+            inside, outside = (mid, outside) if weight(math.exp(mid), a, p) else (inside, mid)
+        step = math.copysign(1e-12, outside)
+        yield from (inside - step, outside + step)
+
+
+def is_dynamic(case: str) -> bool:
+    return CASES[case][0] == "dynamic_clip"
+
+
+def log_ratios(case: str, p: float) -> list[float]:
+    """Log-ratios to test: far out, and at, just inside and just outside every bound."""
+    _, _, weight, bounds = CASES[case]
+    return [*FAR, *(x for b in bounds for x in around(b)), *(dynamic_edges(weight, p) if is_dynamic(case) else ())]
+
+
+GRID = [
+    (case, p, a) for case in CASES for p in ((0.05, 0.6, 1.0) if is_dynamic(case) else (0.3,)) for a in (1.5, -0.7, 0)
+]
+
+
+def evaluate(name: str, params: dict[str, Any], logp: Tensor, old: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss, d loss / d logp) of one-token sequences."""
+    logp = logp.clone().requires_grad_()
+    ids = torch.arange(logp.numel())
+    out = build_loss(name, **params)(LossInputs(logp, old, a, torch.ones_like(ids).bool(), ids))
+    out.loss.sum().backward()
+    return out.loss.detach(), logp.grad
+
+
+@pytest.mark.parametrize(("case", "p", "a"), GRID)
+def test_gradient_weight_is_the_closed_form(case: str, p: float, a: float) -> None:
+    """One token at a time: vectorised exp may differ by an ulp, and the bounds are hit exactly."""
+    name, params, weight, _ = CASES[case]
+    for log_r in log_ratios(case, p):
+        # where the bounds do not depend on p, old = 0 makes r exact (log-probabilities are not checked for sign)
+        logp, old = (math.log(p), math.log(p) - log_r) if is_dynamic(case) else (log_r, 0.0)
+        loss, grad = evaluate(name, params, *(torch.tensor([v], dtype=F64) for v in (logp, old, a)))
+        expected = -weight(ratio_of(log_r), a, p) * a
+        assert grad.item() == pytest.approx(expected, rel=1e-10, abs=1e-300), f"log r = {log_r!r}"
+        assert torch.isfinite(loss).all() and loss.dtype == F64
+
+
+def test_the_bounds_are_really_hit() -> None:
+    """The grid is only worth something if some ratio equals each bound and its neighbours straddle it."""
+    hits = 0
+    for case, (_, _, _, bounds) in CASES.items():
+        ratios = [ratio_of(x) for x in log_ratios(case, 0.3)]
+        for bound in bounds:
+            assert bound in ratios
+            assert any(bound * (1 - 1e-14) < r < bound for r in ratios)
+            assert any(bound < r < bound * (1 + 1e-14) for r in ratios)
+            hits += 1
+    assert hits == sum(len(bounds) for _, _, _, bounds in CASES.values()) > 0
+
+
+def textbook(case: str, logp: Tensor, old: Tensor, a: Tensor) -> Tensor:
+    """The objectives as the papers print them, to be differentiated by autograd. Per token, to be maximised."""
+    r = (logp - old).exp()
+    if case == "pg":
+        return a * logp
+    if case == "cispo":
+        return r.clamp(0.8, 1.2).detach() * a * logp
+    if case == "sapo":
+        tau = torch.where(a > 0, torch.tensor(1.0, dtype=F64), torch.tensor(1.05, dtype=F64))
+        return torch.sigmoid(tau * (r - 1)) * 4 / tau * a
+    if case.startswith("ce"):
+        b1, b2 = {"ce-1.5b": (0.5, 1.0), "ce-7b": (0.75, 1.0), "ce-swapped": (1.0, 0.5)}[case]
+        left, right = (r < 0.8) & (a < 0), (r > 1.2) & (a > 0)
+        return torch.where(
+            left, b1 * 0.8 / r.detach() * r * a, torch.where(right, b2 * 1.2 / r.detach() * r * a, r * a)
+        )
+    p = logp.exp().detach()
+    eps = torch.full_like(p, 0.2)
+    low, high = {
+        "ppo": (eps, eps),
+        "ppo-dual": (eps, eps),
+        "dapo": (eps, eps + 0.08),
+        "clip-lower": (eps - 0.05, eps + INF),
+        "dynamic-both": (-0.13 * p + 0.3, -0.25 * p + 0.5),
+        "id-1/4": (eps, 0.5 * (-0.25 * p + 0.5) + 0.5 * 0.2),
+    }[case]
+    objective = torch.min(r * a, torch.clamp(r, 1 - low, 1 + high) * a)
+    if case == "ppo-dual":
+        objective = torch.where(a < 0, torch.max(objective, DUAL * a), objective)
+    return objective
+
+
+TEXTBOOK = ["pg", "cispo", "sapo", "ce-1.5b", "ce-7b", "ce-swapped", "ppo", "ppo-dual", "dapo", "clip-lower"]
+
+
+@pytest.mark.parametrize("case", [*TEXTBOOK, "dynamic-both", "id-1/4"])
+def test_value_and_gradient_are_those_of_the_textbook_objective(case: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    logp = -3 * torch.rand(400, generator=g, dtype=F64)
+    old = logp - torch.randn(400, generator=g, dtype=F64)
+    a = torch.randn(400, generator=g, dtype=F64)
+    name, params, _, _ = CASES[case]
+    loss, grad = evaluate(name, params, logp, old, a)
+    leaf = logp.clone().requires_grad_()
+    objective = textbook(case, leaf, old, a)
+    (-objective).sum().backward()
+    torch.testing.assert_close(loss, -objective.detach(), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(grad, leaf.grad, rtol=1e-12, atol=1e-14)
+
+
+def random_inputs(seed: int, n: int, spread: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    logp = -5 * torch.rand(n, generator=g, dtype=dtype)
+    return logp, logp - spread * torch.randn(n, generator=g, dtype=dtype), torch.randn(n, generator=g, dtype=dtype)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10**6), st.floats(0, 1), st.floats(0, 10), st.sampled_from([None, 1.0, 3.0]), st.floats(0.01, 30))
+def test_beta_zero_is_ppo_bit_for_bit(
+    seed: int, eps_low: float, eps_high: float, dual_clip: float | None, spread: float
+) -> None:
+    for dtype in (torch.float32, F64):
+        clip = {"eps_low": eps_low, "eps_high": eps_high, "dual_clip": dual_clip}
+        inputs = random_inputs(seed, 200, spread, dtype)
+        _, ours = evaluate("ce_gppo", {"beta1": 0.0, "beta2": 0.0, **clip}, *inputs)
+        _, ppo = evaluate("ppo", clip, *inputs)
+        assert torch.equal(ours, ppo)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.floats(1e-6, 1), st.floats(1e-6, 1), st.floats(-1, 0), st.floats(0, 2))
+def test_upper_bound_has_the_closed_form_of_p0_eq_8(p: float, p_old: float, alpha: float, b: float) -> None:
+    """pi <= (1+b) / (1 - alpha pi_old) pi_old iff r <= 1 + alpha pi + b: seen by whether a token with A > 0 trains."""
+    alpha = max(alpha, -b)
+    bound = (1 + b) / (1 - alpha * p_old) * p_old
+    if abs(p - bound) < 1e-9 * bound:
+        return  # rounding decides there
+    params = {"strategy": "upper", "alpha_high": alpha, "b_high": b}
+    inputs = (
+        torch.tensor([math.log(p)], dtype=F64),
+        torch.tensor([math.log(p_old)], dtype=F64),
+        torch.ones(1).double(),
+    )
+    _, grad = evaluate("dynamic_clip", params, *inputs)
+    assert (grad.item() != 0) == (p <= bound)
+
+
+@pytest.mark.parametrize("k", range(9))
+@pytest.mark.parametrize("strategy", ["id", "did"])
+def test_schedules_follow_the_printed_formulas(strategy: str, k: int) -> None:
+    """P0 sec. 4.2 with lambda = 1 - 2k/T; in phase II the lower bound as its text has it, and as printed."""
+    p, lam = 0.4, 1 - 2 * k / 8
+    upper, lower = -0.25 * p + 0.5, -0.13 * p + 0.3
+    for ramp in ("text", "printed"):
+        loss = build_loss("dynamic_clip", strategy=strategy, step=k, total_steps=8, lower_ramp=ramp)
+        low, high = loss.offsets(torch.tensor([p], dtype=F64))  # type: ignore[attr-defined]
+        if k <= 4:
+            want_high = lam * upper + (1 - lam) * 0.2 if strategy == "id" else lam * 0.2 + (1 - lam) * upper
+            want_low = 0.2
+        else:
+            want_high = 0.2 if strategy == "id" else upper
+            want_low = (1 + lam) * lower - lam * 0.2 if ramp == "printed" else (1 + lam) * 0.2 - lam * lower
+        assert (low.item(), high.item()) == pytest.approx((want_low, want_high), abs=1e-14)
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.4, 0.6])
+def test_phase_ratio_moves_the_split(ratio: float) -> None:
+    steps = 100
+    for k in (0, round(ratio * steps), steps):
+        loss = build_loss("dynamic_clip", strategy="id", step=k, total_steps=steps, phase_ratio=ratio)
+        low, high = (v.item() for v in loss.offsets(torch.zeros(1, dtype=F64)))  # type: ignore[attr-defined]
+        assert high == pytest.approx(0.5 if k == 0 else 0.2)
+        assert low == pytest.approx(0.3 if k == steps else 0.2)
+
+
+ANY = [
+    (name, {"strategy": "both"} if name == "dynamic_clip" else {}) for name in LOSSES
+]  # every loss with usable parameters
+
+
+@pytest.mark.parametrize(("name", "params"), ANY, ids=list(LOSSES))
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_huge_ratios_stay_finite_and_are_counted(name: str, params: dict[str, Any], dtype: torch.dtype) -> None:
+    log_r = torch.tensor([0.0, 40, 88, 89, 400, 1000, -40, -88, -104, -1000], dtype=dtype).repeat_interleave(2)
+    logp = -log_r.abs() - 0.1
+    a = torch.tensor([1.0, -1.0], dtype=dtype).repeat(10)
+    loss, grad = evaluate(name, params, logp, logp - log_r, a)
+    assert torch.isfinite(loss).all() and torch.isfinite(grad).all() and torch.isfinite(grad.double().square()).all()
+    ids = torch.arange(20)
+    out = build_loss(name, **params)(LossInputs(logp, logp - log_r, a, torch.ones(20).bool(), ids))
+    beyond = 4 if dtype == torch.float32 else 2  # of the ten log-ratios: 88, 89, 400, 1000; or 400, 1000
+    assert out.metrics["ratio_overflow"].item() == pytest.approx(beyond / 10)
+    assert all(torch.isfinite(v) for v in out.metrics.values())
+
+
+def test_a_capped_token_keeps_its_gradient() -> None:
+    """No clamp of the log-ratio in the backward pass: beyond the cap a pessimistic token still pushes."""
+    _, grad = evaluate("ppo", {}, torch.tensor([-1.0]), torch.tensor([-101.0]), torch.tensor([-1.0]))
+    assert grad.item() == pytest.approx(torch.finfo(torch.float32).max ** 0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "params"), ANY, ids=list(LOSSES))
+def test_masked_tokens_neither_count_nor_push(name: str, params: dict[str, Any]) -> None:
+    logp, old, a = random_inputs(3, 6, 0.5, F64)
+    ids = torch.tensor([0, 0, 0, 1, 1, 1])
+    mask = torch.tensor([True, True, False, True, False, True])
+    kept = build_loss(name, **params)(LossInputs(logp[mask], old[mask], a[mask], mask[mask], ids[mask]))
+    nan = torch.where(mask, 0.0, math.nan).to(F64)
+    leaf = (logp + nan).requires_grad_()
+    out = build_loss(name, **params)(LossInputs(leaf, old + nan, a + nan, mask, ids))
+    out.loss.sum().backward()
+    assert torch.equal(out.loss[mask].detach(), kept.loss) and (out.loss[~mask] == 0).all()
+    assert (leaf.grad[~mask] == 0).all()
+    assert torch.isfinite(leaf.grad).all()
+    for key, value in out.metrics.items():
+        assert value.item() == pytest.approx(kept.metrics[key].item(), rel=1e-12), key
+
+
+@pytest.mark.parametrize(("name", "params"), ANY, ids=list(LOSSES))
+def test_empty_mask_and_no_tokens(name: str, params: dict[str, Any]) -> None:
+    for n in (0, 3):
+        logp = torch.full((n,), -1.0, requires_grad=True)
+        out = build_loss(name, **params)(
+            LossInputs(logp, torch.zeros(n), torch.ones(n), torch.zeros(n).bool(), torch.zeros(n).long())
+        )
+        out.loss.sum().backward()
+        assert (logp.grad == 0).all() and all(v.item() == 0 for v in out.metrics.values())
+
+
+@pytest.mark.parametrize(("name", "params"), ANY, ids=list(LOSSES))
+def test_half_precision_is_computed_in_float32_and_metrics_are_detached_scalars(name: str, params: Any) -> None:
+    logp, old, a = random_inputs(5, 8, 0.5, torch.float32)
+    half = LossInputs(logp.bfloat16().requires_grad_(), old, a, torch.ones(8).bool(), torch.arange(8))
+    out = build_loss(name, **params)(half)
+    assert out.loss.dtype == torch.float32 and out.loss.requires_grad
+    wide = build_loss(name, **params)(LossInputs(logp.bfloat16().float(), old, a, half.mask, half.seq_ids))
+    assert torch.equal(out.loss.detach(), wide.loss)
+    assert all(v.ndim == 0 and not v.requires_grad for v in out.metrics.values())
+
+
+def test_clip_fractions_are_counted_apart() -> None:
+    log_r = torch.tensor([0.5, 0.5, -0.5, -0.5, -0.5, 3.0, 3.0, 0.0], dtype=F64)
+    a = torch.tensor([1.0, -1, -1, -1, 1, -1, 0, 1], dtype=F64)
+    logp = torch.full((8,), -4.0, dtype=F64)
+    out = build_loss("ppo", dual_clip=3.0)(LossInputs(logp, logp - log_r, a, torch.ones(8).bool()))
+    fractions = [out.metrics[f"pg_clipfrac_{side}"].item() for side in ("low", "high", "dual")]
+    assert fractions == [2 / 8, 1 / 8, 1 / 8]
+    assert out.metrics["ppo_kl"].item() == pytest.approx(-log_r.mean().item())
+    assert out.metrics["ratio_mean"].item() == pytest.approx(log_r.exp().mean().item())
+    stops = build_loss("ce_gppo", ratio_stop_low=0.7, ratio_stop_high=2.0)
+    metrics = stops(LossInputs(logp, logp - log_r, a, torch.ones(8).bool())).metrics
+    assert (metrics["ratio_stop_frac_low"].item(), metrics["ratio_stop_frac_high"].item()) == (2 / 8, 0.0)
+
+
+def gspo_inputs() -> LossInputs:
+    """Five ragged sequences in shuffled order, ratios on both sides of the bounds, one token masked out."""
+    g = torch.Generator().manual_seed(1)
+    ids = torch.repeat_interleave(torch.arange(5), torch.tensor([1, 7, 3, 12, 5]))
+    ids = ids[torch.randperm(28, generator=g)]
+    a = torch.tensor([1.0, -1, 1, -1, 0.5], dtype=F64)[ids]
+    shift = torch.tensor([0.3, 0.3, -0.3, -0.3, 1e-4], dtype=F64)[ids]
+    old = -torch.rand(28, generator=g, dtype=F64)
+    noise = torch.randn(28, generator=g, dtype=F64) * 1e-6
+    mask = torch.ones(28).bool()
+    mask[4] = False
+    return LossInputs(old + shift + noise, old, a, mask, ids)
+
+
+def test_gspo_is_the_sequence_objective_under_seq_mean_token_mean() -> None:
+    x = gspo_inputs()
+    assert x.seq_ids is not None
+    leaf = x.logp.clone().requires_grad_()
+    loss = build_loss("gspo", eps_low=0.1, eps_high=0.2)(
+        LossInputs(leaf, x.old_logp, x.advantages, x.mask, x.seq_ids)
+    ).loss
+    lengths = torch.bincount(x.seq_ids[x.mask], minlength=5)
+    (loss / (5 * lengths[x.seq_ids])).sum().backward()
+    other = x.logp.clone().requires_grad_()
+    objective = torch.zeros((), dtype=F64)
+    for i in range(5):
+        tokens = (x.seq_ids == i) & x.mask
+        s = (other - x.old_logp)[tokens].mean().exp()
+        a = x.advantages[tokens][0]
+        objective = objective + torch.min(s * a, s.clamp(0.9, 1.2) * a) / 5
+    (-objective).backward()
+    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-12, atol=1e-15)
+    assert (leaf.grad[x.seq_ids == 0] == 0).all() and (leaf.grad[(x.seq_ids == 1) & x.mask] != 0).all()
+
+
+def test_gspo_with_an_injected_segment_sum_is_the_same_on_shards() -> None:
+    """Two context-parallel halves, whose sums are completed by the other half's, equal the whole."""
+    x = gspo_inputs()
+    assert x.seq_ids is not None
+    whole = build_loss("gspo")(x).loss
+    halves = [slice(0, 11), slice(11, 28)]
+    calls = [x.mask.double(), torch.where(x.mask, x.logp - x.old_logp, 0.0)]  # what gspo sums, in order
+    for part in halves:
+        queue = iter(calls)
+
+        def across(values: Tensor, ids: Tensor, part: slice = part, queue: Iterator[Tensor] = queue) -> Tensor:
+            everything = next(queue)
+            torch.testing.assert_close(values, everything[part], rtol=0, atol=0)
+            return torch.zeros(5, dtype=F64).index_add(0, x.seq_ids, everything)[ids]
+
+        shard = LossInputs(*(t[part] for t in (x.logp, x.old_logp, x.advantages, x.mask, x.seq_ids)))
+        out = build_loss("gspo", segment_sum=across)(shard).loss
+        torch.testing.assert_close(out, whole[part], rtol=1e-13, atol=0)
+
+
+def test_token_level_losses_accept_a_segment_sum() -> None:
+    assert build_loss("ppo", segment_sum=lambda values, ids: values) == build_loss("ppo")
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "said"),
+    [
+        ("cegppo", {}, "did you mean 'ce_gppo'"),
+        ("ce_gppo", {"beta_1": 0.5}, "loss.beta_1=0.5 .*did you mean 'beta1'"),
+        ("ce_gppo", {"beta1": -0.1}, r"loss.beta1=-0.1 .*\[0, inf\]"),
+        ("ce_gppo", {"beta1": math.nan}, "loss.beta1"),
+        ("ce_gppo", {"beta2": "1"}, "loss.beta2"),
+        ("ce_gppo", {"ratio_stop_low": 0.9}, "loss.ratio_stop_low"),
+        ("ce_gppo", {"ratio_stop_high": 1.1}, "loss.ratio_stop_high"),
+        ("ppo", {"eps_low": 1.2}, r"loss.eps_low=1.2 .*\[0, 1\]"),
+        ("ppo", {"eps_high": -0.1}, "loss.eps_high"),
+        ("ppo", {"dual_clip": 0.5}, "loss.dual_clip"),
+        ("ppo", {"eps_low": True}, "loss.eps_low=True"),
+        ("sapo", {"tau_pos": 0}, "loss.tau_pos"),
+        ("pg", {"eps_low": 0.2}, "loss.eps_low=0.2 is not a parameter of 'pg'.*takes none"),
+        ("dynamic_clip", {"strategy": "ido"}, "did you mean 'id'"),
+        ("dynamic_clip", {"strategy": "id"}, "needs step and total_steps"),
+        ("dynamic_clip", {"strategy": "od"}, "needs the controller's state"),
+        ("dynamic_clip", {"strategy": "od", "state": 2}, "loss.state=2"),
+        ("dynamic_clip", {"strategy": "id", "step": 9, "total_steps": 8}, "loss.step=9"),
+        ("dynamic_clip", {"strategy": "both", "alpha_high": -0.6}, "loss.alpha_high"),
+        ("dynamic_clip", {"strategy": "both", "phase_ratio": 1.0}, "loss.phase_ratio"),
+    ],
+)
+def test_bad_parameters_are_named(name: str, params: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        build_loss(name, **params)
+
+
+def test_bad_inputs_are_named() -> None:
+    t, mask = torch.zeros(3), torch.ones(3).bool()
+    with pytest.raises(ValueError, match=r"advantages has shape \(1,\)"):
+        build_loss("ppo")(LossInputs(t, t, torch.ones(1), mask))
+    with pytest.raises(ValueError, match="mask has dtype"):
+        build_loss("ppo")(LossInputs(t, t, t, torch.ones(3)))
+    with pytest.raises(ValueError, match=r"flatten the tokens"):
+        build_loss("ppo")(LossInputs(t[None], t[None], t[None], mask[None]))
+    with pytest.raises(ValueError, match="seq_ids is None"):
+        build_loss("gspo")(LossInputs(t, t, t, mask))
