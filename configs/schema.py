@@ -110,6 +110,10 @@ class AdvantageConfig:
     params: dict[str, Any] = field(default_factory=dict)
     aggregation: str = "token_mean"  # see megatron_ext/rl/aggregation.py
     drop_uniform_groups: bool = False  # DAPO's dynamic sampling: groups without a reward difference are not trained
+    max_refills: int = 0  # with the above: further generation calls to fill the batch up
+    overlong: str = "none"  # truncated responses: "none" | "filter" (not trained) | "penalty" (DAPO's soft one)
+    overlong_buffer: int = 4  # response tokens before the limit over which the penalty grows
+    overlong_factor: float = 1.0
 
 
 @dataclass

@@ -81,7 +81,7 @@ class Learner:
         samples = range(len(batch.responses)) if samples is None else samples
         collected = self._run(batch, samples, None, self._statistics_step, forward_only=True)
         dtype = torch.float64 if self.config.model.dtype == "float64" else torch.float32
-        flat = torch.zeros(4, batch.offsets[-1], dtype=dtype, device=self.device)
+        flat = torch.zeros(4, int(batch.offsets[-1]), dtype=dtype, device=self.device)
         if self._reports:
             for flat_R, stats in collected:
                 rows = torch.stack([stats.logp, stats.entropy, stats.sum_p2, stats.sum_p2_logp])
@@ -136,7 +136,7 @@ class Learner:
         forward_only: bool,
     ) -> list[Any]:
         """Plan, pack and push micro-batches through Megatron's schedule; what the last stage collected."""
-        lengths = [len(batch.prompts[i]) + len(batch.responses[i]) for i in samples]
+        lengths = [packing.fed_length(len(batch.prompts[i]), len(batch.responses[i])) for i in samples]
         parallel = self.config.parallel
         plan = packing.plan(
             lengths,

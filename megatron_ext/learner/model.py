@@ -24,6 +24,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 import conversion
 from configs.schema import OptimConfig, ParallelConfig
@@ -92,8 +93,8 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """Transformer Engine's layer when it is installed; else Megatron's local one with our attention and norm."""
+def block_spec(config: TransformerConfig, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
+    """Transformer Engine's layers when it is installed; else Megatron's local ones with our attention and norm."""
     if have_transformer_engine():
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
@@ -108,7 +109,9 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
         layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return spec
+    # Given a layer alone, Megatron would end the block with a norm of its own choice: torch's, always in float32.
+    layers = [spec] * get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
 def _leave_as_is(weight: torch.Tensor) -> torch.Tensor:
@@ -165,7 +168,7 @@ def build_chunks(
             vp_stage = stage if parallel.vpp > 1 else None
             model = GPTModel(
                 config=config,
-                transformer_layer_spec=layer_spec(config),
+                transformer_layer_spec=block_spec(config, vp_stage),
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
                 vp_stage=vp_stage,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -37,11 +36,11 @@ class TrainBatch:
     entropy_coef: Tensor  # coefficient of -H
     is_weight: Tensor  # importance weight that corrects rollout-learner mismatch, 1 when off
     seq_ids: Tensor = field(init=False)  # int64, index of the token's sample
-    offsets: list[int] = field(init=False)  # start of each sample in the flat tensors, and T
+    offsets: Tensor = field(init=False)  # (samples + 1,) int64: start of each sample in the flat tensors, and T
 
     def __post_init__(self) -> None:
         lengths = [len(r) for r in self.responses]
-        self.offsets = [0, *accumulate(lengths)]
+        self.offsets = packing.response_offsets(lengths)
         self.seq_ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.long))
 
 
@@ -58,10 +57,8 @@ class MicroBatch:
 def make_micro_batch(batch: TrainBatch, samples: Sequence[int], weights_B: Tensor | None, pad: int = 1) -> MicroBatch:
     """Pack ``samples`` (indices into the batch); ``weights_B`` (float64, all samples) are the aggregation weights."""
     packed = packing.collate([(batch.prompts[i], batch.responses[i]) for i in samples], pad_to_multiple=pad)
-    mask = packed.response_mask_T
-    sample_R = torch.tensor(list(samples), dtype=torch.long)[packed.seq_index_T[mask]]
-    flat_R = torch.tensor(batch.offsets)[sample_R] + packed.response_pos_T[mask]
-    return MicroBatch(packed, flat_R, None if weights_B is None else weights_B[sample_R])
+    flat_R = packing.response_slots(packed, samples, batch.offsets)
+    return MicroBatch(packed, flat_R, None if weights_B is None else weights_B[batch.seq_ids[flat_R]])
 
 
 def _forward(model: Any, mb: MicroBatch, device: torch.device) -> Tensor:

@@ -1,0 +1,198 @@
+"""From a command line to a checked :class:`configs.schema.Config`. Everything that can be wrong is said here, once.
+
+    recipe=quickstart optim.lr=1e-6 loss=dapo loss.eps_high=0.3
+
+Hydra composes the groups, OmegaConf checks types against the schema, and the parts of a run check their own parameters.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from configs.schema import Config
+
+GROUPS = ("recipe", "loss", "selection", "schedule")
+GROUP_CHOICE = tuple(f"{group}=" for group in GROUPS)
+_HERE = Path(__file__).parent
+
+
+def choices(group: str) -> list[str]:
+    """Names that ``group=NAME`` accepts."""
+    return sorted(path.stem for path in (_HERE / group).glob("*.yaml"))
+
+
+def load_config(overrides: Sequence[str]) -> Config:
+    """Compose and check a configuration.
+
+    Raises ValueError, in one sentence that names the key, for anything unknown, of the wrong type or impossible.
+    """
+    for item in overrides:
+        key, equals, value = item.lstrip("+~").partition("=")
+        if not equals:
+            raise ValueError(f"argument {item!r} is not of the form key=value{_near(key, list(_keys(Config)))}")
+        if key in GROUPS and value not in choices(key):
+            raise ValueError(f"{key}={value} is unknown{_near(value, choices(key))}; choose {', '.join(choices(key))}")
+    ConfigStore.instance().store(name="schema", node=Config)
+    try:
+        with initialize_config_module("configs", version_base="1.3"):
+            # Keys of a loss, selection or schedule are checked by its own dataclass, which knows them all.
+            forced = [
+                f"++{o}" if o.split(".")[0] in GROUPS and not o.startswith(GROUP_CHOICE) else o for o in overrides
+            ]
+            raw = compose("config", overrides=forced)
+        merged = OmegaConf.merge(OmegaConf.structured(Config), raw)
+        config: Any = OmegaConf.to_object(merged)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_explain(error, overrides)) from error
+    assert isinstance(config, Config)
+    check(config)
+    return config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """The resolved configuration as YAML."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+
+
+def read_config(path: Path) -> Config:
+    """What :func:`save_config` wrote."""
+    config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
+    assert isinstance(config, Config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work, before anything starts."""
+    _check_algorithm(config)
+    _check_sizes(config)
+    _check_layout(config)
+    _check_files(config)
+
+
+def _check_algorithm(c: Config) -> None:
+    import torch
+
+    from megatron_ext.rl.advantages import compute_advantages
+    from megatron_ext.rl.aggregation import AGGREGATIONS
+    from megatron_ext.rl.schedules import build_controller
+    from megatron_ext.rl.selection import build_selection
+
+    schedule = {key: value for key, value in c.schedule.items() if key != "name"}
+    build_controller(c.loss["name"], c.loss, c.schedule["name"], **schedule)
+    build_selection(**c.selection)
+    compute_advantages(c.advantage.name, torch.tensor([0.0, 1.0]), torch.tensor([0, 0]), **c.advantage.params)
+    _one_of("advantage.aggregation", c.advantage.aggregation, AGGREGATIONS)
+    _one_of("advantage.overlong", c.advantage.overlong, ("none", "filter", "penalty"))
+    _one_of("optim.optimizer", c.optim.optimizer, ("adam", "sgd"))
+    _one_of("optim.decay", c.optim.decay, ("constant", "linear", "cosine"))
+    _one_of("model.dtype", c.model.dtype, ("float32", "bfloat16", "float64"))
+    _one_of("train.old_logprobs", c.train.old_logprobs, ("learner", "rollout"))
+    _one_of("rollout.engine", c.rollout.engine, ("auto", "vllm", "local"))
+    off_policy = c.rollout.temperature != 1.0 or c.rollout.top_p != 1.0
+    if off_policy and c.train.tis_cap is None:
+        raise ValueError(
+            f"rollout.temperature={c.rollout.temperature}, rollout.top_p={c.rollout.top_p}: the learner's ratio would "
+            "compare two distributions; set both to 1, or train.tis_cap=2 to correct for it"
+        )
+
+
+def _check_sizes(c: Config) -> None:
+    for key in ("rollout.prompts_per_step", "rollout.n", "rollout.max_tokens", "train.mini_batches", "train.epochs"):
+        _at_least(c, key, 1)
+    for key in ("train.micro_batch_tokens", "eval.problems", "eval.n", "rollout.num_servers", "train.threads"):
+        _at_least(c, key, 1)
+    for key in ("train.steps", "train.save_every", "eval.every", "train.loss_chunk_tokens", "optim.lr"):
+        _at_least(c, key, 0)
+    if c.rollout.prompts_per_step * c.rollout.n % c.train.mini_batches:
+        raise ValueError(
+            f"train.mini_batches={c.train.mini_batches} does not divide the {c.rollout.prompts_per_step} x "
+            f"{c.rollout.n} responses of a step (rollout.prompts_per_step x rollout.n); choose a divisor"
+        )
+    if c.rollout.max_tokens >= c.rollout.max_model_len:
+        raise ValueError(
+            f"rollout.max_tokens={c.rollout.max_tokens} leaves no room for a prompt in rollout.max_model_len="
+            f"{c.rollout.max_model_len}; raise rollout.max_model_len"
+        )
+    if c.rollout.max_staleness not in (0, 1):
+        raise ValueError(f"rollout.max_staleness={c.rollout.max_staleness}: choose 0 (synchronous) or 1 (overlapped)")
+    if bad := [k for k in c.eval.k if not 1 <= k <= c.eval.n]:
+        raise ValueError(f"eval.k={c.eval.k}: pass@{bad[0]} needs eval.n >= {bad[0]}, not {c.eval.n}")
+
+
+def _check_layout(c: Config) -> None:
+    p = c.parallel
+    for key in ("tp", "pp", "vpp", "cp", "ep"):
+        _at_least(c, f"parallel.{key}", 1)
+    model_size = p.tp * p.pp * p.cp
+    if p.nproc is not None and (p.nproc < 1 or p.nproc % model_size):
+        raise ValueError(f"parallel.nproc={p.nproc} is not a multiple of tp x pp x cp = {model_size}")
+    if p.vpp > 1 and p.pp < 2:
+        raise ValueError(f"parallel.vpp={p.vpp} needs pipeline parallelism: set parallel.pp >= 2 or parallel.vpp=1")
+    if p.sp and p.tp < 2:
+        raise ValueError("parallel.sp=true splits tokens over tensor-parallel ranks: set parallel.tp >= 2 or drop it")
+
+
+def _check_files(c: Config) -> None:
+    if c.rollout.replay is not None and not (Path(c.rollout.replay) / "journal.jsonl").is_file():
+        raise ValueError(f"rollout.replay={c.rollout.replay}: no journal.jsonl there; give the directory of a run")
+    generated = c.model.path in ("tiny", "smollm2")
+    if not generated and not (Path(c.model.path) / "config.json").is_file():
+        raise ValueError(
+            f"model.path={c.model.path}: no config.json there; give a Hugging Face model directory, 'tiny' or 'smollm2'"
+        )
+    for key, path in (("data.path", c.data.path), ("data.eval_path", c.data.eval_path)):
+        if path is not None and not Path(path).is_file():
+            raise ValueError(f"{key}={path}: no such file")
+    if c.data.name in ("jsonl", "gsm8k") and c.data.path is None:
+        raise ValueError(f"data.name={c.data.name} needs data.path=FILE.jsonl")
+
+
+def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{key}={value} is unknown{_near(value, list(allowed))}; choose {' | '.join(allowed)}")
+
+
+def _at_least(config: Config, key: str, low: float) -> None:
+    section, name = key.split(".")
+    value = getattr(getattr(config, section), name)
+    if value < low:
+        raise ValueError(f"{key}={value} must be at least {low}")
+
+
+def _keys(cls: type, prefix: str = "") -> Iterator[str]:
+    from typing import get_type_hints
+
+    hints = get_type_hints(cls)
+    for f in fields(cls):
+        yield prefix + f.name
+        if is_dataclass(hints[f.name]):
+            yield from _keys(hints[f.name], f"{prefix}{f.name}.")
+
+
+def _near(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _explain(error: Exception, overrides: Sequence[str]) -> str:
+    """One sentence out of what Hydra and OmegaConf say, with the key and a suggestion."""
+    text = str(error) if error.__cause__ is None else str(error.__cause__)
+    known = list(_keys(Config))
+    for item in overrides:
+        key = item.lstrip("+~").partition("=")[0]
+        if key not in known and key.split(".")[0] not in GROUPS and key.split(".")[-1] in text:
+            return f"{item}: there is no key {key!r}{_near(key, known)}"
+    first = re.split(r"\n\s*(?:full_key|object_type|reference_type|See )", text)[0].strip().replace("\n", " ")
+    match = re.search(r"full_key: (\S+)", text)
+    return f"{match[1]}: {first}" if match else first
