@@ -16,6 +16,8 @@ from recipes.rewards import sandbox
 from recipes.rewards.types import INVALID, RewardItem, Verifier
 from recipes.rewards.verifiers import make_verifier
 
+HEADROOM_MB = 128  # of address space, for the work itself
+
 
 def open_private_pipes() -> tuple[BinaryIO, BinaryIO]:
     """Move the protocol off descriptors 0 and 1, so that a library that prints cannot corrupt it."""
@@ -32,6 +34,7 @@ def serve(verifier: Verifier, *, timeout_s: float, memory_mb: int, pipes: tuple[
     warm_up = r"\boxed{\frac{1}{2}}"
     verifier(RewardItem(text=warm_up, gold="0.5"))
     sandbox.limit_resources(memory_mb)
+    _check_headroom(memory_mb)
     sandbox.forbid_writes_and_network()
     _write(answers, {"ready": True})
     for line in requests:
@@ -43,6 +46,14 @@ def serve(verifier: Verifier, *, timeout_s: float, memory_mb: int, pipes: tuple[
         except Exception:  # a verifier that trips over strange text is an answer, not a crash
             answer = [0.0, False, INVALID]
         _write(answers, answer)
+
+
+def _check_headroom(memory_mb: int) -> None:
+    """A worker that can barely load its libraries would call every answer wrong: refuse to start instead."""
+    try:
+        bytearray(HEADROOM_MB << 20)
+    except MemoryError:
+        raise MemoryError(f"less than {HEADROOM_MB} MiB left of reward.memory_mb={memory_mb}: raise it") from None
 
 
 def _write(stream: BinaryIO, message: object) -> None:
