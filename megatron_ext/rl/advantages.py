@@ -36,8 +36,8 @@ def informative_groups(rewards_B: Tensor, groups_B: Tensor) -> Tensor:
     index, _ = _group_index(groups_B)
     rewards = rewards_B.double()
     start = torch.zeros(int(index.max()) + 1 if index.numel() else 0, dtype=rewards.dtype, device=rewards.device)
-    low = start.index_reduce(0, index, rewards, "amin", include_self=False)
-    high = start.index_reduce(0, index, rewards, "amax", include_self=False)
+    low = start.scatter_reduce(0, index, rewards, "amin", include_self=False)
+    high = start.scatter_reduce(0, index, rewards, "amax", include_self=False)
     return (high != low)[index]
 
 

@@ -1,0 +1,113 @@
+"""Aggregation against its definitions, and the gradient of the whole objective however the batch is cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_ext.rl.aggregation import AGGREGATIONS, mismatch_weights, sequence_weights
+from megatron_ext.rl.losses import LOSSES, build_loss
+from megatron_ext.rl.losses.kl import kl_to_reference
+from megatron_ext.rl.types import LossInputs
+
+LENGTHS = torch.tensor([4, 1, 3, 2, 6])
+GROUPS = torch.tensor([8, 8, 1, 1, 1])
+
+
+def definition(name: str, loss: list[list[float]]) -> float:
+    """The objective as written in the papers, from nested lists."""
+    means = [sum(row) / len(row) for row in loss]
+    if name == "token_mean":
+        return sum(map(sum, loss)) / sum(map(len, loss))
+    if name == "seq_mean_token_mean":
+        return sum(means) / len(means)
+    if name == "group_token_mean":
+        groups = [[loss[i] for i in range(len(loss)) if GROUPS[i] == g] for g in (8, 1)]
+        return sum(sum(map(sum, rows)) / sum(map(len, rows)) for rows in groups) / 2
+    if name == "seq_mean_token_sum":
+        return sum(map(sum, loss)) / len(loss)
+    return sum(sum(row) / 10 for row in loss) / len(loss)
+
+
+@pytest.mark.parametrize("name", AGGREGATIONS)
+def test_weights_give_the_defined_objective(name: str) -> None:
+    loss = torch.randn(16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows = [row.tolist() for row in loss.split(LENGTHS.tolist())]
+    weights = sequence_weights(name, LENGTHS, GROUPS, max_tokens=10)
+    assert weights.dtype == torch.float64
+    total = (weights.repeat_interleave(LENGTHS) * loss).sum().item()
+    assert total == pytest.approx(definition(name, rows), rel=1e-13)
+
+
+@pytest.mark.parametrize("name", AGGREGATIONS)
+def test_filtered_samples_leave_the_denominators(name: str) -> None:
+    include = torch.tensor([True, False, True, True, False])
+    got = sequence_weights(name, LENGTHS, GROUPS, max_tokens=10, include_B=include)
+    alone = sequence_weights(name, LENGTHS[include], GROUPS[include], max_tokens=10)
+    assert got[include].tolist() == alone.tolist() and (got[~include] == 0).all()
+    empty = sequence_weights(name, torch.where(include, LENGTHS, 0), GROUPS, max_tokens=10)
+    assert empty.tolist() == got.tolist()
+    nothing = sequence_weights(name, LENGTHS, GROUPS, max_tokens=10, include_B=torch.zeros(5).bool())
+    assert nothing.tolist() == [0.0] * 5
+
+
+def test_bad_names_are_named() -> None:
+    with pytest.raises(ValueError, match="did you mean 'token_mean'"):
+        sequence_weights("tokenmean", LENGTHS, GROUPS)
+    with pytest.raises(ValueError, match="max_tokens"):
+        sequence_weights("constant", LENGTHS, GROUPS)
+
+
+def gradient(name: str, aggregation: str, cuts: list[list[int]]) -> Tensor:
+    """d objective / d logits of a tabular policy, its sequences spread over micro-batches as ``cuts`` says."""
+    g = torch.Generator().manual_seed(2)
+    logits = torch.randn(16, 7, generator=g, dtype=torch.float64, requires_grad=True)
+    actions = torch.randint(7, (16,), generator=g)
+    ids = torch.arange(5).repeat_interleave(LENGTHS)
+    a = torch.randn(5, generator=g, dtype=torch.float64)[ids]
+    logp = logits.log_softmax(-1).gather(1, actions[:, None]).squeeze(1)
+    old = logp.detach() + 0.3 * torch.randn(16, generator=g, dtype=torch.float64)
+    weights = sequence_weights(aggregation, LENGTHS, GROUPS, max_tokens=10)  # over the whole batch, before any cut
+    params = {"strategy": "both"} if name == "dynamic_clip" else {}
+    for cut in cuts:
+        t = torch.isin(ids, torch.tensor(cut))
+        x = LossInputs(logp[t], old[t], a[t], torch.ones(int(t.sum())).bool(), ids[t])
+        (build_loss(name, **params)(x).loss * weights[ids[t]]).sum().backward(retain_graph=True)
+    assert logits.grad is not None
+    return logits.grad
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradient_does_not_depend_on_the_micro_batches(name: str, aggregation: str) -> None:
+    whole = gradient(name, aggregation, [[0, 1, 2, 3, 4]])
+    assert whole.abs().max() > 0
+    for cuts in ([[0], [1], [2], [3], [4]], [[3, 0], [4, 1, 2]]):
+        torch.testing.assert_close(gradient(name, aggregation, cuts), whole, rtol=1e-12, atol=1e-16)
+
+
+def test_mismatch_weights_are_truncated_and_detached() -> None:
+    old = torch.tensor([-1.0, -1.0, -3.0], dtype=torch.float64, requires_grad=True)
+    weights = mismatch_weights(old, torch.tensor([-1.0, -2.0, -1.0], dtype=torch.float64))
+    assert weights.tolist() == pytest.approx([1.0, 2.0, 0.1353352832366127]) and not weights.requires_grad
+    with pytest.raises(ValueError, match="mismatch.cap=0"):
+        mismatch_weights(old, old, cap=0)
+
+
+def test_kl_estimators_on_an_enumerated_distribution() -> None:
+    """In expectation under the policy k1 and k3 are the KL, and only k2 has its gradient."""
+    g = torch.Generator().manual_seed(3)
+    z = torch.randn(6, generator=g, dtype=torch.float64, requires_grad=True)
+    ref = torch.randn(6, generator=g, dtype=torch.float64).log_softmax(0)
+    logp = z.log_softmax(0)
+    kl = (logp.exp() * (logp - ref)).sum()
+    (want,) = torch.autograd.grad(kl, z, retain_graph=True)
+    p = logp.exp().detach()
+    for name in ("k1", "k2", "k3"):
+        value = (p * kl_to_reference(name, logp, ref)).sum()
+        (got,) = torch.autograd.grad(value, z, retain_graph=True)
+        assert torch.allclose(value, kl, rtol=1e-12) == (name != "k2")
+        assert torch.allclose(got, want, rtol=1e-10) == (name == "k2")
+    with pytest.raises(ValueError, match="kl.name"):
+        kl_to_reference("k4", logp, ref)
