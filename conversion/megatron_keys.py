@@ -30,19 +30,24 @@ class Slot:
     extents: tuple[int, ...] = ()
 
 
-def stacked_slot(hf: HFConfig, name: str) -> Slot:
-    """The default place of a parameter given by its local-spec name."""
+def stacked_slots(hf: HFConfig, name: str) -> list[Slot]:
+    """The default place of a parameter given by its local-spec name.
+
+    There are two for the norm before a mixture of experts: Megatron's local layer looks for it under the fused name,
+    the Transformer Engine layer under its own.
+    """
     match = _NUMBERS.match(name)
     if match is None:
-        return Slot(name)
+        return [Slot(name)]
     layer, expert = match.groups()
     rest = name[match.end() :]
     if expert is not None:
         assert hf.experts is not None
         key = f"decoder.layers.mlp.experts.experts.{rest}"
-        return Slot(key, (int(layer), int(expert)), (hf.num_layers, hf.experts.count))
-    key = te_name(f"decoder.layers.{rest}", moe=hf.experts is not None)
-    return Slot(key, (int(layer),), (hf.num_layers,))
+        return [Slot(key, (int(layer), int(expert)), (hf.num_layers, hf.experts.count))]
+    plain, lead, extents = f"decoder.layers.{rest}", (int(layer),), (hf.num_layers,)
+    keys = {te_name(plain, moe=hf.experts is not None): None, te_name(plain): None}
+    return [Slot(key, lead, extents) for key in keys]
 
 
 def _numbered_slots(hf: HFConfig, name: str) -> list[Slot]:
@@ -56,7 +61,7 @@ def _numbered_slots(hf: HFConfig, name: str) -> list[Slot]:
         assert hf.experts is not None
         base = f"decoder.layers.{layer}.mlp.experts.experts."
         return [Slot(base + rest, (int(expert),), (hf.experts.count,)), Slot(f"{base}{expert}.{rest}")]
-    return [Slot(te_name(name, moe=hf.experts is not None)), Slot(name)]
+    return [Slot(te_name(name)), Slot(name)]
 
 
 def find_slots(hf: HFConfig, keys: Iterable[str]) -> dict[str, Slot]:
@@ -68,16 +73,17 @@ def find_slots(hf: HFConfig, keys: Iterable[str]) -> dict[str, Slot]:
     weights = {key for key in keys if not _NOT_WEIGHTS.fullmatch(key) and "_extra_state" not in key}
     slots: dict[str, Slot] = {}
     missing = []
+    used = {"output_layer.weight"} if hf.tied else set()
     for name in megatron_names(hf):
-        candidates = [stacked_slot(hf, name), *_numbered_slots(hf, name)]
+        candidates = [*stacked_slots(hf, name), *_numbered_slots(hf, name)]
         found = [slot for slot in candidates if slot.key in weights]
         if found:
             slots[name] = found[0]
+            used |= {slot.key for slot in found}
         else:
             missing.append(candidates[0].key)
     if missing:
         raise ValueError(f"the checkpoint lacks {', '.join(sorted(set(missing))[:8])}, which {hf.architecture} needs")
-    used = {slot.key for slot in slots.values()} | ({"output_layer.weight"} if hf.tied else set())
     if extra := sorted(weights - used):
         raise ValueError(f"nothing in {hf.architecture} uses the checkpoint's {', '.join(extra[:8])}")
     return slots

@@ -46,7 +46,7 @@ from torch.futures import Future
 from conversion.config import HFConfig
 from conversion.hf_files import HFReader
 from conversion.mapping import hf_parts, import_rows, megatron_names, megatron_shape, row_unit
-from conversion.megatron_keys import extra_state_keys, stacked_slot
+from conversion.megatron_keys import extra_state_keys, stacked_slots
 
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 FORMAT |= {"common_backend": "torch", "common_backend_version": 1}
@@ -88,15 +88,17 @@ class _ImportPlanner(SavePlanner):
         items: list[WriteItem] = []
         seen: dict[str, torch.dtype] = {}
         for name in megatron_names(self._hf):
-            slot, shape = stacked_slot(self._hf, name), megatron_shape(self._hf, name)
-            properties = TensorProperties(dtype=self._dtype_of(name, slot.key, seen))
-            ones = (1,) * len(slot.lead)
-            for start, stop in _blocks(self._hf, name, properties.dtype.itemsize):
-                offsets = torch.Size((*slot.lead, start, *(0 for _ in shape[1:])))
-                chunk = ChunkStorageMetadata(offsets, torch.Size((*ones, stop - start, *shape[1:])))
-                data = TensorWriteData(chunk, properties, torch.Size((*slot.extents, *shape)))
-                items.append(WriteItem(MetadataIndex(slot.key, offsets), WriteItemType.SHARD, tensor_data=data))
-                self._sources[slot.key, offsets] = name, start, stop
+            shape = megatron_shape(self._hf, name)
+            for slot in stacked_slots(self._hf, name):
+                properties = TensorProperties(dtype=self._dtype_of(name, slot.key, seen))
+                for start, stop in _blocks(self._hf, name, properties.dtype.itemsize):
+                    offsets = torch.Size((*slot.lead, start, *(0 for _ in shape[1:])))
+                    sizes = torch.Size((*(1 for _ in slot.lead), stop - start, *shape[1:]))
+                    data = TensorWriteData(
+                        ChunkStorageMetadata(offsets, sizes), properties, torch.Size((*slot.extents, *shape))
+                    )
+                    items.append(WriteItem(MetadataIndex(slot.key, offsets), WriteItemType.SHARD, tensor_data=data))
+                    self._sources[slot.key, offsets] = name, start, stop
         items += [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in extra_state_keys(self._hf)]
         return SavePlan(items)
 

@@ -1,0 +1,232 @@
+"""Every family in every layout: our Megatron checkpoint, loaded by Megatron, computes what transformers computes.
+
+Per case and layout the checkpoint that `hf_to_megatron` wrote is loaded with Megatron's own `dist_checkpointing`, and
+its float32 logits are compared with transformers'. In the largest layout Megatron then saves the model, and
+`megatron_to_hf` must give back the bytes that everything began with.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import conversion
+from conversion import hf_to_megatron, megatron_to_hf
+
+pytestmark = pytest.mark.distributed
+
+TOLERANCE = 1e-5  # float32, logits of order 1
+LENGTHS = (7, 1, 15)  # sequences packed into one row
+DENSE: dict[str, dict[str, int]] = {"tp1": {}, "tp2": {"tp": 2}, "pp2": {"pp": 2}, "tp2-pp2": {"tp": 2, "pp": 2}}
+LAYOUTS: dict[str, dict[str, dict[str, int]]] = {  # by case, where not DENSE; the last one also saves
+    "qwen2-untied": {"vpp2": {"pp": 2, "vpp": 2}, "tp4": {"tp": 4}, **DENSE},  # tp4: more ranks than KV heads
+    "qwen2-tied": {"vpp2": {"pp": 2, "vpp": 2}, **DENSE},
+    "qwen3-moe": {"tp1": {}, "pp2": {"pp": 2}, "ep2": {"ep": 2}, "pp2-ep2": {"pp": 2, "ep": 2}},
+}
+SMALL: dict[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen2-untied": ("Qwen2", {"tie_word_embeddings": False, "rms_norm_eps": 1e-3}),
+    "llama3": ("Llama", {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 8192}, "head_dim": 16}),
+    "llama-linear-rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "llama-biased": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "smollm2": ("Llama", {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3-moe": (
+        "Qwen3Moe",
+        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        | {"norm_topk_prob": True},
+    ),
+    "mistral": ("Mistral", {"sliding_window": 16, "head_dim": 16}),
+    # transformers 5 has no InternLM3: a Llama with dynamic RoPE under its name is its oracle
+    "internlm3": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 6.0}}),
+}
+
+
+def _make(case: str, root: Path) -> None:
+    """A random model of transformers on disk, its logits beside it, and our Megatron checkpoint of it."""
+    import transformers
+
+    prefix, extra = CASES[case]
+    config = getattr(transformers, prefix + "Config")(**SMALL, **extra)
+    torch.manual_seed(1)
+    model = getattr(transformers, prefix + "ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:  # transformers starts biases at 0 and norms at 1, where mistakes cannot be seen
+                parameter.copy_(torch.randn_like(parameter) * 0.2 + (1.0 if "norm" in name else 0.0))
+        tokens = [torch.randint(SMALL["vocab_size"], (length,)) for length in LENGTHS]
+        logits = torch.cat([model(row[None]).logits[0] for row in tokens])
+    hf_dir = root / case / "hf"
+    model.save_pretrained(hf_dir)
+    if case == "internlm3":
+        text = (hf_dir / "config.json").read_text().replace("LlamaForCausalLM", "InternLM3ForCausalLM")
+        (hf_dir / "config.json").write_text(text)
+    save_file({"tokens": torch.cat(tokens), "logits": logits}, root / case / "expected.safetensors")
+    hf_to_megatron.convert(hf_dir, root / case / "megatron", threads=2)
+
+
+def _logits(chunks: list[Any], tokens: Tensor, vocab_size: int) -> Tensor | None:
+    """Forward the packed row through Megatron's schedule; (T, vocab) on the last pipeline stage, else None."""
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megatron_ext.learner.attention import packed_sequences
+
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])
+    bounds = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    collected: list[Tensor] = []
+
+    def collect(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        collected.append(output[0].detach().clone())
+        return output.new_zeros(()), torch.zeros((), dtype=torch.int), {}
+
+    def step(iterator: Any, model: Any) -> tuple[Tensor, Any]:
+        row = next(iterator)
+        output = model(
+            input_ids=row[None],
+            position_ids=positions[None],
+            attention_mask=None,
+            packed_seq_params=packed_sequences(bounds, max(LENGTHS)),
+        )
+        return output, collect
+
+    count = 2 if len(chunks) > 1 else 1  # the interleaved schedule wants a multiple of the pipeline size
+    get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=[iter([tokens] * count) for _ in chunks],
+        model=chunks,
+        num_microbatches=count,
+        seq_length=len(tokens),
+        micro_batch_size=1,
+        forward_only=True,
+    )
+    if not collected:
+        return None
+    pieces = [torch.empty_like(collected[0]) for _ in range(parallel_state.get_tensor_model_parallel_world_size())]
+    dist.all_gather(pieces, collected[0], group=parallel_state.get_tensor_model_parallel_group())
+    return torch.cat(pieces, dim=1)[:, :vocab_size]
+
+
+def _load(chunks: list[Any], directory: Path) -> dict[str, Any]:
+    """Fill the model from a checkpoint by Megatron's own means; its sharded state dict."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.utils import unwrap_model
+
+    models = unwrap_model(chunks)
+    keys = [f"model{i}" for i in range(len(models))]
+    state = {key: model.sharded_state_dict() for key, model in zip(keys, models, strict=True)}
+    loaded = dist_checkpointing.load(dict(state), str(directory))
+    for key, model in zip(keys, models, strict=True):
+        model.load_state_dict(loaded[key])
+    return {key: model.sharded_state_dict() for key, model in zip(keys, models, strict=True)}
+
+
+def _check(case: str, layout: str, parallel: dict[str, int], root: Path, save: bool) -> float:
+    """Largest difference of a logit on this rank (0 where there are none); saves the model afterwards if asked."""
+    from megatron.core import dist_checkpointing
+
+    from configs.schema import ParallelConfig
+    from megatron_ext.learner import model as learner
+
+    config = ParallelConfig(**parallel)
+    hf = conversion.read_config(root / case / "hf")
+    expected = load_file(root / case / "expected.safetensors")
+    with learner.distributed(config, seed=1), learner.on_device():
+        chunks = learner.build_chunks(hf, config, "float32", recompute=False, distributed_optimizer=False)
+        with torch.no_grad():
+            for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
+                parameter.fill_(torch.nan)  # nothing may survive that was not in the checkpoint
+            state = _load(chunks, root / case / "megatron")
+            logits = _logits([chunk.eval() for chunk in chunks], expected["tokens"], hf.vocab_size)
+        if save:
+            saved = root / case / f"saved-{layout}"
+            if dist.get_rank() == 0:
+                saved.mkdir()
+            dist.barrier()
+            dist_checkpointing.save(state, str(saved))
+    return 0.0 if logits is None else (logits - expected["logits"]).abs().max().item()
+
+
+def _let_experts_run_on_a_cpu() -> None:
+    """Three gaps of Megatron-Core 0.16.1's mixture of experts without Transformer Engine and without CUDA streams."""
+    from megatron_ext.learner import cpu  # before anything of Megatron: prepares it for the CPU
+
+    # isort: split
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    move = moe_utils.maybe_move_tensor_to_cpu
+
+    def move_and_convert(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        """Megatron's function converts only what comes from a GPU, but its all-to-all wants numbers, not tensors."""
+        return tensor.numpy() if as_numpy and isinstance(tensor, Tensor) else move(tensor, as_numpy, record_stream)
+
+    token_dispatcher.maybe_move_tensor_to_cpu = move_and_convert
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None  # it asks whether this is None but defines it only beside Transformer Engine
+    cpu._Stream.record_event = lambda self, event=None: event or cpu._Stream()  # the dispatcher waits for what it gets
+
+
+def _rank(rank: int, world: int, cases: list[str], root: str) -> None:
+    torch.set_num_threads(1)
+    _let_experts_run_on_a_cpu()
+    dist.init_process_group("gloo", init_method=f"file://{root}/rendezvous", rank=rank, world_size=world)
+    for case in cases:
+        layouts = LAYOUTS.get(case, DENSE)
+        for layout, parallel in layouts.items():
+            worst = torch.tensor(_check(case, layout, parallel, Path(root), save=layout == list(layouts)[-1]))
+            dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+            if rank == 0:
+                with (Path(root) / "differences.txt").open("a") as file:
+                    file.write(f"{case} {layout} {worst.item():.3e}\n")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def parity(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("parity")
+    for case in CASES:
+        _make(case, root)
+    mp.spawn(_rank, args=(4, list(CASES), str(root)), nprocs=4)
+    return root
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_transformers_in_every_layout(parity: Path, case: str) -> None:
+    lines = [line.split() for line in (parity / "differences.txt").read_text().splitlines()]
+    found = {layout: float(worst) for name, layout, worst in lines if name == case}
+    assert found.keys() == LAYOUTS.get(case, DENSE).keys()
+    assert all(worst <= TOLERANCE for worst in found.values()), found
+    assert load_file(parity / case / "expected.safetensors")["logits"].abs().max() > 0.5
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("written_by", ["ours", "megatron"])
+def test_back_to_hugging_face_is_bit_identical(parity: Path, case: str, written_by: str, tmp_path: Path) -> None:
+    source = parity / case / "hf"
+    last = list(LAYOUTS.get(case, DENSE))[-1]
+    directory = parity / case / ("megatron" if written_by == "ours" else f"saved-{last}")
+    megatron_to_hf.convert(directory, tmp_path / "hf", hf_config=source, threads=2)
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "hf" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+    assert (source / "config.json").read_bytes() == (tmp_path / "hf" / "config.json").read_bytes()
+    shutil.rmtree(tmp_path / "hf")
