@@ -112,6 +112,9 @@ def server_command(options: ServerOptions, port: int) -> list[str]:
     if options.device == "cpu":
         switches.append("--enforce-eager")
         flags["--kv-cache-memory-bytes"] = str(options.kv_cache_bytes or kv_cache_need(options))
+        # The model in the engine's own process: one import less (7 of 24 s), 250 MiB less. vLLM wants a worker process
+        # on CPUs to bind its threads; a server has one thread here. The short name "uni" would be overruled.
+        flags["--distributed-executor-backend"] = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
     words = [word for flag in flags.items() for word in flag]
     return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words, *switches, *options.extra_args]
 

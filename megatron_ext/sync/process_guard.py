@@ -15,7 +15,8 @@ import sys
 import time
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
-GRACE_S = 5.0  # between SIGTERM and SIGKILL; vLLM removes its shared memory on SIGTERM
+# Between SIGTERM and SIGKILL; vLLM removes its shared memory on SIGTERM.
+GRACE_S = float(os.environ.get("GUARD_GRACE_S", "5"))
 POLL_S = 0.5
 
 

@@ -1,0 +1,252 @@
+"""Weight-update contract, file transport, authentication, and the guard that leaves no process behind."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megatron_ext.sync import disk, process_guard
+from megatron_ext.sync.auth import RequireToken
+from megatron_ext.sync.base import WeightDigest, push_weights
+from megatron_ext.sync.disk import DiskSync
+
+WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.tensor(3)}
+
+
+def digest(weights: dict[str, Tensor]) -> str:
+    result = WeightDigest()
+    for name, tensor in weights.items():
+        result.add(name, tensor)
+    return result.hexdigest()
+
+
+def test_digest_ignores_order_and_layout_and_sees_everything_else() -> None:
+    same = {"c": WEIGHTS["c"], "b": WEIGHTS["b"], "a": WEIGHTS["a"].t().contiguous().t()}
+    assert digest(same) == digest(WEIGHTS)
+    others = [
+        {"x": WEIGHTS["a"], "b": WEIGHTS["b"], "c": WEIGHTS["c"]},
+        WEIGHTS | {"a": WEIGHTS["a"].reshape(3, 2)},
+        WEIGHTS | {"b": WEIGHTS["b"].float()},
+        WEIGHTS | {"b": WEIGHTS["b"].view(torch.int16)},
+        WEIGHTS | {"a": WEIGHTS["a"].nextafter(torch.tensor(9.0))},
+        {"a": WEIGHTS["a"], "b": WEIGHTS["b"]},
+        WEIGHTS | {"d": torch.zeros(0)},
+    ]
+    assert len({digest(other) for other in others} | {digest(WEIGHTS)}) == len(others) + 1
+    again = WeightDigest()
+    again.add("a", WEIGHTS["a"])
+    with pytest.raises(ValueError, match="'a' occurs twice"):
+        again.add("a", WEIGHTS["a"])
+
+
+class FakeServers:
+    """Reads the files as a worker would, at the moment it is told to."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.received: dict[str, Tensor] = {}
+        self.modes: set[int] = set()
+        self.fail_at = ""
+
+    def _note(self, call: str) -> None:
+        self.calls.append(call)
+        if call == self.fail_at:
+            raise RuntimeError(f"{call} failed")
+
+    def start_update(self) -> None:
+        self._note("start")
+
+    def receive(self, info: dict[str, Any]) -> None:
+        directory = Path(info["directory"])
+        self.modes = {stat.S_IMODE(path.stat().st_mode) for path in (directory, directory.parent)}
+        for name in info["files"]:
+            self.received |= load_file(directory / name)
+        assert digest(self.received) == info["checksum"]
+        self._note("receive")
+
+    def finish_update(self, version: int, checksum: str) -> None:
+        self._note("finish")
+
+    def fail_update(self) -> None:
+        self.calls.append("fail")
+
+
+@pytest.fixture
+def servers() -> FakeServers:
+    return FakeServers()
+
+
+@pytest.fixture
+def sync(servers: FakeServers, tmp_path: Path) -> Iterator[DiskSync]:
+    result = DiskSync(servers, tmp_path)
+    yield result
+    result.close()
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 1 << 30])
+def test_disk_delivers_all_tensors_privately(
+    sync: DiskSync, servers: FakeServers, monkeypatch: pytest.MonkeyPatch, shard_bytes: int
+) -> None:
+    monkeypatch.setattr(disk, "SHARD_BYTES", shard_bytes)
+    checksum = push_weights(sync, 3, WEIGHTS.items())
+    assert servers.calls == ["start", "receive", "finish"] and checksum == digest(WEIGHTS)
+    assert servers.received.keys() == WEIGHTS.keys()
+    assert all(torch.equal(servers.received[name], tensor) for name, tensor in WEIGHTS.items())
+    assert servers.modes == {0o700}
+    assert [path.name for path in sync.root.iterdir()] == ["lock"], "weights are gone once they are loaded"
+
+
+def test_sender_may_reuse_its_buffer(sync: DiskSync, servers: FakeServers) -> None:
+    buffer = torch.zeros(2)
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        for value, name in enumerate("xyz"):
+            yield name, buffer.fill_(value)
+
+    push_weights(sync, 1, stream())
+    assert [servers.received[name].tolist() for name in "xyz"] == [[0, 0], [1, 1], [2, 2]]
+
+
+@pytest.mark.parametrize("phase", ["start", "receive", "finish"])
+def test_failed_phase_reaches_caller_and_servers(sync: DiskSync, servers: FakeServers, phase: str) -> None:
+    servers.fail_at = phase
+    with pytest.raises(RuntimeError, match=f"{phase} failed"):
+        push_weights(sync, 1, WEIGHTS.items())
+    assert servers.calls[-2:] == [phase, "fail"]
+    servers.fail_at = ""
+    push_weights(sync, 1, WEIGHTS.items())  # the same version again, after the failure
+
+
+def test_failing_sender_never_reaches_the_servers(sync: DiskSync, servers: FakeServers) -> None:
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        yield "a", torch.ones(1)
+        raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        push_weights(sync, 1, stream())
+    assert servers.calls == [] and [path.name for path in sync.root.iterdir()] == ["lock"]
+
+
+def test_leftovers_of_killed_runs_are_removed_those_of_living_ones_kept(servers: FakeServers, tmp_path: Path) -> None:
+    def killed_run() -> None:
+        DiskSync(servers, tmp_path)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = multiprocessing.get_context("fork").Process(target=killed_run)
+    process.start()
+    process.join()
+    (left,) = tmp_path.iterdir()
+    living = DiskSync(servers, tmp_path)
+    third = DiskSync(servers, tmp_path)
+    assert not left.exists() and living.root.exists() and third.root.exists()
+    living.close()
+    third.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- authentication ------------------------------------------------------------------------------------------------
+
+
+def status(
+    headers: list[tuple[bytes, bytes]], *, kind: str = "http", method: str = "POST", path: str = "/pause"
+) -> Any:
+    """Status that RequireToken answers itself, or "passed" when the application behind it was called."""
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        sent.append({"status": "passed"})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": kind, "method": method, "path": path, "headers": headers}
+    asyncio.run(RequireToken(app)(scope, None, send))  # type: ignore[arg-type]
+    return sent[0].get("status", sent[0].get("code"))
+
+
+def test_only_the_token_opens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    good = [(b"authorization", b"Bearer secret")]
+    assert status(good) == "passed" and status(good, kind="websocket") == "passed"
+    assert status([], kind="lifespan") == "passed"
+    for path in ("/health", "/metrics"):
+        assert status([], method="GET", path=path) == "passed" and status([], path=path) == 401
+    for given in (b"", b"Bearer ", b"Bearer secre", b"Bearer secret2", b"bearer secret", b"secret", b"\xff"):
+        for method in ("POST", "GET", "PUT", "DELETE", "OPTIONS", "HEAD"):
+            assert status([(b"authorization", given)], method=method) == 401
+    assert status([], kind="websocket") == 1008
+    monkeypatch.delenv("VLLM_API_KEY")
+    with pytest.raises(ValueError, match="VLLM_API_KEY is empty"):
+        status(good)
+
+
+# ---- process guard -------------------------------------------------------------------------------------------------
+
+# A stand-in for vLLM: ignores SIGTERM, and has a grandchild in a session of its own that nobody waits for.
+FAMILY = "trap '' TERM; setsid sh -c 'trap \"\" TERM; sleep 60 & echo up; wait' & wait"
+
+
+@pytest.fixture
+def guarded() -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
+    command = [sys.executable, process_guard.__file__, str(os.getpid()), "sh", "-c", FAMILY]
+    environment = os.environ | {"GUARD_GRACE_S": "0.2"}
+    guard = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert guard.stdout is not None and guard.stdout.readline() == "up\n"
+    processes = psutil.Process(guard.pid).children(recursive=True)
+    assert len(processes) >= 3
+    yield guard, processes
+    guard.stdout.close()
+    for process in processes:
+        if process.is_running():
+            process.kill()
+
+
+def test_guard_ends_only_when_all_descendants_have(guarded: tuple[subprocess.Popen[str], list[psutil.Process]]) -> None:
+    guard, processes = guarded
+    guard.terminate()
+    guard.wait(10)
+    assert not any(process.is_running() for process in processes), "not even as zombies"
+
+
+def test_guard_cleans_up_when_the_command_is_killed(
+    guarded: tuple[subprocess.Popen[str], list[psutil.Process]],
+) -> None:
+    guard, processes = guarded
+    processes[0].kill()
+    guard.wait(10)
+    assert not any(process.is_running() for process in processes)
+
+
+def test_guard_notices_that_its_parent_was_killed() -> None:
+    code = (
+        "import os, subprocess, sys, time;"
+        f"p = subprocess.Popen([sys.executable, {process_guard.__file__!r}, str(os.getpid()), 'sleep', '60']);"
+        "print(p.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    guard = psutil.Process(int(parent.stdout.readline()))
+    deadline = time.monotonic() + 10
+    while not (family := guard.children()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert family
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    _, alive = psutil.wait_procs([guard, *family], timeout=10)
+    assert not alive
