@@ -112,6 +112,24 @@ def install(venv_dir: Path, version: str) -> None:
     installer.pip("this repository, editable", "--no-deps", "--no-build-isolation", "-e", ".")
 
 
+def bring_up_to_date(venv_dir: Path, *, mark_only: bool) -> None:
+    """Create the environment if missing, and install unless the stamp in it says that these very pins are in place."""
+    stamp = venv_dir / ".installed"
+    version = venv_version(venv_dir)
+    if version and not mark_only and stamp.exists() and stamp.read_text() == fingerprint(ROOT, version):
+        return
+    start = time.monotonic()
+    if version is None:
+        version = platform.python_version()
+        print(f"[setup] Python {version}, new environment {os.path.relpath(venv_dir)}", flush=True)
+        venv.create(venv_dir, with_pip=True)
+    if not mark_only:
+        stamp.unlink(missing_ok=True)
+        install(venv_dir, version)
+        print(f"[setup] ready after {time.monotonic() - start:.0f} s", flush=True)
+    stamp.write_text(fingerprint(ROOT, version))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="where the environment lives")
@@ -120,22 +138,13 @@ def main(argv: list[str] | None = None) -> None:
     if sys.version_info < (3, 11):  # noqa: UP036 - this file runs before pip can refuse
         raise SystemExit(f"[setup] Python {platform.python_version()} is too old, take 3.11: make PYTHON=python3.11")
     venv_dir: Path = args.venv.absolute()
-    stamp = venv_dir / ".installed"
+    # Two calls at once: the second waits here, then finds the stamp.
     lock = os.open(ROOT, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)  # two calls at once: the second waits, then finds the stamp
-    version = venv_version(venv_dir)
-    if version and not args.mark and stamp.exists() and stamp.read_text() == fingerprint(ROOT, version):
-        return
-    start = time.monotonic()
-    if version is None:
-        version = platform.python_version()
-        print(f"[setup] Python {version}, new environment {os.path.relpath(venv_dir)}", flush=True)
-        venv.create(venv_dir, with_pip=True, clear=False)
-    if not args.mark:
-        stamp.unlink(missing_ok=True)
-        install(venv_dir, version)
-        print(f"[setup] ready after {time.monotonic() - start:.0f} s", flush=True)
-    stamp.write_text(fingerprint(ROOT, version))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        bring_up_to_date(venv_dir, mark_only=args.mark)
+    finally:
+        os.close(lock)
 
 
 if __name__ == "__main__":

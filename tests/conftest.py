@@ -1,0 +1,29 @@
+"""What all tests share: markers by folder, one thread per process, skips where the hardware is missing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Two cores are shared by every process a test starts; must precede the first import of torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+MARKED_FOLDERS = ("distributed", "e2e", "gpu")  # tests/<folder>/ carries the marker of the same name
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests by the folder they live in; GPU tests are skipped, not failed, without a GPU."""
+    here = Path(__file__).parent
+    for item in items:
+        folder = item.path.relative_to(here).parts[0] if item.path.is_relative_to(here) else ""
+        if folder in MARKED_FOLDERS:
+            item.add_marker(folder)
+    if any(item.get_closest_marker("gpu") for item in items):
+        import torch
+
+        if not torch.cuda.is_available():
+            for item in items:
+                if item.get_closest_marker("gpu"):
+                    item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
