@@ -1,0 +1,63 @@
+"""Logits of a checkpoint of either kind in float32: transformers for one, the learner's Megatron model for the other.
+
+Both are imported only when asked for: conversion itself needs neither.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from conversion.mapping import import_tensor
+from conversion.sharding import shard
+from conversion.sources import HFSource, MegatronSource, Source
+
+LENGTHS = (7, 1, 15)
+
+
+def fixed_prompts(vocab_size: int) -> list[Tensor]:
+    """Token ids of three sequences, the same on every machine."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(vocab_size, (length,), generator=generator) for length in LENGTHS]
+
+
+def logits(source: Source) -> Tensor:
+    """(tokens, vocabulary) logits of all `fixed_prompts`, one sequence after the other."""
+    prompts = fixed_prompts(source.hf.vocab_size)
+    with torch.inference_mode():
+        return _from_megatron(source, prompts) if isinstance(source, MegatronSource) else _from_hf(source, prompts)
+
+
+def _from_hf(source: Source, prompts: list[Tensor]) -> Tensor:
+    assert isinstance(source, HFSource)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        source.directory, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+    )
+    return torch.cat([model.eval()(row[None]).logits[0] for row in prompts])
+
+
+def _from_megatron(source: MegatronSource, prompts: list[Tensor]) -> Tensor:
+    from configs.schema import ParallelConfig
+    from megatron_ext.learner import model as learner
+    from megatron_ext.learner.attention import packed_sequences
+    from megatron_ext.learner.weights import named_parameters
+
+    parallel, hf = ParallelConfig(), source.hf
+    with learner.distributed(parallel, seed=0), learner.on_device():
+        with torch.inference_mode(False), torch.enable_grad():  # Megatron's wrapper registers hooks on gradients
+            chunks = learner.build_chunks(hf, parallel, "float32", recompute=False, distributed_optimizer=False)
+        device = learner.device()
+        with torch.inference_mode(False), torch.no_grad():
+            for name, parameter in named_parameters(chunks).items():
+                parts = dict(source.tensors(name))
+                parameter.copy_(shard(name, import_tensor(hf, name, parts.__getitem__), 0, 1))
+            bounds = torch.tensor([0, *(len(row) for row in prompts)]).cumsum(0).to(torch.int32)
+            output = chunks[0].eval()(
+                input_ids=torch.cat(prompts)[None].to(device),
+                position_ids=torch.cat([torch.arange(len(row)) for row in prompts])[None].to(device),
+                attention_mask=None,
+                packed_seq_params=packed_sequences(bounds.to(device), max(len(row) for row in prompts)),
+            )
+        return output[0, :, : hf.vocab_size].float().cpu()

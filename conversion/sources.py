@@ -1,0 +1,72 @@
+"""One view of the two kinds of checkpoint: Hugging Face tensors by the Megatron parameter that they belong to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from conversion.config import HFConfig, read_config
+from conversion.hf_files import HFReader
+from conversion.mapping import export_tensors, hf_parts, hf_shapes, unconsumed
+from conversion.megatron_reader import MegatronReader
+
+
+class Source(Protocol):
+    """A checkpoint opened for reading, tensor by tensor."""
+
+    directory: Path
+    hf: HFConfig
+    kind: str  # "Hugging Face" | "Megatron"
+
+    def tensors(self, megatron_name: str) -> list[tuple[str, Tensor]]:
+        """The Hugging Face tensors that one Megatron parameter is made of."""
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """By Hugging Face name, without reading any tensor."""
+
+
+class HFSource:
+    kind = "Hugging Face"
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.hf = read_config(directory)
+        self._reader = HFReader(directory)
+        names = self._reader.tensors
+        if odd := sorted(set(hf_shapes(self.hf)) - set(names)) + unconsumed(self.hf, names):
+            raise ValueError(f"{directory}: missing or unknown tensors: {', '.join(odd[:8])}")
+
+    def tensors(self, megatron_name: str) -> list[tuple[str, Tensor]]:
+        return [(part, self._reader(part)) for part in hf_parts(self.hf, megatron_name)]
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {name: self._reader.tensors[name].dtype for name in hf_shapes(self.hf)}
+
+
+class MegatronSource:
+    kind = "Megatron"
+
+    def __init__(self, directory: Path, hf_config: Path | None = None) -> None:
+        self.directory = directory
+        self.reader = MegatronReader(directory, hf_config)
+        self.hf = self.reader.hf
+
+    def tensors(self, megatron_name: str) -> list[tuple[str, Tensor]]:
+        full = torch.cat([block for _, block in self.reader.blocks(megatron_name)])
+        return export_tensors(self.hf, megatron_name, full)
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        return {p: self.reader.dtype(name) for name in self.reader.names() for p in hf_parts(self.hf, name)}
+
+
+def open_source(directory: str | Path, hf_config: str | Path | None = None) -> Source:
+    """Open a directory of either kind; FileNotFoundError when it is neither, ValueError when it is damaged."""
+    directory = Path(directory)
+    if (directory / "metadata.json").is_file():
+        return MegatronSource(directory, Path(hf_config) if hf_config else None)
+    if (directory / "config.json").is_file():
+        return HFSource(directory)
+    raise FileNotFoundError(f"{directory} has neither config.json (Hugging Face) nor metadata.json (Megatron)")
