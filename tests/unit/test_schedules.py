@@ -115,7 +115,7 @@ def test_hysteresis_at_its_thresholds(previous: int, entropy: float, expected: i
 
 
 def test_od_walks_through_a_hand_computed_run() -> None:
-    """H_init 1, H_min 1/4, tau_high(k) = 1/4 + 3/4 (1 - k/8): 1, .90625, .8125, .71875, .625, .53125, ..., all exact."""
+    """H_init 1, H_min 1/4, tau_high(k) = 1/4 + 3/4 (1 - k/8): 1, .90625, .8125, .71875, .625, .53125 ... exact."""
     controller = build_controller("dynamic_clip", {"strategy": "od", "entropy_floor": 0.25})
     state, seen = controller.init(), []
     for k, h in enumerate([1.0, 0.5, 0.25, 0.6, 0.625, 0.54, 0.3, 0.2, 0.4]):
