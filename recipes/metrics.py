@@ -1,0 +1,114 @@
+"""The numbers of one step, under the names that users of comparable systems know."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ext.learner.learner import UpdateMetrics
+from megatron_ext.rl.entropy_theory import diagnostics
+from megatron_ext.rl.types import Sample, TokenStats
+
+
+class StepMetrics:
+    """Collects what happens within one rollout step; :meth:`result` is the line of ``metrics.jsonl``.
+
+    Everything but ``timing_s/*`` and ``perf/*`` is a deterministic function of the journal and the weights.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self._values: dict[str, float] = {}
+        self._updates: list[UpdateMetrics] = []
+        self._seconds: dict[str, float] = {}
+        self._begin = time.monotonic()
+        self._tokens = self._prompt_tokens = 0
+
+    @contextmanager
+    def clock(self, phase: str) -> Iterator[None]:
+        """Adds the time spent inside to ``timing_s/<phase>``."""
+        begin = time.monotonic()
+        yield
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - begin
+
+    def add(self, values: Mapping[str, float]) -> None:
+        self._values.update(values)
+
+    def rollouts(self, samples: list[Sample]) -> None:
+        """Rewards, lengths and verdicts."""
+        n = max(len(samples), 1)
+        rewards = torch.tensor([s.reward for s in samples], dtype=torch.float64)
+        lengths = torch.tensor([len(s.rollout.response_ids) for s in samples], dtype=torch.float64)
+        self._tokens = int(lengths.sum())
+        self._prompt_tokens = sum(len(s.rollout.prompt_ids) for s in samples)
+        self._values |= {
+            "critic/rewards/mean": float(rewards.sum() / n),
+            "critic/rewards/std": float(rewards.std(unbiased=False)) if samples else 0.0,
+            "critic/accuracy": sum(s.correct for s in samples) / n,
+            "reward/failures": float(sum(s.status != "ok" for s in samples)),
+            "response_length/mean": float(lengths.sum() / n),
+            "response_length/max": float(lengths.max()) if samples else 0.0,
+            "response_length/clip_ratio": sum(s.rollout.finish_reason == "length" for s in samples) / n,
+            "rollout/samples": float(len(samples)),
+        }
+
+    def agreement(self, samples: list[Sample], rollout_logp: Tensor, stats: TokenStats, *, version: int) -> None:
+        """Rollout engine against learner on the same tokens, where both used the weights of this step."""
+        versions = torch.tensor([v for s in samples for v in s.rollout.weight_versions])
+        same = versions == version
+        self._values["rollout/staleness"] = float((version - versions).double().mean()) if len(versions) else 0.0
+        if bool(same.any()):
+            engine, learner = rollout_logp[same].double(), stats.logp[same].double()
+            dp = (engine.exp() - learner.exp()).abs()
+            self._values |= {
+                "rollout_agreement/abs_dp_mean": float(dp.mean()),
+                "rollout_agreement/abs_dp_max": float(dp.max()),
+                "rollout_agreement/abs_dlogp_mean": float((engine - learner).abs().mean()),
+            }
+
+    def statistics(self, stats: TokenStats, mask: Tensor) -> None:
+        """From the statistics pass: the policy before this step's updates."""
+        if bool(mask.any()):
+            self._values["actor/entropy"] = float(stats.entropy[mask].double().mean())
+            self._values["actor/logp_mean"] = float(stats.logp[mask].double().mean())
+
+    def update(self, result: UpdateMetrics) -> None:
+        self._updates.append(result)
+
+    def theory(self) -> dict[str, float]:
+        """The diagnostics over all updates of the step."""
+        if not self._updates:
+            return {}
+        names = self._updates[0].diagnostic_sums
+        sums = {name: torch.tensor(sum(u.diagnostic_sums[name] for u in self._updates)) for name in names}
+        return {name: float(value) for name, value in diagnostics(sums).items()}
+
+    def result(self, timing: Mapping[str, float], elapsed_s: float | None = None) -> dict[str, Any]:
+        """One JSON object. ``timing``: seconds measured elsewhere, by phase."""
+        values: dict[str, Any] = {"step": self.step, **self._values}
+        if self._updates:
+            tokens = sum(u.tokens for u in self._updates)
+            for name in self._updates[0].means:
+                per_token = sum(u.means[name] * u.tokens for u in self._updates) / max(tokens, 1.0)
+                per_update = sum(u.means[name] for u in self._updates) / len(self._updates)
+                values[f"actor/{name}"] = per_update if name in PER_UPDATE else per_token
+            values["actor/updates"] = len(self._updates)
+        seconds = dict(self._seconds)
+        seconds["step"] = time.monotonic() - self._begin
+        for phase, value in timing.items():
+            seconds.setdefault(phase, value)
+        values |= {f"timing_s/{phase}": value for phase, value in sorted(seconds.items())}
+        learner_s = seconds.get("statistics", 0.0) + seconds.get("update", 0.0)
+        both = self._tokens + self._prompt_tokens
+        values["perf/throughput"] = both / seconds["step"]
+        values["perf/rollout_tokens_per_s"] = self._tokens / max(seconds.get("generate", 0.0), 1e-9)
+        values["perf/learner_tokens_per_s"] = both / max(learner_s, 1e-9)
+        return values
+
+
+PER_UPDATE = ("pg_loss", "grad_norm", "lr", "skipped_updates")  # the rest are means over tokens

@@ -1,0 +1,247 @@
+"""Train a policy: `python -m recipes.train recipe=quickstart loss=dapo optim.lr=1e-6`.
+
+The loop, top to bottom: push weights -> collect rollouts -> rewards -> statistics -> advantages -> selection ->
+optimizer steps -> evaluate -> save. Every rank runs it; rank 0 alone talks to rollout engines and reward workers, and
+what it collects reaches the others as the bytes of one journal record. Everything else is a function of that record,
+the configuration and the weights, so a run is repeatable from its journal.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configs.schema import Config
+from megatron_ext.learner import checkpoint
+from megatron_ext.learner.learner import Learner
+from megatron_ext.learner.model import distributed
+from megatron_ext.learner.step import TrainBatch
+from megatron_ext.rl.advantages import compute_advantages, soft_overlong_penalty
+from megatron_ext.rl.aggregation import mismatch_weights, sequence_weights
+from megatron_ext.rl.losses import build_loss
+from megatron_ext.rl.schedules import Controller, build_controller
+from megatron_ext.rl.selection import Selection, SelectionInputs, build_selection
+from megatron_ext.rl.types import Sample, TokenStats
+from recipes.launch import launch
+from recipes.metrics import StepMetrics
+from recipes.run_dir import RunDir
+from recipes.stream import RolloutStream
+
+
+def train(config: Config, model_dir: Path) -> None:
+    """One run, from its last checkpoint (or the beginning) to its last step, on every rank."""
+    torch.set_num_threads(config.train.threads)
+    controller = build_controller(config.loss["name"], config.loss, config.schedule["name"], **_params(config.schedule))
+    selection = build_selection(**config.selection)
+    updates = config.train.steps * config.train.epochs * config.train.mini_batches
+    with distributed(config.parallel, config.seed), RunDir(config) as run:
+        learner = Learner(config, model_dir, total_updates=updates)
+        state: dict[str, Any] = {"step": 0, "position": 0, "controller": controller.init()}
+        if found := checkpoint.find_latest(run.checkpoints):
+            state = checkpoint.load(learner, found)
+        run.begin(state["step"])
+        stop = StopSignal()
+        with RolloutStream(config, model_dir, run.path, learner) as stream:
+            if state["step"] == 0:
+                run.evaluated(stream.evaluate(0), before=True)
+            for step in range(state["step"], config.train.steps):
+                metrics = StepMetrics(step + 1)
+                record, samples = stream.next(step, state["position"], metrics)
+                state["controller"] = train_step(
+                    config, learner, controller, selection, state["controller"], step, samples, metrics
+                )
+                state |= {"step": step + 1, "position": record["position"]}
+                last = step + 1 == config.train.steps
+                if last or (config.eval.every and (step + 1) % config.eval.every == 0):
+                    run.evaluated(stream.evaluate(step + 1))
+                stopping = stream.agree(stop.requested)
+                if last or stopping or (config.train.save_every and (step + 1) % config.train.save_every == 0):
+                    with metrics.clock("save"):
+                        checkpoint.save(
+                            learner, run.checkpoints, step + 1, {**state}, keep=config.train.keep_checkpoints
+                        )
+                run.log(metrics, samples, record)
+                if stopping and not last:
+                    run.say(f"stopped by a signal after step {step + 1}; start again to continue")
+                    return
+            run.finish(learner, model_dir)
+
+
+def train_step(
+    config: Config,
+    learner: Learner,
+    controller: Controller,
+    selection: Selection,
+    controller_state: dict[str, Any],
+    step: int,
+    samples: list[Sample],
+    metrics: StepMetrics,
+) -> dict[str, Any]:
+    """All optimizer steps on one batch of rollouts; returns the controller's next state.
+
+    ``samples`` get their advantages. Without any sample (dynamic sampling found no group to learn from) nothing is
+    updated.
+    """
+    metrics.rollouts(samples)
+    if not samples:
+        return controller_state
+    with metrics.clock("statistics"):
+        batch, groups_B, include_B = make_batch(config, samples)
+        stats = learner.statistics(batch)
+    rollout_logp = torch.tensor([x for s in samples for x in s.rollout.logprobs], dtype=stats.logp.dtype)
+    batch.old_logp = stats.logp if config.train.old_logprobs == "learner" else rollout_logp
+    if config.train.tis_cap is not None:
+        batch.is_weight = mismatch_weights(stats.logp, rollout_logp, cap=config.train.tis_cap)
+    metrics.agreement(samples, rollout_logp, stats, version=step)
+    metrics.statistics(stats, batch.mask)
+
+    total = config.train.steps
+    entropy = float(stats.entropy[batch.mask].double().mean()) if bool(batch.mask.any()) else 0.0
+    controller_state = controller.observe(controller_state, step=step, total_steps=total, entropy=entropy)
+    overrides = controller.loss_params(controller_state, step=step, total_steps=total)
+    loss = build_loss(config.loss["name"], **{**_params(config.loss), **overrides})
+    metrics.add(controller.metrics(controller_state))
+
+    assign_advantages(config, selection, samples, stats, batch)
+    select(config, selection, batch, stats, step, range(len(samples)), metrics)
+    with metrics.clock("update"):
+        for _ in range(config.train.epochs):
+            for mini in split(len(samples), config.train.mini_batches):
+                if selection.per_update:
+                    select(config, selection, batch, learner.statistics(batch, mini), step, mini, metrics)
+                weights_B = aggregation_weights(config, selection, batch, groups_B, include_B, mini)
+                metrics.update(learner.update(batch, mini, weights_B, loss, selection_inside=selection.inside))
+    metrics.add({f"theory/{name}": value for name, value in metrics.theory().items()})
+    return controller_state
+
+
+def make_batch(config: Config, samples: list[Sample]) -> tuple[TrainBatch, torch.Tensor, torch.Tensor]:
+    """The flat batch, the group of each sample, and which samples are trained at all."""
+    lengths = torch.tensor([len(s.rollout.response_ids) for s in samples])
+    truncated = torch.tensor([s.rollout.finish_reason == "length" for s in samples])
+    include_B = ~truncated if config.advantage.overlong == "filter" else torch.ones_like(truncated)
+    mask = torch.repeat_interleave(include_B, lengths)
+    zeros = torch.zeros(int(lengths.sum()))
+    batch = TrainBatch(
+        prompts=[s.rollout.prompt_ids for s in samples],
+        responses=[s.rollout.response_ids for s in samples],
+        old_logp=zeros,
+        advantages=zeros,
+        mask=mask,
+        keep=mask,
+        kl_coef=zeros,
+        entropy_coef=zeros,
+        is_weight=torch.ones_like(zeros),
+    )
+    return batch, torch.tensor([s.group for s in samples]), include_B
+
+
+def assign_advantages(
+    config: Config, selection: Selection, samples: list[Sample], stats: TokenStats, batch: TrainBatch
+) -> None:
+    """Rewards, shaped, to one advantage per response; written into the samples and, per token, into the batch."""
+    groups_B = torch.tensor([s.group for s in samples])
+    rewards_B = torch.tensor([s.reward for s in samples], dtype=torch.float64)
+    lengths_B = torch.tensor([len(s.rollout.response_ids) for s in samples])
+    if config.advantage.overlong == "penalty":
+        rewards_B = rewards_B + soft_overlong_penalty(
+            lengths_B,
+            max_tokens=config.rollout.max_tokens,
+            buffer=config.advantage.overlong_buffer,
+            factor=config.advantage.overlong_factor,
+        )
+    seq_logp_B = torch.zeros(len(samples), dtype=torch.float64).index_add_(0, batch.seq_ids, stats.logp.double())
+    rewards_B = selection.shape_rewards(rewards_B, groups_B, seq_logp_B)
+    advantages_B = compute_advantages(config.advantage.name, rewards_B, groups_B, **config.advantage.params)
+    for sample, advantage in zip(samples, advantages_B.tolist(), strict=True):
+        sample.advantage = advantage
+    batch.advantages = advantages_B[batch.seq_ids].to(stats.logp.dtype)
+
+
+def select(
+    config: Config,
+    selection: Selection,
+    batch: TrainBatch,
+    stats: TokenStats,
+    step: int,
+    samples: Sequence[int],
+    metrics: StepMetrics,
+) -> None:
+    """Token selection over ``samples``, written into the batch. The whole batch is here, so nothing is reduced."""
+    chosen = torch.isin(batch.seq_ids, torch.tensor(list(samples)))
+    first_seq_id = step * config.rollout.prompts_per_step * config.rollout.n
+    out = selection.select(
+        SelectionInputs(
+            stats=TokenStats(*(x[chosen] for x in (stats.logp, stats.entropy, stats.sum_p2, stats.sum_p2_logp))),
+            advantages=batch.advantages[chosen],
+            mask=batch.mask[chosen],
+            seq_ids=batch.seq_ids[chosen] + first_seq_id,
+            positions=(torch.arange(len(batch.seq_ids)) - batch.offsets[batch.seq_ids])[chosen],
+            seed=config.seed,
+            step=step,
+            old_logp=batch.old_logp[chosen] if selection.per_update else None,
+        )
+    )
+    batch.keep, batch.kl_coef, batch.entropy_coef = (
+        old.clone().masked_scatter(chosen, new.to(old.dtype))
+        for old, new in (
+            (batch.keep, out.keep),
+            (batch.kl_coef, out.kl_coef),
+            (batch.entropy_coef, out.entropy_coef),
+        )
+    )
+    metrics.add({name: float(value) for name, value in out.metrics.items()})
+
+
+def split(count: int, parts: int) -> list[list[int]]:
+    """Sample indices of each mini-batch, in order and of nearly equal size; a short batch gives fewer mini-batches."""
+    size = max(1, -(-count // parts))
+    return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+
+
+def aggregation_weights(
+    config: Config,
+    selection: Selection,
+    batch: TrainBatch,
+    groups_B: torch.Tensor,
+    include_B: torch.Tensor,
+    mini: Sequence[int],
+) -> torch.Tensor:
+    """(B,) float64 weight of each sample's tokens, with the denominator of the whole mini-batch; 0 outside it."""
+    counts = batch.keep if selection.renormalise else torch.ones_like(batch.keep)
+    lengths_B = torch.zeros(len(groups_B), dtype=torch.long).index_add_(0, batch.seq_ids, counts.long())
+    index = torch.tensor(list(mini))
+    weights_B = torch.zeros(len(groups_B), dtype=torch.float64)
+    weights_B[index] = sequence_weights(
+        config.advantage.aggregation,
+        lengths_B[index],
+        groups_B[index],
+        max_tokens=config.rollout.max_tokens,
+        include_B=include_B[index],
+    )
+    return weights_B
+
+
+class StopSignal:
+    """SIGTERM or SIGUSR1 asks for a checkpoint at the next step boundary and a clean end."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._set)
+
+    def _set(self, *_: object) -> None:
+        self.requested = True
+
+
+def _params(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "name"}
+
+
+if __name__ == "__main__":
+    sys.exit(launch(train))
