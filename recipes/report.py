@@ -27,11 +27,9 @@ from recipes import report_charts as charts
 
 Series = dict[str, list[tuple[float, float]]]
 
-PHASES = ("generate", "reward", "statistics", "update", "sync")
 SAMPLES_SHOWN = 6
 TEXT_SHOWN = 1500  # characters of a completion
 EDGE = 5  # steps averaged for "start" and "end"
-_EVALUATION = re.compile(r"^val-core/(?P<set>.+)/(?P<kind>avg|pass)@(?P<k>\w+)$")
 _SECRET = re.compile(r"(^|[_-])(api_?key|secret|password|passwd|credentials?|token|auth)$", re.IGNORECASE)
 _ABSOLUTE = re.compile(r"(?:file:/+|(?<![\w.:/~<])/|~/)(?:[^\s/:,;'\"]+/)*(?P<name>[^\s/:,;'\"]+)/?")
 
@@ -78,12 +76,19 @@ def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], str | None]:
 
 
 def series_of(rows: Iterable[dict[str, Any]]) -> Series:
-    """Metric -> sorted (step, value). A step that occurs twice (a resumed run) keeps its later values."""
+    """Metric -> sorted (step, value). A step that occurs twice (a resumed run) keeps its later values.
+
+    ``val-before/*`` is an evaluation with the weights that the row's step started from: one step earlier.
+    """
     table: dict[str, dict[float, float]] = {}
     for row in rows:
         for key, value in row.items():
-            if key != "step" and isinstance(value, (int, float)) and math.isfinite(value):
-                table.setdefault(key, {})[float(row["step"])] = float(value)
+            if key == "step" or not isinstance(value, (int, float)) or not math.isfinite(value):
+                continue
+            step = float(row["step"])
+            if key.startswith("val-before/"):
+                key, step = key.replace("val-before/", "val-core/", 1), step - 1
+            table.setdefault(key, {})[step] = float(value)
     return {key: sorted(pairs.items()) for key, pairs in table.items()}
 
 
@@ -146,10 +151,11 @@ def number(value: float, digits: int = 3) -> str:
 def time_shares(run: Run) -> list[dict[str, Any]]:
     """Mean seconds per step of each phase and its share of the step; "other" is what no phase accounts for."""
     total = run.values("timing_s/step")
-    means = {p: sum(v) / max(1, len(total) or len(v)) for p in PHASES if (v := run.values(f"timing_s/{p}"))}
+    steps = len(total) or run.steps()
+    means = {name: sum(v for _, v in pairs) / steps for name, pairs in charts.phases(run.series).items()}
     step = sum(total) / len(total) if total else sum(means.values())
     means["other"] = max(0.0, step - sum(means.values()))
-    whole = sum(means.values())  # phases that overlap (asynchronous generation) may exceed the step
+    whole = sum(means.values())
     return [
         {"name": name, "seconds": f"{s:.2g} s", "percent": 100 * s / whole, "index": i}
         for i, (name, s) in enumerate(means.items())
@@ -161,12 +167,15 @@ def tiles(run: Run) -> list[dict[str, str]]:
     """Headline numbers: label, value, small print."""
     out = []
     for key in sorted(run.series):
-        match, pairs = _EVALUATION.match(key), run.series[key]
+        match, pairs = charts.EVALUATION.match(key), run.series[key]
         if match and match["kind"] == "avg":
             other = run.values(key.replace("/avg@", "/pass@"))
             small = f"{match['set']}, avg@{match['k']} on held-out problems"
             if other:
                 small += f"; pass@{match['k']} {other[0]:.1%} → {other[-1]:.1%}"
+            low, high = run.values(f"{key}/low"), run.values(f"{key}/high")
+            if low and high:
+                small += f"; 95 % interval {low[-1]:.1%} – {high[-1]:.1%}"
             value = f"{pairs[0][1]:.1%} → {pairs[-1][1]:.1%}" if len(pairs) > 1 else f"{pairs[0][1]:.1%}"
             out.append({"label": "Accuracy", "value": value, "small": small})
     if not out:
@@ -180,7 +189,11 @@ def tiles(run: Run) -> list[dict[str, str]]:
             out.append({"label": label, "value": f"{number(start)} → {number(end)}", "small": unit + ", start → end"})
     if values := run.values("perf/throughput"):
         middle = sorted(values)[len(values) // 2]
-        out.append({"label": "Throughput", "value": number(middle), "small": "tokens per second, median step"})
+        small = "tokens per second, median step"
+        for part in ("rollout", "learner"):
+            if alone := run.values(f"perf/{part}_tokens_per_s"):
+                small += f"; {part} alone {number(sorted(alone)[len(alone) // 2])}"
+        out.append({"label": "Throughput", "value": number(middle), "small": small})
     if values := run.values("timing_s/step"):
         small = f"mean of {len(values)} steps, {sum(values) / 60:.1f} min in all"
         out.append({"label": "Time per step", "value": f"{number(sum(values) / len(values), 2)} s", "small": small})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import matplotlib
@@ -16,6 +17,7 @@ from matplotlib.figure import Figure
 
 Series = dict[str, list[tuple[float, float]]]
 Chart = tuple[str, str, str]  # title, caption, svg
+Line = tuple[str, list[tuple[float, float]], tuple[list[tuple[float, float]], list[tuple[float, float]]]]
 
 COLOURS = 6  # series colours that the page defines: --s0 .. --s5
 _INK, _GRID = "#0a0b01", "#0a0b02"
@@ -43,29 +45,29 @@ _STYLE = {
     "lines.solid_capstyle": "round",
 }
 # (title, caption, {label: metric}, kind). With several runs each metric gets a chart of its own.
-_LINES: list[tuple[str, str, dict[str, str], str]] = [
-    ("Entropy", "Mean over all response tokens, nats", {"": "actor/entropy"}, "line"),
-    ("Training reward", "Mean of a step", {"": "critic/rewards/mean"}, "line"),
+_LINES: list[tuple[str, str, dict[str, str], bool]] = [
+    ("Entropy", "Mean over all response tokens, nats", {"": "actor/entropy"}, False),
+    ("Training reward", "Mean of a step", {"": "critic/rewards/mean"}, False),
     (
         "Clipped tokens",
         "Share of response tokens whose ratio is below (low) or above (high) the clip range",
         {"low": "actor/pg_clipfrac_low", "high": "actor/pg_clipfrac_high"},
-        "percent",
+        True,
     ),
-    ("Gradient norm", "Before clipping", {"": "actor/grad_norm"}, "line"),
-    ("Policy KL", "Estimated KL from the rollout policy to the updated one, nats", {"": "actor/ppo_kl"}, "line"),
-    ("Response length", "Mean, tokens", {"": "response_length/mean"}, "line"),
-    ("Cut off", "Share of responses that hit the length limit", {"": "response_length/clip_ratio"}, "percent"),
-    ("Throughput", "Tokens per second", {"": "perf/throughput"}, "line"),
+    ("Gradient norm", "Before clipping", {"": "actor/grad_norm"}, False),
+    ("Policy KL", "Estimated KL from the rollout policy to the updated one, nats", {"": "actor/ppo_kl"}, False),
+    ("Response length", "Mean, tokens", {"": "response_length/mean"}, False),
+    ("Cut off", "Share of responses that hit the length limit", {"": "response_length/clip_ratio"}, True),
+    ("Throughput", "Tokens per second", {"": "perf/throughput"}, False),
     (
         "Rollout and learner",
         "Mean |Δp| between the rollout engine and the learner on the same tokens; above 0.01 something is wrong",
         {"": "rollout_agreement/abs_dp_mean"},
-        "line",
+        False,
     ),
 ]
-_PHASES = ("generate", "reward", "statistics", "update", "sync")
-_EVALUATION = re.compile(r"^val-core/(.+)/((?:avg|pass)@\w+)$")
+# metric of an evaluation: its set, kind, and k
+EVALUATION = re.compile(r"^val-core/(?P<set>.+)/(?P<kind>avg|pass)@(?P<k>\w+)$")
 
 
 def _sentinel(index: int) -> str:
@@ -103,82 +105,113 @@ def running_mean(values: list[float]) -> list[float]:
     return [sum(w) / len(w) for w in windows]
 
 
-def _draw(title: str, plot: Callable[[Any], None], size: tuple[float, float] = (4.4, 2.3)) -> str:
+def _draw(title: str, plot: Callable[[Any], None]) -> str:
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=size)
+        figure = Figure(figsize=(4.4, 2.3))
         axes = figure.subplots()
         axes.tick_params(length=0)
         axes.grid(axis="x", visible=False)
         plot(axes)
-        svg = _inline(figure, title)
-    return svg
+        return _inline(figure, title)
 
 
-def _line_chart(title: str, lines: list[tuple[str, list[tuple[float, float]]]], kind: str) -> str:
-    """Thin line: single steps. Thick line: running mean. ``kind`` "percent" scales, "points" joins marked points."""
+def _finish(axes: Any, unit: str, labels: int) -> None:
+    """Axis texts and the legend above the plot; ``unit`` is a format of ``x``."""
+    axes.set_xlabel("step")
+    axes.margins(x=0.02, y=0.12)
+    axes.yaxis.set_major_formatter(unit)
+    if labels:
+        columns = min(3, labels)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0, handlelength=1.2)
+
+
+def _line_chart(title: str, lines: list[tuple[str, list[tuple[float, float]]]], percent: bool = False) -> str:
+    """Thin line: single steps. Thick line: running mean. Short series are joined points."""
 
     def plot(axes: Any) -> None:
         for i, (label, pairs) in enumerate(lines):
             steps, values = binned(pairs)
-            values = [100 * v for v in values] if kind in ("percent", "points") else values
+            values = [100 * v for v in values] if percent else values
             dash = "-" if i < COLOURS else "--"
-            if kind == "points" or len(values) < 20:
+            if len(values) < 20:
                 axes.plot(steps, values, dash, color=_sentinel(i), label=label, marker="o", markersize=4)
             else:
                 axes.plot(steps, values, dash, color=_sentinel(i), linewidth=0.8, alpha=0.35)
                 axes.plot(steps, running_mean(values), dash, color=_sentinel(i), label=label)
-        axes.set_xlabel("step")
-        axes.margins(x=0.02, y=0.12)
-        axes.yaxis.set_major_formatter("{x:g} %" if kind in ("percent", "points") else "{x:g}")
-        if any(label for label, _ in lines):
-            columns = min(3, len(lines))
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0, handlelength=1.2)
+        _finish(axes, "{x:g} %" if percent else "{x:g}", sum(bool(label) for label, _ in lines))
 
     return _draw(title, plot)
 
 
+def phases(series: Series) -> dict[str, list[tuple[float, float]]]:
+    """Phases of a step, in order, as (step, seconds): those that follow each other, so that they add up to the step.
+
+    With asynchronous generation `generate` and `reward` run beside the update; then only the `wait` for them counts.
+    """
+
+    def total(name: str) -> float:
+        return sum(value for _, value in series.get(f"timing_s/{name}", []))
+
+    overlap = "timing_s/wait" in series and total("generate") + total("reward") > 1.05 * total("wait")
+    names = ["wait"] if overlap else ["generate", "reward"]
+    names += ["statistics", "update", "sync", "save"]
+    return {name: series[f"timing_s/{name}"] for name in names if f"timing_s/{name}" in series}
+
+
 def _evaluation_charts(runs: dict[str, Series], used: set[str]) -> list[Chart]:
-    """One chart per held-out set (per set and metric with several runs); only curves, so two points at least."""
-    groups: dict[str, list[tuple[str, list[tuple[float, float]]]]] = {}
+    """One chart per held-out set (per set and metric with several runs); only curves, so two points at least.
+
+    pass@1 is left out beside avg@k: both estimate the same number, and from the same samples they are equal.
+    """
+    groups: dict[str, list[Line]] = {}
     for name, series in runs.items():
+        used.update(key for key in series if key.startswith("val-core/"))
         for key in sorted(series):
-            match = _EVALUATION.match(key)
-            if match and len(series[key]) > 1:
-                used.add(key)
-                title, label = (match[1], match[2]) if len(runs) == 1 else (f"{match[1]}, {match[2]}", name)
-                groups.setdefault(title, []).append((label, series[key]))
+            match = EVALUATION.match(key)
+            if not match or len(series[key]) < 2 or match["kind"] + match["k"] == "pass1":
+                continue
+            metric = f"{match['kind']}@{match['k']}"
+            title, label = (match["set"], metric) if len(runs) == 1 else (f"{match['set']}, {metric}", name)
+            interval = series.get(f"{key}/low", []), series.get(f"{key}/high", [])
+            groups.setdefault(title, []).append((label, series[key], interval))
+    caption = "Share of problems solved"
+    if any(low for lines in groups.values() for _, _, (low, _) in lines):
+        caption += "; bars: 95 % interval"
     return [
-        (f"Held-out accuracy: {title}", "Share of problems solved", _line_chart(title, lines, "points"))
+        (f"Held-out accuracy: {title}", caption, _draw(title, partial(_plot_evaluation, lines=lines)))
         for title, lines in groups.items()
     ]
+
+
+def _plot_evaluation(axes: Any, lines: list[Line]) -> None:
+    for i, (label, pairs, (low, high)) in enumerate(lines):
+        colour = _sentinel(i)
+        axes.plot([s for s, _ in pairs], [100 * v for _, v in pairs], "-o", color=colour, markersize=4, label=label)
+        if len(low) == len(high) == len(pairs):
+            axes.vlines([s for s, _ in pairs], [100 * v for _, v in low], [100 * v for _, v in high], colors=colour)
+    _finish(axes, "{x:g} %", len(lines))
 
 
 def _time_chart(series: Series) -> str:
     """Stacked seconds per step of each phase; what the phases leave of the step is "other"."""
     total = dict(series["timing_s/step"])
     steps = sorted(total)
-    bands: list[tuple[str, list[float]]] = []
-    for phase in _PHASES:
-        if f"timing_s/{phase}" in series:
-            values = dict(series[f"timing_s/{phase}"])
-            bands.append((phase, [values.get(s, 0.0) for s in steps]))
-    spent = [sum(values[i] for _, values in bands) for i in range(len(steps))]
-    bands.append(("other", [max(0.0, total[s] - t) for s, t in zip(steps, spent, strict=True)]))
+    bands = {name: [dict(pairs).get(s, 0.0) for s in steps] for name, pairs in phases(series).items()}
+    spent = [sum(values[i] for values in bands.values()) for i in range(len(steps))]
+    bands["other"] = [max(0.0, total[s] - t) for s, t in zip(steps, spent, strict=True)]
 
     def plot(axes: Any) -> None:
-        thinned = [binned(list(zip(steps, values, strict=True))) for _, values in bands]
+        thinned = {name: binned(list(zip(steps, values, strict=True))) for name, values in bands.items()}
         axes.stackplot(
-            thinned[0][0],
-            [values for _, values in thinned],
-            labels=[name for name, _ in bands],
+            thinned["other"][0],
+            [values for _, values in thinned.values()],
+            labels=list(bands),
             colors=[_sentinel(i) for i in range(len(bands))],
             alpha=0.85,
             linewidth=0,
         )
-        axes.set_xlabel("step")
+        _finish(axes, "{x:g} s", len(bands))
         axes.margins(x=0)
-        axes.yaxis.set_major_formatter("{x:g} s")
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0, handlelength=0.8)
 
     return _draw("time", plot)
 
@@ -191,7 +224,7 @@ def main_charts(runs: dict[str, Series]) -> tuple[list[Chart], set[str]]:
     """
     used: set[str] = set()
     charts = _evaluation_charts(runs, used)
-    for title, caption, metrics, kind in _LINES:
+    for title, caption, metrics, percent in _LINES:
         lines = [
             (label if len(runs) == 1 else name, metric, series[metric])
             for label, metric in metrics.items()
@@ -200,13 +233,13 @@ def main_charts(runs: dict[str, Series]) -> tuple[list[Chart], set[str]]:
         ]
         used.update(metric for _, metric, _ in lines)
         if len(runs) == 1 and lines:
-            charts.append((title, caption, _line_chart(title, [(label, pairs) for label, _, pairs in lines], kind)))
+            charts.append((title, caption, _line_chart(title, [(label, pairs) for label, _, pairs in lines], percent)))
             continue
         for label, metric in metrics.items():
             of_metric = [(name, pairs) for name, key, pairs in lines if key == metric]
             full = f"{title}, {label}" if label else title
             if of_metric:
-                charts.append((full, caption, _line_chart(full, of_metric, kind)))
+                charts.append((full, caption, _line_chart(full, of_metric, percent)))
     if len(runs) == 1:
         (series,) = runs.values()
         if "timing_s/step" in series:
@@ -222,5 +255,5 @@ def other_charts(runs: dict[str, Series], used: set[str]) -> list[Chart]:
     for metric in names:
         lines = [(name if len(runs) > 1 else "", series[metric]) for name, series in runs.items() if metric in series]
         if any(len({value for _, value in pairs}) > 1 for _, pairs in lines):
-            charts.append((metric, "", _line_chart(metric, lines, "line")))
+            charts.append((metric, "", _line_chart(metric, lines)))
     return charts

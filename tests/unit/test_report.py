@@ -193,6 +193,31 @@ def test_a_step_written_twice_keeps_the_later_values() -> None:
     assert report.series_of(rows) == {"a": [(1.0, 3.0), (2.0, 2.0)], "b": [(1.0, 5.0)]}
 
 
+def test_an_evaluation_before_the_first_step_stands_at_step_0() -> None:
+    rows = [{"step": 1, "val-before/chain/avg@8": 0.2}, {"step": 9, "val-core/chain/avg@8": 0.6}]
+    assert report.series_of(rows) == {"val-core/chain/avg@8": [(0.0, 0.2), (9.0, 0.6)]}
+
+
+def test_evaluations_carry_their_intervals(tmp_path: Path) -> None:
+    rows = [
+        {"step": step, "val-core/a/b/avg@4": v, "val-core/a/b/avg@4/low": v - 0.05, "val-core/a/b/avg@4/high": v + 0.05}
+        | {"val-core/a/b/pass@1": v, "val-core/a/b/pass@4": 0.9 + step / 100}
+        for step, v in ((0, 0.2), (4, 0.6))
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    html, page = page_of(tmp_path)
+    assert "95 % interval 55.0% – 65.0%" in page.text
+    assert "<h3>Held-out accuracy: a/b</h3>" in html and "LineCollection" in html
+    assert "pass@4" in html and "pass@1<" not in html and "avg@4/low" not in html
+
+
+@pytest.mark.parametrize(("wait", "expected"), [(1.0, ["generate", "reward", "update"]), (0.25, ["wait", "update"])])
+def test_phases_that_overlap_the_update_are_not_counted_twice(wait: float, expected: list[str]) -> None:
+    seconds = {"generate": 0.9, "reward": 0.1, "wait": wait, "update": 1.0, "step": 2.0}
+    series = {f"timing_s/{name}": [(1.0, s), (2.0, s)] for name, s in seconds.items()}
+    assert list(report.charts.phases(series)) == expected
+
+
 def test_several_runs_are_overlaid(tmp_path: Path) -> None:
     runs = make_run(tmp_path / "a" / "seed0"), make_run(tmp_path / "b" / "seed0", entropy=0.7)
     html, page = page_of(*runs, out=tmp_path / "both.html")

