@@ -82,7 +82,8 @@ class VLLMPool:
         self._thread.start()
         self._session: aiohttp.ClientSession | None = None
         self.servers = [Server(url.rstrip("/")) for url in urls]
-        self._sync = DiskSync(self, options.sync_dir)
+        on_disk = sum(path.stat().st_size for path in server.model_dir.glob("*.safetensors"))
+        self._sync = DiskSync(self, options.sync_dir, 4 * on_disk)  # bfloat16 sent as float32, and twice that to spare
         self._closed = False
         atexit.register(self.close)
         try:

@@ -98,8 +98,6 @@ def server_command(options: ServerOptions, port: int) -> list[str]:
         "--dtype": options.dtype,
         "--max-model-len": str(options.max_model_len),
         "--max-num-seqs": str(options.max_num_seqs),
-        # Without chunking a batch must hold one longest prompt.
-        "--max-num-batched-tokens": str(max(options.max_model_len, 2048)),
         "--logprobs-mode": "processed_logprobs",
         "--generation-config": "vllm",  # else the model's file changes temperature, top-p, penalties in silence
         "--worker-extension-cls": "megatron_ext.sync.vllm_worker.WorkerExtension",
@@ -107,16 +105,18 @@ def server_command(options: ServerOptions, port: int) -> list[str]:
         "--middleware": "megatron_ext.sync.auth.RequireToken",
     }
     switches = ["--enable-scale-out", "--disable-uvicorn-access-log", "--disable-log-stats"]
-    # On a CPU a seeded request whose prompt is cut into chunks kills the engine.
-    switches.append("--no-enable-chunked-prefill")
     if options.device == "cpu":
-        switches.append("--enforce-eager")
+        # A seeded request whose prompt is cut into chunks kills the engine; a batch must then hold a longest prompt.
+        switches += ["--enforce-eager", "--no-enable-chunked-prefill"]
+        flags["--max-num-batched-tokens"] = str(max(options.max_model_len, 2048))
         flags["--kv-cache-memory-bytes"] = str(options.kv_cache_bytes or kv_cache_need(options))
         # The model in the engine's own process: one import less (7 of 24 s), 250 MiB less. vLLM wants a worker process
         # on CPUs to bind its threads; a server has one thread here. The short name "uni" would be overruled.
         flags["--distributed-executor-backend"] = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
     words = [word for flag in flags.items() for word in flag]
-    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words, *switches, *options.extra_args]
+    # -P: the current directory must not shadow modules; ours come by PYTHONPATH.
+    vllm = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
+    return [*vllm, *words, *switches, *options.extra_args]
 
 
 def server_environment(base: Mapping[str, str], index: int, token: str) -> dict[str, str]:

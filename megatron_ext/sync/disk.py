@@ -26,14 +26,14 @@ class DiskSync:
 
     Args:
         servers: control plane of the servers to update.
-        parent: directory in which a private (0700) one is made; default /dev/shm if there is one, else the system's
+        parent: directory in which a private (0700) one is made; default /dev/shm if it has room, else the system's
             temporary directory. Servers on other hosts need a shared file system here.
+        need_bytes: room that one update takes, for the choice of the default.
     """
 
-    def __init__(self, servers: Servers, parent: Path | None = None) -> None:
+    def __init__(self, servers: Servers, parent: Path | None = None, need_bytes: int = 0) -> None:
         self._servers = servers
-        if parent is None:
-            parent = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
+        parent = parent or default_parent(need_bytes)
         parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(parent)
         self.root = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))  # mkdtemp gives mode 0700
@@ -97,6 +97,13 @@ class DiskSync:
         if self._stage is not None:
             shutil.rmtree(self._stage, ignore_errors=True)
             self._stage = None
+
+
+def default_parent(need_bytes: int) -> Path:
+    """Memory if it has room (containers often get 64 MiB of /dev/shm), else the disk."""
+    memory = Path("/dev/shm")
+    roomy = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > need_bytes
+    return memory if roomy else Path(tempfile.gettempdir())
 
 
 def remove_abandoned(parent: Path) -> None:

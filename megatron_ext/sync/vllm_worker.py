@@ -59,6 +59,7 @@ class DiskTransferEngine(WeightTransferEngine[DiskInitInfo, DiskUpdateInfo]):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.loaded: tuple[int, str] | None = None
+        self._shapes = checkpoint_shapes(Path(self.model_config.model))  # now: the directory may be gone later
         die_with_parent()
 
     def init_transfer_engine(self, init_info: DiskInitInfo) -> None: ...
@@ -76,7 +77,7 @@ class DiskTransferEngine(WeightTransferEngine[DiskInitInfo, DiskUpdateInfo]):
         """Raises ValueError, with the model untouched, when the update is not exactly what was announced."""
         weights = read_verified(update_info)
         tied = bool(getattr(self.model_config.hf_text_config, "tie_word_embeddings", False))
-        check_complete(weights, checkpoint_shapes(Path(self.model_config.model)), tied=tied)
+        check_complete(weights, self._shapes, tied=tied)
         if tied:
             weights.pop(LM_HEAD, None)
         self.loaded = None  # from here to the last line the model is in between

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -52,6 +53,13 @@ def test_digest_ignores_order_and_layout_and_sees_everything_else() -> None:
     again.add("a", WEIGHTS["a"])
     with pytest.raises(ValueError, match="'a' occurs twice"):
         again.add("a", WEIGHTS["a"])
+
+
+def test_small_shared_memory_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=64 << 20))
+    monkeypatch.setattr(disk.os, "access", lambda path, mode: True)
+    assert disk.default_parent(1 << 20) == Path("/dev/shm")
+    assert disk.default_parent(1 << 30) != Path("/dev/shm")
 
 
 class FakeServers:
