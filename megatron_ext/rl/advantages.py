@@ -53,7 +53,7 @@ def grpo(rewards_B: Tensor, groups_B: Tensor, *, delta: float = 1e-6, unbiased: 
 
     P0 sec. 2.1 prints delta, P2 eq. 2 and P4 omit it; none says which standard deviation.
     """
-    check_number("advantage.delta", delta, 0)
+    check_number("advantage.params.delta", delta, 0)
     index, size = _group_index(groups_B)
     centred = _centred(rewards_B, groups_B)
     std = _group_mean(centred.square(), index, size).sqrt()
@@ -80,8 +80,8 @@ def reinforce_pp(rewards_B: Tensor, groups_B: Tensor, *, baseline: str = "none",
     *not* get 0 unless the whole batch is equal. The original whitens tokens; having one reward per response we whiten
     responses.
     """
-    check_choice("advantage.baseline", baseline, ("none", "group"))
-    check_number("advantage.delta", delta, 0)
+    check_choice("advantage.params.baseline", baseline, ("none", "group"))
+    check_number("advantage.params.delta", delta, 0)
     groups = groups_B if baseline == "group" else torch.zeros_like(groups_B)
     centred = _centred(rewards_B, groups)  # its mean over the batch is 0 either way
     return torch.where(centred == 0, centred, centred / (centred.square().mean().sqrt() + delta))
@@ -109,7 +109,7 @@ def compute_advantages(name: str, rewards_B: Tensor, groups_B: Tensor, **params:
     for key in params:
         if key not in known_params:
             raise ValueError(
-                f"advantage.{key}={params[key]!r} is not a parameter of {name!r}{suggest(key, known_params)}; "
+                f"advantage.params.{key}={params[key]!r} is not a parameter of {name!r}{suggest(key, known_params)}; "
                 f"it takes {', '.join(known_params) or 'none'}."
             )
     if rewards_B.ndim != 1 or rewards_B.shape != groups_B.shape:
@@ -146,8 +146,8 @@ def soft_overlong_penalty(lengths_B: Tensor, *, max_tokens: int, buffer: int, fa
     Raises:
         ValueError: unless 0 < buffer <= max_tokens and factor >= 0.
     """
-    check_number("reward.overlong.buffer", buffer, 1, max_tokens)
-    check_number("reward.overlong.factor", factor, 0, math.inf)
+    check_number("advantage.overlong_buffer", buffer, 1, max_tokens)
+    check_number("advantage.overlong_factor", factor, 0, math.inf)
     excess = (lengths_B.double() - (max_tokens - buffer)) / buffer
     return -factor * excess.clamp(0, 1)
 
@@ -166,8 +166,8 @@ def gae(
     Returns:
         advantages and returns (advantages + values), float64 (T,) each.
     """
-    check_number("advantage.gamma", gamma, 0, 1)
-    check_number("advantage.lam", lam, 0, 1)
+    check_number("advantage.params.gamma", gamma, 0, 1)
+    check_number("advantage.params.lam", lam, 0, 1)
     ids, lengths = torch.unique_consecutive(seq_ids_T, return_counts=True)
     if torch.unique(ids).numel() != ids.numel():
         raise ValueError("seq_ids holds a sequence in several pieces: gae needs each sequence's tokens contiguous.")

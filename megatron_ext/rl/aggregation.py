@@ -40,7 +40,7 @@ def sequence_weights(
     Raises:
         ValueError: unknown name, or ``constant`` without ``max_tokens``.
     """
-    check_choice("aggregation", name, AGGREGATIONS)
+    check_choice("advantage.aggregation", name, AGGREGATIONS)
     lengths = lengths_B.double()
     included = lengths > 0 if include_B is None else (lengths > 0) & include_B
     lengths = torch.where(included, lengths, torch.zeros_like(lengths))
@@ -57,7 +57,7 @@ def sequence_weights(
         weights = torch.ones_like(lengths) / sequences
     else:
         if max_tokens is None:
-            raise ValueError("max_tokens=None: aggregation=constant needs the response length limit.")
+            raise ValueError("max_tokens=None: advantage.aggregation=constant needs the response length limit.")
         check_number("max_tokens", max_tokens, 1)
         weights = torch.ones_like(lengths) / (sequences * max_tokens)
     return torch.where(included, weights, torch.zeros_like(weights))
@@ -71,5 +71,5 @@ def mismatch_weights(old_logp_T: Tensor, rollout_logp_T: Tensor, *, cap: float =
     Raises:
         ValueError: cap is not positive.
     """
-    check_number("mismatch.cap", cap, 0, exclusive=True)
+    check_number("train.tis_cap", cap, 0, exclusive=True)
     return torch.exp((old_logp_T - rollout_logp_T).detach()).clamp(max=cap)

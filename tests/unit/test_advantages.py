@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_ext.rl.advantages import compute_advantages, gae, informative_groups, soft_overlong_penalty, unlikely
 
-R = torch.tensor([1.0, 0.0, 0.1, 0.0, 0.1, 0.1, 1.0, 5.0])
+R = torch.tensor([1.0, 0.0, 0.1, 0.0, 0.1, 0.1, 1.0, 5.0], dtype=torch.float64)
 G = torch.tensor(
     [7, 7, 3, 7, 3, 3, 7, 9]
 )  # 7: {1, 0, 0, 1}; 3: all equal, in numbers that do not sum exactly; 9: alone
@@ -84,9 +84,9 @@ def test_all_equal_groups_get_exactly_zero_and_are_uninformative() -> None:
 def test_bad_calls_are_named() -> None:
     with pytest.raises(ValueError, match="did you mean 'rloo'"):
         compute_advantages("rlo", R, G)
-    with pytest.raises(ValueError, match="advantage.detla=1 .*did you mean 'delta'"):
+    with pytest.raises(ValueError, match="advantage.params.detla=1 .*did you mean 'delta'"):
         compute_advantages("grpo", R, G, detla=1)
-    with pytest.raises(ValueError, match="advantage.delta=-1"):
+    with pytest.raises(ValueError, match="advantage.params.delta=-1"):
         compute_advantages("grpo", R, G, delta=-1)
     with pytest.raises(ValueError, match="shapes"):
         compute_advantages("grpo", R, G[:2])
@@ -107,7 +107,7 @@ def test_soft_overlong_penalty() -> None:
     lengths = torch.tensor([0, 80, 85, 100, 120])
     assert soft_overlong_penalty(lengths, max_tokens=100, buffer=20).tolist() == pytest.approx([0, 0, -0.25, -1, -1])
     assert soft_overlong_penalty(lengths, max_tokens=100, buffer=20, factor=0.5)[2] == pytest.approx(-0.125)
-    with pytest.raises(ValueError, match="buffer=200"):
+    with pytest.raises(ValueError, match="advantage.overlong_buffer=200"):
         soft_overlong_penalty(lengths, max_tokens=100, buffer=200)
 
 

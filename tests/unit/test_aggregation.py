@@ -91,7 +91,7 @@ def test_mismatch_weights_are_truncated_and_detached() -> None:
     old = torch.tensor([-1.0, -1.0, -3.0], dtype=torch.float64, requires_grad=True)
     weights = mismatch_weights(old, torch.tensor([-1.0, -2.0, -1.0], dtype=torch.float64))
     assert weights.tolist() == pytest.approx([1.0, 2.0, 0.1353352832366127]) and not weights.requires_grad
-    with pytest.raises(ValueError, match="mismatch.cap=0"):
+    with pytest.raises(ValueError, match="train.tis_cap=0"):
         mismatch_weights(old, old, cap=0)
 
 

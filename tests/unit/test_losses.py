@@ -81,6 +81,12 @@ CASES: dict[str, tuple[str, dict[str, Any], WeightOf, list[float]]] = {
     "ce-7b": ("ce_gppo", {"beta1": 0.75, "beta2": 1.0}, ce_weight(0.75, 1.0), [1 - 0.2, 1 + 0.2]),
     "ce-swapped": ("ce_gppo", {"beta1": 1.0, "beta2": 0.5}, ce_weight(1.0, 0.5), [1 - 0.2, 1 + 0.2]),
     "ce-zero": ("ce_gppo", {"beta1": 0, "beta2": 0}, ppo_weight(1 - 0.2, 1 + 0.2), [1 - 0.2, 1 + 0.2]),
+    "ce-asymmetric": (
+        "ce_gppo",
+        {"beta1": 0.6, "beta2": 0.9, "eps_low": 0.1, "eps_high": 0.3},
+        ce_weight(0.6, 0.9, low=1 - 0.1, high=1 + 0.3),
+        [1 - 0.1, 1 + 0.3],
+    ),
     "ce-stops": (
         "ce_gppo",
         {"ratio_stop_low": 0.25, "ratio_stop_high": STOP},

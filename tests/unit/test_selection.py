@@ -184,13 +184,13 @@ def test_clip_b_and_clip_v_are_algorithms_1_and_2(name: str, low: float, high: f
 def test_equal_scores_are_no_outliers() -> None:
     """sigma is 0 then, and rounding of the mean must not drop the batch."""
     x = batch()
-    same = TokenStats(*(torch.full_like(x.stats.logp, v) for v in (-0.3, 0.7, 0.5, -0.2)))
-    assert (
-        build_selection("clip_b", mu_low=0.0, mu_high=0.0, tokens="all")
-        .select(replace(x, stats=same))
-        .keep[x.mask]
-        .all()
-    )
+    rounded = 0
+    for h in torch.linspace(0.4, 1.4, 40).tolist():
+        same = replace(x, stats=TokenStats(*(torch.full_like(x.stats.logp, v) for v in (-0.3, h, 0.5, -0.2))))
+        out = build_selection("clip_b", mu_low=0.0, mu_high=0.0, tokens="all").select(same)
+        assert out.keep[x.mask].all()
+        rounded += out.metrics["selection/score_mean"] != discriminator(same.stats)[0]
+    assert rounded, "the means must differ from the scores somewhere, or this tests nothing"
 
 
 def covariances(x: SelectionInputs) -> list[float]:
