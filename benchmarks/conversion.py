@@ -1,0 +1,229 @@
+"""Conversion of a checkpoint of random weights beside what else one can do with the same bytes.
+
+    python -m benchmarks.conversion --shape 0.5b --repeats 5 --dir DIR --json OUT
+
+Every measurement is a fresh process; the candidates take turns, so that a busy machine is busy for all of them. Time is
+from the first byte read to the last byte on disk (fsync included), without imports. Memory is the peak resident set
+above what the process held after its imports; mapped file pages count.
+
+    cp            read and write in 1 MiB pieces, no interpretation: the floor
+    safetensors   load_file and save_file of every file: the usual way to touch every tensor
+    import        conversion.hf_to_megatron (writes a Megatron checkpoint and SHA-256 of every byte)
+    export        conversion.megatron_to_hf (writes safetensors and SHA-256 of every tensor)
+    mbridge       mbridge's tensor mapping from safetensors into memory; nothing is written (if installed)
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
+    "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28},
+}
+
+
+def make_source(directory: Path, shape: str) -> int:
+    """A Qwen2 of random bfloat16 weights in the given shape, written block by block; its size in bytes."""
+    import torch
+
+    import conversion
+    from conversion.hf_files import HFWriter
+
+    raw = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": 152064 if shape == "7b" else 151936,
+        "num_key_value_heads": 4 if shape == "7b" else 2,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": shape != "7b",
+        "torch_dtype": "bfloat16",
+        **SHAPES[shape],
+    }
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    (directory / "config.json").write_text(json.dumps(raw))
+    shapes = conversion.hf_shapes(conversion.parse_config(raw))
+    writer = HFWriter(directory, shapes, dict.fromkeys(shapes, torch.bfloat16), 5 * 10**9)
+    noise = torch.randn(1 << 24).bfloat16()
+    for name, extents in shapes.items():
+        row = torch.Size(extents[1:]).numel()
+        step = max((1 << 24) // row, 1)
+        for start in range(0, extents[0], step):
+            rows = min(step, extents[0] - start)
+            writer.write(name, start, noise[: rows * row].reshape(rows, *extents[1:]))
+    writer.finish()
+    return writer.total_bytes
+
+
+def fsync(path: Path) -> None:
+    for file in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        fd = os.open(file, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+
+
+def run_cp(source: Path, out: Path, threads: int) -> None:
+    out.mkdir()
+    for path in source.iterdir():
+        with path.open("rb") as reader, (out / path.name).open("wb") as writer:
+            shutil.copyfileobj(reader, writer, 1 << 20)
+    fsync(out)
+
+
+def run_safetensors(source: Path, out: Path, threads: int) -> None:
+    from safetensors.torch import load_file, save_file
+
+    out.mkdir()
+    for path in source.glob("*.safetensors"):
+        save_file(load_file(path), out / path.name)
+    fsync(out)
+
+
+def run_import(source: Path, out: Path, threads: int) -> None:
+    from conversion import hf_to_megatron
+
+    hf_to_megatron.convert(source, out, threads=threads)
+
+
+def run_export(source: Path, out: Path, threads: int) -> None:
+    from conversion import megatron_to_hf
+
+    megatron_to_hf.convert(source.with_name("megatron"), out, threads=threads)
+
+
+def run_mbridge(source: Path, out: Path, threads: int) -> None:
+    """mbridge's own functions for name and layout, called per tensor: its loader needs CUDA and process groups."""
+    import torch
+    from mbridge.core.bridge import _MODEL_REGISTRY
+    from safetensors import safe_open
+    from transformers import AutoConfig
+
+    import conversion
+
+    bridge = object.__new__(_MODEL_REGISTRY["qwen2"])
+    bridge.hf_config, bridge.dtype = AutoConfig.from_pretrained(source), torch.bfloat16
+    bridge.make_vocab_size_divisible_by = None
+    tensors: dict[str, Any] = {}
+    for path in source.glob("*.safetensors"):
+        handle = safe_open(path, framework="pt")
+        tensors.update({name: handle for name in handle.keys()})  # noqa: SIM118
+    model = {}
+    for name in conversion.megatron_names(conversion.read_config(source)):
+        theirs = conversion.te_name(name)
+        parts = [tensors[part].get_tensor(part) for part in bridge._weight_name_mapping_mcore_to_hf(theirs)]
+        model[name] = bridge._weight_to_mcore_format(theirs, parts).clone()
+
+
+RUNS: dict[str, Callable[[Path, Path, int], None]] = {
+    "cp": run_cp,
+    "safetensors": run_safetensors,
+    "import": run_import,
+    "export": run_export,
+    "mbridge": run_mbridge,
+}
+
+
+def import_all(name: str) -> None:
+    """What a candidate imports, before the clock starts."""
+    if name in ("import", "export"):
+        import conversion.hf_to_megatron
+        import conversion.megatron_to_hf  # noqa: F401
+    elif name == "safetensors":
+        import safetensors.torch  # noqa: F401
+    elif name == "mbridge":
+        import megatron_ext.learner  # noqa: F401  prepares Megatron-Core, which mbridge imports, for the CPU
+
+        import mbridge  # noqa: F401  # isort: skip
+        import transformers  # noqa: F401
+
+
+def child(name: str, directory: Path, threads: int) -> None:
+    import_all(name)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started, cpu = time.perf_counter(), time.process_time()
+    RUNS[name](directory / "hf", directory / "out", threads)
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "peak_mib": peak / 1024}))
+
+
+def measure(name: str, directory: Path, threads: int) -> dict[str, float]:
+    shutil.rmtree(directory / "out", ignore_errors=True)
+    os.sync()  # no candidate waits for another one's bytes
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.conversion",
+        "--child",
+        name,
+        "--dir",
+        str(directory),
+        "--threads",
+        str(threads),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="0.5b")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dir", type=Path, required=True, help="scratch directory on the disk to measure")
+    parser.add_argument("--threads", type=int, default=min(os.cpu_count() or 1, 8))
+    parser.add_argument("--only", nargs="*", choices=RUNS, help="candidates (default: all that can run)")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--child", choices=RUNS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(args.child, args.dir, args.threads)
+        return
+    size = make_source(args.dir / "hf", args.shape)
+    shutil.rmtree(args.dir / "megatron", ignore_errors=True)
+    run_import(args.dir / "hf", args.dir / "megatron", args.threads)
+    names = args.only or [n for n in RUNS if n != "mbridge" or importlib.util.find_spec("mbridge")]
+    plan = [(name, threads) for name in names for threads in ((1, args.threads) if "port" in name else (1,))]
+    results: dict[str, list[dict[str, float]]] = {}
+    for _ in range(args.repeats):
+        for name, threads in plan:
+            label = f"{name} ({threads} thread{'s' * (threads > 1)})" if "port" in name else name
+            results.setdefault(label, []).append(measure(name, args.dir, threads))
+    floor = statistics.median(run["seconds"] for run in results.get("safetensors", results[next(iter(results))]))
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    print(f"{args.shape}: {size / 2**30:.2f} GiB bfloat16; {machine}; median of {args.repeats} (fastest)")
+    print(f"{'':22}{'seconds':>16}{'CPU s':>8}{'GiB/s':>8}{'vs safetensors':>16}{'peak MiB':>10}")
+    for label, runs in results.items():
+        seconds = [run["seconds"] for run in runs]
+        middle, peak = statistics.median(seconds), max(run["peak_mib"] for run in runs)
+        cpu = statistics.median(run["cpu_seconds"] for run in runs)
+        timing = f"{middle:.2f} ({min(seconds):.2f})"
+        print(f"{label:22}{timing:>16}{cpu:>8.2f}{size / 2**30 / middle:>8.2f}{middle / floor:>16.2f}{peak:>10.0f}")
+    if args.json:
+        summary = {"shape": args.shape, "bytes": size, "machine": machine, "runs": results}
+        args.json.write_text(json.dumps(summary, indent=1) + "\n")
+    for leftover in ("hf", "megatron", "out"):
+        shutil.rmtree(args.dir / leftover, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
