@@ -242,8 +242,11 @@ def test_the_last_server_dies(pool: VLLMPool, weights: dict[str, Tensor]) -> Non
     """Found by the update, not by a request: an error within a timeout, and nothing is served. Ends the module."""
     last = pool.servers[1]
     assert last.process is not None and last.usable
-    os.kill(last.process.guard_pid, signal.SIGKILL)
-    psutil.wait_procs([psutil.Process(last.process.guard_pid)], timeout=10)
+    guard = psutil.Process(last.process.guard_pid)
+    processes = guard.children(recursive=True)
+    guard.kill()
+    _, alive = psutil.wait_procs([guard, *processes], timeout=10)
+    assert not alive, "even without its guard nothing of a server is left"
     start = time.perf_counter()
     with pytest.raises(WeightUpdateError, match="died"):
         pool.push(pool.version + 1, weights.items())
