@@ -157,6 +157,24 @@ def _rope(config: Mapping[str, Any]) -> Rope:
     return Rope(theta, kind, factor)
 
 
+def in_dialect(raw: Mapping[str, Any], version: int) -> dict[str, Any]:
+    """A config as transformers 4 (`version=4`) or transformers 5 (`version=5`) writes it; the meaning is the same."""
+    assert version in (4, 5), version
+    config = dict(raw)
+    old_names, new_names = ("torch_dtype", "num_experts"), ("dtype", "num_local_experts")
+    renames = zip(new_names, old_names, strict=True) if version == 4 else zip(old_names, new_names, strict=True)
+    for source, target in renames:
+        if source in config:
+            config[target] = config.pop(source)
+    scaling = config.pop("rope_scaling", None) or {}
+    rope = {"rope_theta": config.pop("rope_theta", 10000.0), **scaling, **(config.pop("rope_parameters", None) or {})}
+    rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
+    if version == 5:
+        return config | {"rope_parameters": rope}
+    theta = rope.pop("rope_theta")
+    return config | {"rope_theta": theta, "rope_scaling": rope if rope["rope_type"] != "default" else None}
+
+
 def transformer_config(hf: HFConfig) -> dict[str, Any]:
     """Keyword arguments for `megatron.core.transformer.TransformerConfig` that follow from the architecture.
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from conversion import cli
-from conversion.config import HFConfig
+from conversion.config import HFConfig, in_dialect
 from conversion.hf_files import HFWriter, side_files
 from conversion.mapping import export_rows, hf_parts, hf_shapes
 from conversion.megatron_reader import MegatronReader
@@ -39,12 +39,14 @@ def convert(
     threads: int = 1,
     overwrite: bool = False,
     card: Mapping[str, Any] | None = None,
+    dialect: int | None = None,
     progress: Progress = lambda count: None,
 ) -> None:
     """Write `out` completely or not at all.
 
     Args:
         hf_config: directory with config.json, for checkpoints that do not bring their own.
+        dialect: write config.json as transformers 4 or 5 does; None: as it was read.
         card: facts for the model card (`CARD_KEYS`); those in the checkpoint's manifest are the default.
 
     Raises:
@@ -69,7 +71,7 @@ def convert(
             digests = writer.finish()
         finally:
             writer.close()
-        finish_directory(partial, reader.hf, reader.hf_dir, dtype, facts, digests)
+        finish_directory(partial, reader.hf, reader.hf_dir, dtype, facts, digests, dialect)
 
 
 def write_hf(
@@ -108,18 +110,22 @@ def finish_directory(
     dtype: torch.dtype | None,
     facts: Mapping[str, Any],
     digests: Mapping[str, str],
+    dialect: int | None = None,
 ) -> None:
     """Everything but the weights: config, generation config, tokenizer, model card and manifest.
 
-    config.json is copied byte for byte unless `dtype` differs from what it says.
+    config.json is copied byte for byte unless `dtype` differs from what it says or a `dialect` is asked for.
     """
     for path in side_files(hf_dir):
         shutil.copyfile(path, out / path.name)
-    key = "dtype" if "dtype" in hf.raw else "torch_dtype"
-    named = str(dtype).removeprefix("torch.")
-    if dtype is not None and hf.raw.get(key) != named:
-        config = json.dumps({**hf.raw, key: named}, indent=2, sort_keys=True) + "\n"
-        (out / "config.json").write_text(config, encoding="utf-8")
+    config = dict(hf.raw)
+    if dtype is not None:
+        config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
+    if dialect is not None:
+        config = in_dialect(config, dialect)
+    if config != hf.raw:
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (out / "config.json").write_text(text, encoding="utf-8")
     (out / "README.md").write_text(_card(hf, facts), encoding="utf-8")
     write_manifest(out, tensors=digests, **{key: value for key, value in facts.items() if value is not None})
 
@@ -147,6 +153,7 @@ def main() -> int:
     parser.add_argument("--out", required=True, metavar="DIR", help="Hugging Face directory to write")
     parser.add_argument("--hf-config", metavar="DIR", help="directory with config.json, if the checkpoint has none")
     parser.add_argument("--max-shard-size", type=cli.size, default=MAX_SHARD_SIZE, help="e.g. 5GB (default), 500MiB")
+    parser.add_argument("--config-dialect", type=int, choices=(4, 5), help="config.json as that transformers writes it")
     for key in CARD_KEYS:
         parser.add_argument(f"--{key.replace('_', '-')}", help="for the model card")
     cli.add_common(parser)
@@ -167,6 +174,7 @@ def main() -> int:
             threads=args.threads,
             overwrite=args.overwrite,
             card={key: value for key in CARD_KEYS if (value := getattr(args, key)) is not None},
+            dialect=args.config_dialect,
             progress=advance,
         )
     return 0

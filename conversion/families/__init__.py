@@ -8,6 +8,7 @@ from conversion.families.mistral import MISTRAL
 from conversion.families.qwen2 import QWEN2
 from conversion.families.qwen3 import QWEN3
 from conversion.families.qwen3_moe import QWEN3_MOE
+from conversion.families.seed_oss import SEED_OSS
 from conversion.table import Family
 
 FAMILIES: dict[str, Family] = {
@@ -17,6 +18,7 @@ FAMILIES: dict[str, Family] = {
     "Qwen2ForCausalLM": QWEN2,
     "Qwen3ForCausalLM": QWEN3,
     "Qwen3MoeForCausalLM": QWEN3_MOE,
+    "SeedOssForCausalLM": SEED_OSS,
 }
 
 REFUSED: dict[str, str] = {

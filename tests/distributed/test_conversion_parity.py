@@ -56,6 +56,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"norm_topk_prob": True},
     ),
     "mistral": ("Mistral", {"sliding_window": 16, "head_dim": 16}),
+    "seed-oss": ("SeedOss", {"head_dim": 16, "attention_dropout": 0.0, "residual_dropout": 0.0}),
     # transformers 5 has no InternLM3: a Llama with dynamic RoPE under its name is its oracle
     "internlm3": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 6.0}}),
 }

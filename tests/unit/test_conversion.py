@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import conversion
+from conversion.config import in_dialect
 
 SMALL: dict[str, Any] = {
     "vocab_size": 131,
@@ -45,6 +47,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
     ),
     "mistral": ("Mistral", {"sliding_window": 16}),
+    "seed-oss": ("SeedOss", {"head_dim": 16}),
 }
 
 
@@ -196,6 +199,23 @@ def test_both_config_dialects_mean_the_same() -> None:
     assert old.rope == new.rope == type(old.rope)(500000.0, "llama3", 32.0)
     kwargs = conversion.gpt_model_kwargs(old)
     assert (kwargs["rotary_base"], kwargs["rope_scaling"], kwargs["rope_scaling_factor"]) == (500000, True, 32.0)
+
+
+def in_both_dialects(case: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    raw = dict(make(case)[0].raw)
+    return in_dialect(raw, 4), in_dialect(raw, 5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_config_rewritten_in_another_dialect_means_the_same_and_returns(case: str) -> None:
+    old, new = in_both_dialects(case)
+    assert "rope_parameters" not in old and "rope_theta" in old and "dtype" not in old
+    assert "rope_parameters" in new and "rope_theta" not in new and "torch_dtype" not in new
+    assert in_dialect(old, 5) == new and in_dialect(new, 4) == old
+    assert replace(conversion.parse_config(old), raw={}) == replace(conversion.parse_config(new), raw={})
+    config_class = getattr(transformers, CASES[case][0] + "Config")
+    assert config_class(**old).rope_parameters == config_class(**new).rope_parameters
+    assert getattr(config_class(**old), "num_experts", None) == getattr(config_class(**new), "num_experts", None)
 
 
 def test_architecture_details_reach_megatron() -> None:
