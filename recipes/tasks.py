@@ -27,9 +27,9 @@ CONNECTORS = ("so", "then", "next", "now", "thus", "hence")  # synonyms: free ch
 ANSWER_MARKER = "#"
 CHAIN_WORDS = (*(str(digit) for digit in range(10)), *OPERATORS, *LABELS, *CONNECTORS, "=", ANSWER_MARKER)
 
-P_RESTATE = 0.8  # a step repeats its operator and operand: the scaffold on which the lookup is learned quickly
+P_RESTATE = 0.9  # a step repeats its operator and operand: the scaffold on which the lookup is learned quickly
 P_MERGE = 0.1  # a step is done in the head and written together with the next one
-P_STEP_WRONG = 0.12  # a step's result is a random digit instead of the right one
+P_STEP_WRONG = 0.08  # a step's result is a random digit instead of the right one
 P_COPY_WRONG = 0.03  # the last result is copied wrongly behind the marker
 MISCONCEIVED_SHARE = 0.1  # of the 300 facts (x, op, d) ...
 P_MISCONCEPTION = 0.65  # ... which are shown with one fixed wrong result this often: the right one is in the minority
