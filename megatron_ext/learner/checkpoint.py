@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from conversion.publish import ManifestError, check_manifest, published, write_m
 from megatron_ext.learner.learner import Learner
 from megatron_ext.learner.model import on_device
 
+# The format of the distributed optimizer's state that any layout can read back.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
 LATEST = "latest"
 STATE = "state.json"
 
@@ -75,14 +78,45 @@ def load(learner: Learner, directory: Path) -> dict[str, Any]:
     if check_manifest(directory, contents=torch.distributed.get_rank() == 0) is None:
         raise ManifestError(f"{directory} has no manifest: it is not a checkpoint of this project")
     torch.distributed.barrier()
+    if learner.config.optim.distributed:
+        _prepare_torch_adam(learner.optimizer)
     with on_device():
         loaded = dist_checkpointing.load(_sharded_state(learner, is_loading=True), str(directory))
         for key, chunk in _chunks(learner).items():
             chunk.load_state_dict(loaded[key], strict=True)
         learner.optimizer.load_state_dict(loaded["optimizer"])
         learner.lr_schedule.load_state_dict(loaded["lr_schedule"])
+    _unshare_steps(learner.optimizer)
     state: dict[str, Any] = json.loads((directory / STATE).read_text(encoding="utf-8"))
     return state
+
+
+def _prepare_torch_adam(optimizer: Any) -> None:
+    """Make a fresh distributed optimizer around torch's Adam loadable.
+
+    Only apex and Transformer Engine count steps per group; torch counts per parameter. Megatron reads that count before
+    loading, when it is not there yet, and later expects it among the saved tensors, where it never was (it restores
+    the count from the parameter groups).
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+            part.init_state_fn(part.optimizer, part.config)
+            for state in part.optimizer.state.values():
+                state.setdefault("step", torch.tensor(0.0))
+            part._set_main_param_and_optimizer_states = partial(_set_states_keeping_step, part)
+
+
+def _set_states_keeping_step(part: Any, parameter: Any, tensors: dict[str, Any]) -> None:
+    step = part._get_main_param_and_optimizer_states(parameter)["step"].clone()
+    type(part)._set_main_param_and_optimizer_states(part, parameter, {"step": step, **tensors})
+
+
+def _unshare_steps(optimizer: Any) -> None:
+    """Megatron restores one step tensor for all parameters; torch's Adam would then count it up once per parameter."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for state in part.optimizer.state.values():
+            if torch.is_tensor(state.get("step")):
+                state["step"] = state["step"].clone()
 
 
 def _chunks(learner: Learner) -> dict[str, Any]:
@@ -92,7 +126,7 @@ def _chunks(learner: Learner) -> dict[str, Any]:
 
 def _sharded_state(learner: Learner, *, is_loading: bool) -> dict[str, Any]:
     state: dict[str, Any] = {key: chunk.sharded_state_dict() for key, chunk in _chunks(learner).items()}
-    state["optimizer"] = learner.optimizer.sharded_state_dict(dict(state), is_loading=is_loading)
+    state["optimizer"] = learner.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=_METADATA)
     state["lr_schedule"] = learner.lr_schedule.state_dict()
     return state
 
