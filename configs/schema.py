@@ -100,6 +100,7 @@ class TrainConfig:
     old_logprobs: str = "learner"  # "learner": recomputed before the first update | "rollout": as sampled
     tis_cap: float | None = None  # truncated importance weight min(exp(old - rollout), cap); None: off
     loss_chunk_tokens: int = 0  # tokens whose vocabulary statistics are computed at once; 0: all of a micro-batch
+    entropy_probe_every: int = 0  # steps between measurements of the entropy change on the same tokens; 0: never
     save_every: int = 20  # rollout steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 2
     threads: int = 1  # torch threads per learner process

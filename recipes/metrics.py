@@ -57,8 +57,14 @@ class StepMetrics:
             "rollout/samples": float(len(samples)),
         }
 
-    def agreement(self, samples: list[Sample], rollout_logp: Tensor, stats: TokenStats, *, version: int) -> None:
-        """Rollout engine against learner on the same tokens, where both used the weights of this step."""
+    def agreement(
+        self, samples: list[Sample], rollout_logp: Tensor, stats: TokenStats, *, version: int, limit: float
+    ) -> None:
+        """Rollout engine against learner on the same tokens, where both used the weights of this step.
+
+        Raises ValueError when their probabilities differ by more than ``limit`` on average: training on such ratios
+        goes wrong slowly and silently.
+        """
         versions = torch.tensor([v for s in samples for v in s.rollout.weight_versions])
         same = versions == version
         self._values["rollout/staleness"] = float((version - versions).double().mean()) if len(versions) else 0.0
@@ -70,6 +76,13 @@ class StepMetrics:
                 "rollout_agreement/abs_dp_max": float(dp.max()),
                 "rollout_agreement/abs_dlogp_mean": float((engine - learner).abs().mean()),
             }
+            if float(dp.mean()) > limit:
+                raise ValueError(
+                    f"rollout and learner probabilities of the same tokens differ by {float(dp.mean()):.3g} on "
+                    f"average, above rollout.agreement_limit={limit}: usual causes are a lower rollout.dtype than "
+                    "model.dtype, sampling with temperature or top_p other than 1, or a server with other weights; "
+                    "repair that, or set train.tis_cap=2 to correct for it and raise the limit"
+                )
 
     def statistics(self, stats: TokenStats, mask: Tensor) -> None:
         """From the statistics pass: the policy before this step's updates."""
@@ -99,7 +112,7 @@ class StepMetrics:
                 values[f"actor/{name}"] = per_update if name in PER_UPDATE else per_token
             values["actor/updates"] = len(self._updates)
         seconds = dict(self._seconds)
-        seconds["step"] = time.monotonic() - self._begin
+        seconds["step"] = time.monotonic() - self._begin - seconds.get("eval", 0.0)
         for phase, value in timing.items():
             seconds.setdefault(phase, value)
         values |= {f"timing_s/{phase}": value for phase, value in sorted(seconds.items())}

@@ -58,7 +58,8 @@ def train(config: Config, model_dir: Path) -> None:
                 state |= {"step": step + 1, "position": record["position"]}
                 last = step + 1 == config.train.steps
                 if last or (config.eval.every and (step + 1) % config.eval.every == 0):
-                    run.evaluated(stream.evaluate(step + 1))
+                    with metrics.clock("eval"):
+                        run.evaluated(stream.evaluate(step + 1))
                 stopping = stream.agree(stop.requested)
                 if last or stopping or (config.train.save_every and (step + 1) % config.train.save_every == 0):
                     with metrics.clock("save"):
@@ -97,7 +98,7 @@ def train_step(
     batch.old_logp = stats.logp if config.train.old_logprobs == "learner" else rollout_logp
     if config.train.tis_cap is not None:
         batch.is_weight = mismatch_weights(stats.logp, rollout_logp, cap=config.train.tis_cap)
-    metrics.agreement(samples, rollout_logp, stats, version=step)
+    metrics.agreement(samples, rollout_logp, stats, version=step, limit=config.rollout.agreement_limit)
     metrics.statistics(stats, batch.mask)
 
     total = config.train.steps
@@ -117,6 +118,10 @@ def train_step(
                 weights_B = aggregation_weights(config, selection, batch, groups_B, include_B, mini)
                 metrics.update(learner.update(batch, mini, weights_B, loss, selection_inside=selection.inside))
     metrics.add({f"theory/{name}": value for name, value in metrics.theory().items()})
+    if config.train.entropy_probe_every and (step + 1) % config.train.entropy_probe_every == 0:
+        with metrics.clock("probe"):
+            after = float(learner.statistics(batch).entropy[batch.mask].double().mean())
+            metrics.add({"theory/entropy_change_same_tokens": after - entropy})
     return controller_state
 
 
