@@ -33,6 +33,8 @@ from typing import Any
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4},
     "0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
+    # the widths of a 7B model with 4 of its 28 layers: memory depends on the largest tensors, not on their number
+    "7b-wide": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 4, "num_attention_heads": 28},
     "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28},
 }
 
@@ -47,12 +49,12 @@ def make_source(directory: Path, shape: str) -> int:
     raw = {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
-        "vocab_size": 152064 if shape == "7b" else 151936,
-        "num_key_value_heads": 4 if shape == "7b" else 2,
+        "vocab_size": 152064 if "7b" in shape else 151936,
+        "num_key_value_heads": 4 if "7b" in shape else 2,
         "max_position_embeddings": 32768,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1e6,
-        "tie_word_embeddings": shape != "7b",
+        "tie_word_embeddings": "7b" not in shape,
         "torch_dtype": "bfloat16",
         **SHAPES[shape],
     }

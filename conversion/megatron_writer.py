@@ -44,7 +44,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from conversion.config import HFConfig
-from conversion.hf_files import HFReader
+from conversion.hf_files import HFReader, start_writeback
 from conversion.mapping import hf_parts, import_rows, megatron_names, megatron_shape, row_unit
 from conversion.megatron_keys import extra_state_keys, stacked_slots
 
@@ -55,11 +55,16 @@ Progress = Callable[[int], object]  # called with a number of bytes done, from a
 
 
 def _blocks(hf: HFConfig, name: str, itemsize: int) -> Iterator[tuple[int, int]]:
-    """Row ranges of at most BLOCK_BYTES (or one unit) that cover a Megatron tensor."""
+    """Row ranges of at most BLOCK_BYTES (or one unit) that cover a Megatron tensor.
+
+    Where parts are stacked, a block ends with its part: it is then read straight from one Hugging Face tensor.
+    """
     rows, *rest = megatron_shape(hf, name)
     unit = row_unit(hf, name)
     step = max(BLOCK_BYTES // (itemsize * math.prod(rest) * unit), 1) * unit
-    return ((start, min(start + step, rows)) for start in range(0, rows, step))
+    parts = [shape[0] for shape in hf_parts(hf, name).values()] if unit == 1 else [rows]
+    for stop, count in zip(itertools.accumulate(parts), parts, strict=True):
+        yield from ((start, min(start + step, stop)) for start in range(stop - count, stop, step))
 
 
 class _ImportPlanner(SavePlanner):
@@ -126,7 +131,7 @@ class _Hashing(io.RawIOBase):
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb", buffering=0)
         self.digest = hashlib.sha256()
-        self._at = 0
+        self._at = self._flushed = 0
 
     def writable(self) -> bool:
         return True
@@ -138,6 +143,9 @@ class _Hashing(io.RawIOBase):
         while done < len(view):
             done += self._file.write(view[done:]) or 0
         self._at += done
+        if self._at - self._flushed >= BLOCK_BYTES:
+            start_writeback(self.fileno(), self._flushed, self._at - self._flushed)
+            self._flushed = self._at
         return done
 
     def tell(self) -> int:

@@ -8,6 +8,8 @@ its float32 logits are compared with transformers'. In the largest layout Megatr
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -231,3 +233,13 @@ def test_back_to_hugging_face_is_bit_identical(parity: Path, case: str, written_
     assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
     assert (source / "config.json").read_bytes() == (tmp_path / "hf" / "config.json").read_bytes()
     shutil.rmtree(tmp_path / "hf")
+
+
+def test_verify_compares_the_logits_of_both_kinds(parity: Path) -> None:
+    case = parity / "qwen2-tied"
+    command = [sys.executable, "-m", "conversion.verify", str(case / "hf"), str(case / "megatron")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "tensors are equal bit for bit" in done.stdout
+    difference = float(done.stdout.split("logits: largest difference ")[1].split()[0])
+    assert difference <= TOLERANCE
