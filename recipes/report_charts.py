@@ -19,7 +19,7 @@ Series = dict[str, list[tuple[float, float]]]
 Chart = tuple[str, str, str]  # title, caption, svg
 Line = tuple[str, list[tuple[float, float]], tuple[list[tuple[float, float]], list[tuple[float, float]]]]
 
-COLOURS = 6  # series colours that the page defines: --s0 .. --s5
+COLOURS = 7  # series colours that the page defines: --s0 .. --s6, the last one grey
 _INK, _GRID = "#0a0b01", "#0a0b02"
 _POINTS = 300  # longer series are averaged in bins of steps: a screen shows no more
 _STYLE = {
@@ -120,6 +120,8 @@ def _finish(axes: Any, unit: str, labels: int) -> None:
     axes.set_xlabel("step")
     axes.margins(x=0.02, y=0.12)
     axes.yaxis.set_major_formatter(unit)
+    if unit.endswith("%"):
+        axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))  # no share is negative
     if labels:
         columns = min(3, labels)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0, handlelength=1.2)

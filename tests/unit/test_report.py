@@ -193,6 +193,16 @@ def test_a_step_written_twice_keeps_the_later_values() -> None:
     assert report.series_of(rows) == {"a": [(1.0, 3.0), (2.0, 2.0)], "b": [(1.0, 5.0)]}
 
 
+def test_every_colour_in_use_is_defined(tmp_path: Path) -> None:
+    phases = ("generate", "reward", "statistics", "update", "sync", "save")
+    row = {f"timing_s/{name}": 1.0 for name in phases} | {"timing_s/step": 7.0}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": s} | row) + "\n" for s in (1, 2)))
+    html, page = page_of(tmp_path)
+    used, defined = set(re.findall(r"var\((--\w+)\)", html)), re.findall(r"(--\w+):", html)
+    assert used <= set(defined) and {defined.count(name) for name in used} == {2}, "in light and in dark"
+    assert len({s["index"] for s in report.time_shares(load_run(tmp_path))}) == 7
+
+
 def test_an_evaluation_before_the_first_step_stands_at_step_0() -> None:
     rows = [{"step": 1, "val-before/chain/avg@8": 0.2}, {"step": 9, "val-core/chain/avg@8": 0.6}]
     assert report.series_of(rows) == {"val-core/chain/avg@8": [(0.0, 0.2), (9.0, 0.6)]}
