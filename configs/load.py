@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
@@ -23,8 +23,21 @@ from omegaconf.errors import OmegaConfBaseException
 from configs.schema import Config
 
 GROUPS = ("recipe", "loss", "selection", "schedule")
-GROUP_CHOICE = tuple(f"{group}=" for group in GROUPS)
+# Keys that the schema leaves to whoever they are for, and that are checked there.
+FREE_KEYS = ("loss.", "selection.", "schedule.", "reward.params.", "advantage.params.")
+PLACEHOLDER = re.compile(r"<(.+)>")  # a value that the user must give, as in model.path: <Qwen2.5-7B>
 _HERE = Path(__file__).parent
+_TYPE_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "int | None": "a whole number or null",
+    "float | None": "a number or null",
+    "str | None": "text or null",
+    "list": "a list such as [1,2]",
+    "dict": "a mapping such as {name: value}",
+}
 
 
 def choices(group: str) -> list[str]:
@@ -35,22 +48,24 @@ def choices(group: str) -> list[str]:
 def load_config(overrides: Sequence[str]) -> Config:
     """Compose and check a configuration.
 
+    A loss, selection or schedule chosen by an override comes with its own defaults: what the recipe sets for *its*
+    loss is not carried over, so that ``loss=dapo`` works in every recipe.
+
     Raises ValueError, in one sentence that names the key, for anything unknown, of the wrong type or impossible.
     """
     for item in overrides:
-        key, equals, value = item.lstrip("+~").partition("=")
-        if not equals:
-            raise ValueError(f"argument {item!r} is not of the form key=value{_near(key, list(_keys(Config)))}")
-        if key in GROUPS and value not in choices(key):
-            raise ValueError(f"{key}={value} is unknown{_near(value, choices(key))}; choose {', '.join(choices(key))}")
+        _check_key(item)
     ConfigStore.instance().store(name="schema", node=Config)
+    # Keys of a loss, selection or schedule are checked by its own dataclass, which knows them all.
+    forced = [f"++{o.lstrip('+')}" if o.lstrip("+").startswith(FREE_KEYS) else o for o in overrides]
     try:
         with initialize_config_module("configs", version_base="1.3"):
-            # Keys of a loss, selection or schedule are checked by its own dataclass, which knows them all.
-            forced = [
-                f"++{o}" if o.split(".")[0] in GROUPS and not o.startswith(GROUP_CHOICE) else o for o in overrides
-            ]
             raw = compose("config", overrides=forced)
+            for group in GROUPS:
+                if group != "recipe" and any(o.startswith(f"{group}=") for o in overrides):
+                    own = [o for o in forced if re.match(rf"(\+\+{group}\.|{group}=)", o)]
+                    OmegaConf.set_struct(raw, False)
+                    raw[group] = compose("config", overrides=["~recipe", *own])[group]
         merged = OmegaConf.merge(OmegaConf.structured(Config), raw)
         config: Any = OmegaConf.to_object(merged)
     except (HydraException, OmegaConfBaseException) as error:
@@ -58,6 +73,19 @@ def load_config(overrides: Sequence[str]) -> Config:
     assert isinstance(config, Config)
     check(config)
     return config
+
+
+def _check_key(item: str) -> None:
+    """Raises ValueError unless an override is ``key=value`` with a key that exists."""
+    key, equals, value = item.lstrip("+~").partition("=")
+    known = list(_keys(Config))
+    if not equals:
+        raise ValueError(f"argument {item!r} is not of the form key=value{_near(key, known)}")
+    if key in GROUPS:
+        if value not in choices(key):
+            raise ValueError(f"{key}={value} is unknown{_near(value, choices(key))}; choose {', '.join(choices(key))}")
+    elif not f"{key}".startswith(FREE_KEYS) and key.split("[")[0] not in known:
+        raise ValueError(f"{item}: there is no key {key!r}{_near(key, known)}; configs/schema.py lists all keys")
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -170,14 +198,20 @@ def _at_least(config: Config, key: str, low: float) -> None:
         raise ValueError(f"{key}={value} must be at least {low}")
 
 
-def _keys(cls: type, prefix: str = "") -> Iterator[str]:
-    from typing import get_type_hints
+def _keys(cls: type) -> Iterator[str]:
+    """Dotted names of all keys, sections included."""
+    for key, _ in _types(cls):
+        yield key
 
+
+def _types(cls: type, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, type in words) of all keys."""
     hints = get_type_hints(cls)
     for f in fields(cls):
-        yield prefix + f.name
-        if is_dataclass(hints[f.name]):
-            yield from _keys(hints[f.name], f"{prefix}{f.name}.")
+        hint = hints[f.name]
+        yield prefix + f.name, _TYPE_WORDS.get(str(getattr(hint, "__name__", hint)), str(hint))
+        if is_dataclass(hint):
+            yield from _types(hint, f"{prefix}{f.name}.")
 
 
 def _near(word: str, known: Sequence[str]) -> str:
@@ -186,13 +220,14 @@ def _near(word: str, known: Sequence[str]) -> str:
 
 
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
-    """One sentence out of what Hydra and OmegaConf say, with the key and a suggestion."""
+    """One sentence out of what Hydra and OmegaConf say, with key, value and what to do."""
     text = str(error) if error.__cause__ is None else str(error.__cause__)
-    known = list(_keys(Config))
-    for item in overrides:
-        key = item.lstrip("+~").partition("=")[0]
-        if key not in known and key.split(".")[0] not in GROUPS and key.split(".")[-1] in text:
-            return f"{item}: there is no key {key!r}{_near(key, known)}"
     first = re.split(r"\n\s*(?:full_key|object_type|reference_type|See )", text)[0].strip().replace("\n", " ")
     match = re.search(r"full_key: (\S+)", text)
-    return f"{match[1]}: {first}" if match else first
+    if match is None:
+        return first
+    value = next((o.partition("=")[2] for o in overrides if o.lstrip("+").partition("=")[0] == match[1]), None)
+    if value is None:
+        return f"{match[1]}: {first}"
+    wanted = {key: name for key, name in _types(Config)}.get(match[1], "another type")
+    return f"{match[1]}={value} is not of the right type: give {wanted}"

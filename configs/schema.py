@@ -24,12 +24,12 @@ class RunConfig:
 class WarmStartConfig:
     """Supervised start of a generated model (``model.path=tiny``), on demonstrations of the generated task."""
 
-    max_steps: int = 1200
-    min_steps: int = 200
+    max_steps: int = 800
+    min_steps: int = 100
     batch: int = 96  # demonstrations per step
     lr: float = 4e-3
     target_greedy_accuracy: float = 0.5  # stop once reached: the jump comes at a seed-dependent step
-    check_every: int = 50  # steps between greedy evaluations
+    check_every: int = 25  # steps between greedy evaluations
     check_problems: int = 100  # problems of each greedy evaluation
     seed: int = 0
 
@@ -120,7 +120,7 @@ class AdvantageConfig:
 
 @dataclass
 class OptimConfig:
-    lr: float = 2e-4
+    lr: float = 1e-4
     optimizer: str = "adam"  # "adam" (AdamW) | "sgd"
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8

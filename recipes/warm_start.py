@@ -70,7 +70,7 @@ def _teach(config: Config, learner: Any, raw: Path) -> tuple[int, float]:
                 f"greedy accuracy {accuracy:.2f}  {seconds:.0f} s",
                 flush=True,
             )
-            if accuracy >= warm.target_greedy_accuracy:
+            if accuracy > warm.target_greedy_accuracy:
                 return step, accuracy
     return warm.max_steps, accuracy
 
