@@ -20,7 +20,6 @@ import importlib.util
 import json
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -156,16 +155,23 @@ def import_all(name: str) -> None:
         import transformers  # noqa: F401
 
 
+def status_mib(key: str) -> float:
+    """A value of /proc/self/status in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key + ":")) / 1024
+
+
 def child(name: str, directory: Path, threads: int) -> None:
     import_all(name)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
+    before = status_mib("VmRSS")
     started, cpu = time.perf_counter(), time.process_time()
     RUNS[name](directory / "hf", directory / "out", threads)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "peak_mib": peak / 1024}))
+    peak = status_mib("VmHWM") - before
+    print(json.dumps({"seconds": seconds, "cpu_seconds": cpu, "peak_mib": peak}))
 
 
 def measure(name: str, directory: Path, threads: int) -> dict[str, float]:

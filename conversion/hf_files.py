@@ -24,6 +24,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PIECE_BYTES = 256 << 10  # hashed and written at a time: what was hashed is still in the processor's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,9 +198,11 @@ class HFWriter:
         assert row == self._next_row[name], f"{name}: expected row {self._next_row[name]}, got {row}"
         view = _bytes_of(rows.to(where.dtype).contiguous())
         offset = where.offset + row * where.row_bytes
-        _write_all(self._fds[where.path], view, offset)
+        for at in range(0, len(view), PIECE_BYTES):
+            piece = view[at : at + PIECE_BYTES]
+            self._digests[name].update(piece)
+            _write_all(self._fds[where.path], piece, offset + at)
         start_writeback(self._fds[where.path], offset, len(view))
-        self._digests[name].update(view)
         self._next_row[name] = row + rows.shape[0]
 
     def finish(self) -> dict[str, str]:

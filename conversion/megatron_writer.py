@@ -44,13 +44,14 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from conversion.config import HFConfig
-from conversion.hf_files import HFReader, start_writeback
+from conversion.hf_files import PIECE_BYTES, HFReader, start_writeback
 from conversion.mapping import hf_parts, import_rows, megatron_names, megatron_shape, row_unit
 from conversion.megatron_keys import extra_state_keys, stacked_slots
 
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 FORMAT |= {"common_backend": "torch", "common_backend_version": 1}
-BLOCK_BYTES = 16 << 20  # per thread, a few blocks are in memory at a time
+BLOCK_BYTES = 4 << 20  # per thread, a few blocks are in memory at a time
+WRITEBACK_BYTES = 16 << 20
 Progress = Callable[[int], object]  # called with a number of bytes done, from any thread
 
 
@@ -138,12 +139,13 @@ class _Hashing(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        self.digest.update(view)
         done = 0
         while done < len(view):
-            done += self._file.write(view[done:]) or 0
+            written = self._file.write(view[done : done + PIECE_BYTES]) or 0
+            self.digest.update(view[done : done + written])
+            done += written
         self._at += done
-        if self._at - self._flushed >= BLOCK_BYTES:
+        if self._at - self._flushed >= WRITEBACK_BYTES:
             start_writeback(self.fileno(), self._flushed, self._at - self._flushed)
             self._flushed = self._at
         return done
