@@ -26,6 +26,9 @@ GROUPS = ("recipe", "loss", "selection", "schedule")
 # Keys that the schema leaves to whoever they are for, and that are checked there.
 FREE_KEYS = ("loss.", "selection.", "schedule.", "reward.params.", "advantage.params.")
 PLACEHOLDER = re.compile(r"<(.+)>")  # a value that the user must give, as in model.path: <Qwen2.5-7B>
+# What `recipes` knows under these names; it imports this package, not the other way round. A test compares.
+REWARDS = ("final_answer", "math", "format", "random")
+GENERATED_DATA = ("chain", "word_problems")
 _HERE = Path(__file__).parent
 _TYPE_WORDS = {
     "int": "a whole number",
@@ -83,8 +86,9 @@ def _check_key(item: str) -> None:
         raise ValueError(f"argument {item!r} is not of the form key=value{_near(key, known)}")
     if key in GROUPS:
         if value not in choices(key):
-            raise ValueError(f"{key}={value} is unknown{_near(value, choices(key))}; choose {', '.join(choices(key))}")
-    elif not f"{key}".startswith(FREE_KEYS) and key.split("[")[0] not in known:
+            listed = "--help lists all" if key == "recipe" else f"choose {', '.join(choices(key))}"
+            raise ValueError(f"{key}={value} is unknown{_near(value, choices(key))}; {listed}")
+    elif not key.startswith(FREE_KEYS) and key.split("[")[0] not in known:
         raise ValueError(f"{item}: there is no key {key!r}{_near(key, known)}; configs/schema.py lists all keys")
 
 
@@ -127,6 +131,8 @@ def _check_algorithm(c: Config) -> None:
     _one_of("model.dtype", c.model.dtype, ("float32", "bfloat16", "float64"))
     _one_of("train.old_logprobs", c.train.old_logprobs, ("learner", "rollout"))
     _one_of("rollout.engine", c.rollout.engine, ("auto", "vllm", "local"))
+    _one_of("rollout.dtype", c.rollout.dtype, ("float32", "bfloat16", "auto"))
+    _one_of("reward.name", c.reward.name, REWARDS)
     off_policy = c.rollout.temperature != 1.0 or c.rollout.top_p != 1.0
     if off_policy and c.train.tis_cap is None:
         raise ValueError(
@@ -147,15 +153,34 @@ def _check_sizes(c: Config) -> None:
             f"train.mini_batches={c.train.mini_batches} does not divide the {c.rollout.prompts_per_step} x "
             f"{c.rollout.n} responses of a step (rollout.prompts_per_step x rollout.n); choose a divisor"
         )
-    if c.rollout.max_tokens >= c.rollout.max_model_len:
-        raise ValueError(
-            f"rollout.max_tokens={c.rollout.max_tokens} leaves no room for a prompt in rollout.max_model_len="
-            f"{c.rollout.max_model_len}; raise rollout.max_model_len"
-        )
+    for key, length in (("rollout.max_tokens", c.rollout.max_tokens), ("eval.max_tokens", c.eval.max_tokens or 0)):
+        if length >= c.rollout.max_model_len:
+            raise ValueError(
+                f"{key}={length} leaves no room for a prompt in rollout.max_model_len={c.rollout.max_model_len}; "
+                "raise rollout.max_model_len"
+            )
+    _check_refills(c)
     if c.rollout.max_staleness not in (0, 1):
         raise ValueError(f"rollout.max_staleness={c.rollout.max_staleness}: choose 0 (synchronous) or 1 (overlapped)")
     if bad := [k for k in c.eval.k if not 1 <= k <= c.eval.n]:
         raise ValueError(f"eval.k={c.eval.k}: pass@{bad[0]} needs eval.n >= {bad[0]}, not {c.eval.n}")
+
+
+def _check_refills(c: Config) -> None:
+    generated = c.rollout.generated_prompts
+    if generated is not None and generated < c.rollout.prompts_per_step:
+        raise ValueError(
+            f"rollout.generated_prompts={generated} is below rollout.prompts_per_step={c.rollout.prompts_per_step}; "
+            "raise it or leave it unset"
+        )
+    surplus = generated is not None and generated > c.rollout.prompts_per_step
+    unused = {
+        "rollout.generated_prompts": generated if surplus else 0,
+        "advantage.max_refills": c.advantage.max_refills,
+    }
+    for key, value in unused.items():
+        if value and not c.advantage.drop_uniform_groups:
+            raise ValueError(f"{key}={value} has no effect: set advantage.drop_uniform_groups=true or unset it")
 
 
 def _check_layout(c: Config) -> None:
@@ -164,7 +189,7 @@ def _check_layout(c: Config) -> None:
         _at_least(c, f"parallel.{key}", 1)
     model_size = p.tp * p.pp * p.cp
     if p.nproc is not None and (p.nproc < 1 or p.nproc % model_size):
-        raise ValueError(f"parallel.nproc={p.nproc} is not a multiple of tp x pp x cp = {model_size}")
+        raise ValueError(f"parallel.nproc={p.nproc} is not a multiple of tp x pp x cp = {model_size}; choose one")
     if p.vpp > 1 and p.pp < 2:
         raise ValueError(f"parallel.vpp={p.vpp} needs pipeline parallelism: set parallel.pp >= 2 or parallel.vpp=1")
     if p.sp and p.tp < 2:
@@ -172,6 +197,10 @@ def _check_layout(c: Config) -> None:
 
 
 def _check_files(c: Config) -> None:
+    for key, what in (("model.path", "Hugging Face directory"), ("data.path", "JSONL file")):
+        section, name = key.split(".")
+        if missing := PLACEHOLDER.fullmatch(getattr(getattr(c, section), name) or ""):
+            raise ValueError(f"{key}: give the {what} of {missing[1]}, as {key}=PATH")
     if c.rollout.replay is not None and not (Path(c.rollout.replay) / "journal.jsonl").is_file():
         raise ValueError(f"rollout.replay={c.rollout.replay}: no journal.jsonl there; give the directory of a run")
     generated = c.model.path in ("tiny", "smollm2")
@@ -181,9 +210,17 @@ def _check_files(c: Config) -> None:
         )
     for key, path in (("data.path", c.data.path), ("data.eval_path", c.data.eval_path)):
         if path is not None and not Path(path).is_file():
-            raise ValueError(f"{key}={path}: no such file")
-    if c.data.name in ("jsonl", "gsm8k") and c.data.path is None:
-        raise ValueError(f"data.name={c.data.name} needs data.path=FILE.jsonl")
+            raise ValueError(f"{key}={path}: no such file; give a JSONL file with problem and answer per line")
+    if c.data.path is None:
+        _check_data_name(c.data.name)
+
+
+def _check_data_name(name: str) -> None:
+    """What generates problems by itself needs no file; ``owner/name`` is a data set of the hub."""
+    if name in ("jsonl", "gsm8k"):
+        raise ValueError(f"data.name={name} needs data.path=FILE.jsonl")
+    if "/" not in name:
+        _one_of("data.name", name, (*GENERATED_DATA, "jsonl", "gsm8k"))
 
 
 def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:

@@ -76,6 +76,7 @@ class RolloutConfig:
     num_servers: int = 1  # vLLM processes started on this machine
     urls: list[str] = field(default_factory=list)  # servers that run already; their key is in $MEGATRON_GPPO_API_KEY
     prompts_per_step: int = 32
+    generated_prompts: int | None = None  # prompts per generation call; None: prompts_per_step. More needs filtering
     n: int = 8  # responses per prompt, the group
     max_tokens: int = 24  # of a response
     temperature: float = 1.0
@@ -151,6 +152,7 @@ class EvalConfig:
     problems: int = 128
     n: int = 8  # samples per problem
     k: list[int] = field(default_factory=lambda: [1, 8])  # pass@k
+    max_tokens: int | None = None  # of a response; None: rollout.max_tokens
     temperature: float = 1.0
     top_p: float = 1.0
 

@@ -101,11 +101,12 @@ class Collector:
         """Generate and judge a batch; with dynamic sampling keep going until it is full or the refills are spent."""
         config = self.config
         wanted = config.rollout.prompts_per_step
+        asked = config.rollout.generated_prompts or wanted  # more than wanted where a filter will drop some
         groups: list[dict[str, Any]] = []
         generate_s = reward_s = 0.0
         for attempt in range(1 + (config.advantage.max_refills if config.advantage.drop_uniform_groups else 0)):
-            problems = self.source.problems(position, wanted)
-            position += wanted
+            problems = self.source.problems(position, asked)
+            position += asked
             begin = time.monotonic()
             rollouts = self._generate(problems, config.rollout.n, self.sampling, ("train", step, attempt))
             middle = time.monotonic()
@@ -160,7 +161,7 @@ class Collector:
         config = self.config
         problems = self.source.heldout(config.eval.problems)
         sampling = Sampling(
-            max_tokens=config.rollout.max_tokens,
+            max_tokens=config.eval.max_tokens or config.rollout.max_tokens,
             temperature=config.eval.temperature,
             top_p=config.eval.top_p,
             allow_off_policy_sampling=True,
