@@ -35,6 +35,9 @@ def launch(train: Callable[[Config, Path], None], argv: Sequence[str] | None = N
     if {"-h", "--help"} & set(argv):
         print(HELP.format(**{group: ", ".join(choices(group)) for group in GROUPS}))
         return 0
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # loading a model is not what the user waits for
     try:
         config = load_config(argv)
         if config.run.dry_run:
@@ -49,9 +52,11 @@ def launch(train: Callable[[Config, Path], None], argv: Sequence[str] | None = N
         processes = learner_processes(config)
         if "WORLD_SIZE" not in os.environ and processes > 1:
             relaunch(processes, argv)
-        if int(os.environ.get("WORLD_SIZE", "1")) != processes and config.parallel.nproc is not None:
+        world, model_size = int(os.environ.get("WORLD_SIZE", "1")), _model_size(config)
+        if world % model_size or (config.parallel.nproc or world) != world:
             raise ValueError(
-                f"parallel.nproc={processes} but {os.environ.get('WORLD_SIZE')} processes were started; leave it unset"
+                f"{world} processes were started, but parallel.tp x pp x cp = {model_size} must divide their number "
+                f"and parallel.nproc={config.parallel.nproc} must be it or unset"
             )
         train(config, model_dir)
     except (ValueError, FileNotFoundError) as error:
@@ -65,8 +70,11 @@ def launch(train: Callable[[Config, Path], None], argv: Sequence[str] | None = N
 
 def learner_processes(config: Config) -> int:
     """parallel.nproc, or as many as the model needs."""
-    p = config.parallel
-    return p.nproc or p.tp * p.pp * p.cp
+    return config.parallel.nproc or _model_size(config)
+
+
+def _model_size(config: Config) -> int:
+    return config.parallel.tp * config.parallel.pp * config.parallel.cp
 
 
 def relaunch(processes: int, argv: Sequence[str]) -> None:

@@ -103,7 +103,7 @@ def _import_megatron_without_compile() -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "Apex is not installed", "Transformer Engine is not installed"
-            import megatron.core.models.gpt
+            import megatron.core.models.gpt.gpt_layer_specs
             import megatron.core.optimizer
             import megatron.core.pipeline_parallel
             import megatron.core.tensor_parallel.random  # noqa: F401

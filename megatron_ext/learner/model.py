@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -165,7 +166,8 @@ def build_chunks(
     hf: conversion.HFConfig, parallel: ParallelConfig, dtype: str, *, recompute: bool, distributed_optimizer: bool
 ) -> list[DistributedDataParallel]:
     """The model chunks of this rank (one per virtual pipeline stage), uninitialised, wrapped in Megatron's DDP."""
-    with on_device():
+    with on_device(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecation notes about settings that are not ours
         config = transformer_config(hf, parallel, dtype, recompute)
         kwargs = conversion.gpt_model_kwargs(hf, tp_size=parallel.tp)
         chunks: list[Any] = []
