@@ -129,6 +129,22 @@ def test_each_rank_holds_its_gate_rows_above_its_up_rows() -> None:
     assert shard.tolist() == [2, 3, 102, 103]
 
 
+def test_the_other_tensors_are_cut_as_megatrons_parallel_layers_hold_them() -> None:
+    full = torch.arange(16).reshape(4, 4)
+    layer = "decoder.layers.0."
+    for name in ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight"):  # RowParallelLinear: input features
+        assert torch.equal(conversion.shard(layer + name, full, 1, 2), full[:, 2:])
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight", layer + "self_attention.linear_qkv.weight"):
+        assert torch.equal(conversion.shard(name, full, 1, 2), full[2:])
+    for name in (
+        "input_layernorm.weight",
+        "self_attention.q_layernorm.weight",
+        "mlp.linear_fc2.bias",
+        "mlp.router.weight",
+    ):
+        assert torch.equal(conversion.shard(layer + name, full, 1, 2), full)
+
+
 def test_vocabulary_padding_is_zero_and_never_leaks() -> None:
     hf, state = make("qwen2-tied")  # 131 tokens
     name = "embedding.word_embeddings.weight"
