@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from hydra import compose, initialize_config_module
-from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -23,12 +22,13 @@ from omegaconf.errors import OmegaConfBaseException
 from configs.schema import Config
 
 GROUPS = ("recipe", "loss", "selection", "schedule")
+GROUP_CHOICE = tuple(f"{group}=" for group in GROUPS)
 # Keys that the schema leaves to whoever they are for, and that are checked there.
 FREE_KEYS = ("loss.", "selection.", "schedule.", "reward.params.", "advantage.params.")
 PLACEHOLDER = re.compile(r"<(.+)>")  # a value that the user must give, as in model.path: <Qwen2.5-7B>
 # What `recipes` knows under these names; it imports this package, not the other way round. A test compares.
 REWARDS = ("final_answer", "math", "format", "random")
-GENERATED_DATA = ("chain", "word_problems")
+GENERATED_DATA = ("chain", "word_problems", "one_step_problems")
 _HERE = Path(__file__).parent
 _TYPE_WORDS = {
     "int": "a whole number",
@@ -58,16 +58,15 @@ def load_config(overrides: Sequence[str]) -> Config:
     """
     for item in overrides:
         _check_key(item)
-    ConfigStore.instance().store(name="schema", node=Config)
-    # Keys of a loss, selection or schedule are checked by its own dataclass, which knows them all.
-    forced = [f"++{o.lstrip('+')}" if o.lstrip("+").startswith(FREE_KEYS) else o for o in overrides]
+    # The YAML files hold only what differs from the schema's defaults, so Hydra must be told to add keys ("++"); that
+    # they exist and have the right type is checked by merging into the schema.
+    forced = [o if o.startswith(("~", *GROUP_CHOICE)) else f"++{o.lstrip('+')}" for o in overrides]
     try:
         with initialize_config_module("configs", version_base="1.3"):
             raw = compose("config", overrides=forced)
             for group in GROUPS:
                 if group != "recipe" and any(o.startswith(f"{group}=") for o in overrides):
-                    own = [o for o in forced if re.match(rf"(\+\+{group}\.|{group}=)", o)]
-                    OmegaConf.set_struct(raw, False)
+                    own = [o for o in forced if o.startswith((f"++{group}.", f"{group}="))]
                     raw[group] = compose("config", overrides=["~recipe", *own])[group]
         merged = OmegaConf.merge(OmegaConf.structured(Config), raw)
         config: Any = OmegaConf.to_object(merged)
