@@ -49,7 +49,7 @@ class ModelConfig:
 class DataConfig:
     """Problems. Held-out problems never appear in training."""
 
-    name: str = "chain"  # "chain" | "word_problems" (generated) | "jsonl"
+    name: str = "chain"  # "chain" | "word_problems" | "one_step_problems" (generated) | "jsonl"
     path: str | None = None  # JSONL with `problem` and `answer`, optional `id`; also .jsonl.gz
     eval_path: str | None = None  # held-out JSONL; None: generated or split off
     template: str = "{problem}"  # "{problem}" is replaced; "chat": the tokenizer's chat template

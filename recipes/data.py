@@ -19,7 +19,11 @@ from typing import Any, Protocol
 from megatron_ext.rl.types import Problem
 from recipes import tasks
 
-GENERATORS: dict[str, Callable[..., Problem]] = {"chain": tasks.chain_problem, "word_problems": tasks.word_problem}
+GENERATORS: dict[str, Callable[..., Problem]] = {
+    "chain": tasks.chain_problem,
+    "word_problems": tasks.word_problem,
+    "one_step_problems": tasks.one_step_problem,
+}
 _GENERATED_HELDOUT_SEED = 0  # one held-out set for all runs, so that their evaluations compare
 _CHAT = "chat"
 _SOLUTION_MARK = "####"  # GSM8K writes its final answers behind it

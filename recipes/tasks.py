@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from megatron_ext.rl.types import Problem
@@ -191,6 +191,25 @@ _STORIES: tuple[_Story, ...] = (
     ),
 )
 
+_SMALL = (2, 9)
+_ONE_STEP_STORIES: tuple[_Story, ...] = (
+    (
+        "{name} has {a} {things} and buys {b} more. How many {things} does {name} have?",
+        lambda a, b: a + b,
+        {"a": _SMALL, "b": _SMALL},
+    ),
+    (
+        "{name} has {a} {things} and gives {b} to {other}. How many {things} does {name} keep?",
+        lambda a, b: a - b,
+        {"a": (11, 19), "b": _SMALL},
+    ),
+    (
+        "There are {a} boxes with {b} {things} in each box. How many {things} are there?",
+        lambda a, b: a * b,
+        {"a": _SMALL, "b": _SMALL},
+    ),
+)
+
 
 def word_problem(seed: int, index: int, *, split: str = "train") -> Problem:
     """An arithmetic story of one to three steps with a positive whole-number answer.
@@ -200,8 +219,16 @@ def word_problem(seed: int, index: int, *, split: str = "train") -> Problem:
     return _draw("word_problem", seed, index, split, _make_story)
 
 
-def _make_story(rng: random.Random) -> tuple[str, str]:
-    story, answer, ranges = rng.choice(_STORIES)
+def one_step_problem(seed: int, index: int, *, split: str = "train") -> Problem:
+    """A story with one addition, subtraction or multiplication of numbers from 2 to 9: within reach of a small model.
+
+    Raises ``ValueError`` for a negative index or an unknown split.
+    """
+    return _draw("one_step", seed, index, split, lambda rng: _make_story(rng, _ONE_STEP_STORIES))
+
+
+def _make_story(rng: random.Random, stories: Sequence[_Story] = _STORIES) -> tuple[str, str]:
+    story, answer, ranges = rng.choice(stories)
     numbers = {key: rng.randint(low, high) for key, (low, high) in ranges.items()}
     name, other = rng.sample(_NAMES, 2)
     product = numbers.get("b", 0) * numbers.get("c", 0)  # a number that is sure to divide evenly

@@ -59,7 +59,7 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     assert len({*epochs, other_seed}) == 4
 
 
-@pytest.mark.parametrize("name", ["chain", "word_problems"])
+@pytest.mark.parametrize("name", ["chain", "word_problems", "one_step_problems"])
 def test_generated_sources(name: str) -> None:
     source = make_source(name, seed=1)
     assert source.batch(3, 8) == source.problems(24, 8) == source.problems(0, 32)[24:]
@@ -163,7 +163,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     [
         ("jsonl", {}, "set data.path="),
         ("gsm8k", {}, "set data.path="),
-        ("maths", {}, "data.name='maths' is unknown: use chain, word_problems, jsonl or gsm8k"),
+        ("maths", {}, "data.name='maths' is unknown: use chain, word_problems, one_step_problems, jsonl or gsm8k"),
         ("chain", {"eval_path": "x.jsonl"}, "data.eval_path needs data.path"),
     ],
 )
