@@ -246,7 +246,7 @@ def _types(cls: type, prefix: str = "") -> Iterator[tuple[str, str]]:
     for f in fields(cls):
         hint = hints[f.name]
         yield prefix + f.name, _TYPE_WORDS.get(str(getattr(hint, "__name__", hint)), str(hint))
-        if is_dataclass(hint):
+        if isinstance(hint, type) and is_dataclass(hint):
             yield from _types(hint, f"{prefix}{f.name}.")
 
 

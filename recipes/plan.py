@@ -1,0 +1,390 @@
+"""What a run would do and need, before anything starts: layout, batch arithmetic, memory, resolved configuration.
+
+    python -m recipes.plan recipe=NAME key=value ... [gpu_gib=80]        (also: make train DRY_RUN=1)
+
+Nothing is started and no weights are read: of the model only config.json is needed. Memory is an estimate of what the
+formulas below count; CUDA context, communication buffers and fragmentation (a few GiB per GPU) come on top.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import conversion
+from configs.load import load_config
+from configs.schema import Config, OptimConfig, ParallelConfig
+from recipes.launch import check_model, learner_processes, model_location
+
+GIB = 1 << 30
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
+# Bytes per logit at the peak, which is in backward. The response tokens' rows are picked out of the logits: float32
+# holds the picked rows, their gradient, and that gradient scattered back; under bfloat16 all this is in float32 too
+# (Megatron's Float16Module returns float32 logits), plus the bfloat16 gradient of the output layer.
+LOGIT_BYTES = {"float32": 12, "bfloat16": 14, "float64": 24}
+# Models that a run makes by itself, so that a plan needs none: `prepare_model.make_tiny_model` and `.smollm2`.
+_LLAMA = {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
+GENERATED_MODELS: dict[str, dict[str, Any]] = {
+    "tiny": _LLAMA
+    | {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    | {"num_key_value_heads": 2, "vocab_size": 32, "max_position_embeddings": 1024},
+    "smollm2": _LLAMA
+    | {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+    | {"num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192},
+}
+
+
+# ------------------------------------------------------------------------------------------------------- arithmetic
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """What is made of each batch of rollouts. All counts are samples (responses) unless named otherwise."""
+
+    samples: int  # per rollout step: prompts x n
+    per_update: int  # per optimizer step
+    per_rank: float  # per optimizer step and data-parallel rank, on average
+    updates_per_step: int  # optimizer steps per rollout step
+    updates: int  # optimizer steps of the whole run
+    longest: int  # tokens fed for the longest sample that can occur
+    micro_batch: int  # tokens of the largest micro-batch: the budget, or one sample that exceeds it
+
+
+def batch_plan(config: Config) -> BatchPlan:
+    """Batch arithmetic of a full batch; dynamic sampling can make a batch smaller.
+
+    A sample of P prompt and L response tokens is fed as P + L - 1 tokens (`packing.fed_length`).
+    """
+    rollout, train = config.rollout, config.train
+    samples = rollout.prompts_per_step * rollout.n
+    per_update = samples // train.mini_batches
+    updates_per_step = train.mini_batches * train.epochs
+    longest = min(config.data.max_prompt_tokens + rollout.max_tokens, rollout.max_model_len) - 1
+    return BatchPlan(
+        samples=samples,
+        per_update=per_update,
+        per_rank=per_update / data_parallel(config),
+        updates_per_step=updates_per_step,
+        updates=train.steps * updates_per_step,
+        longest=longest,
+        micro_batch=max(train.micro_batch_tokens, longest),
+    )
+
+
+def data_parallel(config: Config) -> int:
+    """Data-parallel size: processes / (tp pp cp)."""
+    p = config.parallel
+    return learner_processes(config) // (p.tp * p.pp * p.cp)
+
+
+def parameter_count(hf: conversion.HFConfig) -> int:
+    """Parameters of the whole model; a tied output layer counts once."""
+    return sum(prod(shape) for shape in conversion.hf_shapes(hf).values())
+
+
+def stage_parameters(hf: conversion.HFConfig, parallel: ParallelConfig) -> tuple[int, int]:
+    """Parameters that one rank of the first and of the last pipeline stage holds (the same number without stages).
+
+    Tensor parallelism cuts what `conversion.layout` says it cuts and repeats the norms; the vocabulary is padded to a
+    multiple of tp. The embedding is on the first stage, the output layer on the last, which holds a copy of a tied
+    embedding. Layers are spread evenly, experts over ep.
+    """
+    vocabulary = conversion.padded_vocab(hf.vocab_size, parallel.tp) // parallel.tp * hf.hidden_size
+    layers = 0.0
+    for name in conversion.megatron_names(hf):
+        if name.startswith("decoder.layers."):
+            share = parallel.tp if conversion.layout(name) else 1
+            share *= parallel.ep if ".local_experts." in name else 1
+            layers += prod(conversion.megatron_shape(hf, name)) / share
+    first = round(layers / parallel.pp) + vocabulary
+    last = round(layers / parallel.pp) + hf.hidden_size  # and the final norm
+    if parallel.pp > 1:
+        return first, last + vocabulary
+    whole = first + hf.hidden_size + (0 if hf.tied else vocabulary)
+    return whole, whole
+
+
+def bytes_per_parameter(dtype: str, optim: OptimConfig, shards: int) -> tuple[float, float, float]:
+    """(weights, gradients, optimizer state) in bytes per parameter.
+
+    Source: Megatron-Core's guide to the distributed optimizer: bfloat16 with float32 gradients takes 18 bytes, or
+    6 + 12/d with the state sharded over d ranks; float32 takes 16, or 8 + 8/d. The state is Adam's two moments, and
+    float32 master weights under bfloat16. SGD (without momentum here) has no moments.
+
+    Args:
+        shards: d, data-parallel times context-parallel ranks.
+    """
+    item = ITEM_BYTES[dtype]
+    moments = 2 * max(item, 4) if optim.optimizer == "adam" else 0
+    state = moments + (4 if dtype == "bfloat16" else 0)
+    return item, max(item, 4), state / (shards if optim.distributed else 1)
+
+
+def layer_activations(hf: conversion.HFConfig, parallel: ParallelConfig) -> float:
+    """Numbers kept per token and layer between forward and backward, on one rank.
+
+    4h + (2q + 2kv + 4f) / tp: inputs and outputs of both norms; query, key, value and output of attention; gate, up,
+    silu(gate) and their product of the MLP (f: its width, or that of the experts a token visits). The count of
+    Korthikanti et al. 2022 (Reducing Activation Recomputation) eq. 1-4 for a gated MLP, grouped queries, attention
+    that does not keep its scores, and no dropout. Sequence parallelism divides the 4h by tp as well.
+    """
+    ffn = hf.experts.ffn_hidden_size * hf.experts.top_k if hf.experts else hf.ffn_hidden_size
+    wide = 2 * hf.num_heads * hf.head_dim + 2 * hf.num_kv_heads * hf.head_dim + 4 * ffn
+    return 4 * hf.hidden_size / (parallel.tp if parallel.sp else 1) + wide / parallel.tp
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes on the learner rank that needs most."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def learner_memory(config: Config, hf: conversion.HFConfig) -> Memory:
+    """Upper estimate for the fullest micro-batch, all of whose tokens are response tokens.
+
+    Without pipeline stages one rank has everything. With pp stages the first keeps the activations of up to pp
+    micro-batches (1F1B; interleaving with v chunks multiplies by 1 + (pp - 1) / (pp v), Korthikanti et al. sec. 4.2.3),
+    the last those of one, and the logits; the larger of the two counts. Recomputation keeps each layer's input, and
+    one layer in full.
+    """
+    p, dtype = config.parallel, config.model.dtype
+    tokens = batch_plan(config).micro_batch / p.cp
+    layers = hf.num_layers / p.pp
+    per_layer = layer_activations(hf, p)
+    interleaving = 1 + (p.pp - 1) / (p.pp * p.vpp) if p.vpp > 1 else 1.0
+    kept, once = layers * per_layer, 0.0
+    if config.model.recompute:
+        kept, once = layers * hf.hidden_size / (p.tp if p.sp else 1), per_layer
+    logits = tokens * conversion.padded_vocab(hf.vocab_size, p.tp) / p.tp * LOGIT_BYTES[dtype]
+    weights, gradients, state = bytes_per_parameter(dtype, config.optim, data_parallel(config) * p.cp)
+    stages = []
+    for parameters, in_flight, has_logits in zip(
+        stage_parameters(hf, p), (p.pp * interleaving, interleaving), (p.pp == 1, True), strict=True
+    ):
+        activations = tokens * ITEM_BYTES[dtype] * (kept * in_flight + once)
+        memory = Memory(
+            weights * parameters, gradients * parameters, state * parameters, activations, logits * has_logits
+        )
+        stages.append(memory)
+    return max(stages, key=lambda memory: memory.total)
+
+
+def kv_cache_bytes(config: Config, hf: conversion.HFConfig) -> tuple[int, int]:
+    """(bytes per token, sequences that one server holds at most) of the rollout engine's key-value cache.
+
+    Per token: key and value of every layer, 2 layers kv_heads head_dim itemsize. A server cuts to what it is given
+    (on a CPU at most 1 GiB) and makes sequences wait.
+    """
+    rollout = config.rollout
+    item = 4 if rollout.dtype == "float32" else 2
+    samples = (rollout.generated_prompts or rollout.prompts_per_step) * rollout.n
+    servers = len(rollout.urls) or rollout.num_servers
+    return 2 * hf.num_layers * hf.num_kv_heads * hf.head_dim * item, min(rollout.max_num_seqs, -(-samples // servers))
+
+
+# ----------------------------------------------------------------------------------------------------------- advice
+
+
+def savings(config: Config, hf: conversion.HFConfig) -> list[tuple[str, float]]:
+    """(override, bytes per rank with it) of the settings that save learner memory, alone, largest saving first."""
+    now = learner_memory(config, hf).total
+    found = []
+    for override, changed in _alternatives(config, hf):
+        with_it = learner_memory(changed, hf).total
+        if with_it < 0.99 * now:
+            found.append((override, with_it))
+    return sorted(found, key=lambda item: item[1])
+
+
+def _alternatives(config: Config, hf: conversion.HFConfig) -> list[tuple[str, Config]]:
+    p, batch = config.parallel, batch_plan(config)
+    options: list[tuple[str, Config]] = [
+        ("model.recompute=true", replace(config, model=replace(config.model, recompute=True))),
+        ("model.dtype=bfloat16", replace(config, model=replace(config.model, dtype="bfloat16"))),
+        (
+            f"train.micro_batch_tokens={batch.longest}",
+            replace(config, train=replace(config.train, micro_batch_tokens=batch.longest)),
+        ),
+    ]
+
+    def layout(text: str, **changes: Any) -> None:
+        parallel = replace(p, **changes)
+        size = parallel.tp * parallel.pp * parallel.cp
+        processes = -(-learner_processes(config) // size) * size
+        if processes != learner_processes(config):
+            text += f" parallel.nproc={processes}"
+        options.append((text, replace(config, parallel=replace(parallel, nproc=processes))))
+
+    if hf.num_heads % (2 * p.tp) == 0 == hf.num_kv_heads % (2 * p.tp):
+        layout(f"parallel.tp={2 * p.tp}", tp=2 * p.tp)
+    if hf.num_layers % (2 * p.pp * p.vpp) == 0:
+        layout(f"parallel.pp={2 * p.pp}", pp=2 * p.pp)
+    if p.tp > 1:
+        layout("parallel.sp=true", sp=True)
+    sharded = replace(config, optim=replace(config.optim, distributed=True))
+    if data_parallel(config) > 1:
+        options.append(("optim.distributed=true", sharded))
+    twice = 2 * learner_processes(config)
+    text = f"optim.distributed=true parallel.nproc={twice}"
+    options.append((text, replace(sharded, parallel=replace(p, nproc=twice))))
+    return options
+
+
+def remarks(config: Config) -> list[str]:
+    """What the numbers imply and a reader might miss."""
+    batch, rollout = batch_plan(config), config.rollout
+    room = rollout.max_model_len - rollout.max_tokens
+    found = []
+    if config.data.max_prompt_tokens > room:
+        found.append(
+            f"Prompts of more than {room} tokens do not fit: rollout.max_model_len - rollout.max_tokens is below "
+            f"data.max_prompt_tokens={config.data.max_prompt_tokens}."
+        )
+    if batch.updates_per_step == 1 and config.train.old_logprobs == "learner":
+        found.append("One optimizer step per batch: the ratio is 1, clipping never acts.")
+    if batch.per_rank < 1:
+        found.append(f"Only {batch.per_update} samples per optimizer step for {data_parallel(config)} data ranks.")
+    if batch.longest > config.train.micro_batch_tokens:
+        found.append(
+            f"A longest sample has {batch.longest} tokens, more than train.micro_batch_tokens="
+            f"{config.train.micro_batch_tokens}: it gets a micro-batch of its own."
+        )
+    if 0 < batch.updates <= config.optim.warmup_steps:
+        found.append(f"optim.warmup_steps={config.optim.warmup_steps} lasts the whole run.")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- display
+
+
+def read_model(config: Config) -> tuple[conversion.HFConfig, str]:
+    """The model's sizes and where they come from. Raises ValueError for a layout that the model does not allow."""
+    directory = model_location(config)
+    if directory.exists():
+        check_model(config, directory)
+        return conversion.read_config(directory), str(directory)
+    return conversion.parse_config(GENERATED_MODELS[config.model.path]), f"{directory}, not made yet"
+
+
+def print_plan(config: Config, gpu_gib: float | None = None) -> None:
+    """Print the plan and the resolved configuration.
+
+    Args:
+        gpu_gib: memory of one GPU to compare with, GiB; None: that of the GPU that is here, if any.
+    """
+    from omegaconf import OmegaConf
+    from rich.columns import Columns
+    from rich.console import Console
+
+    hf, source = read_model(config)
+    console = Console(highlight=False, soft_wrap=False)
+    console.print(f"[bold]{config.run.name}[/bold] in {config.run.dir}: {hf.architecture}, {_count(hf)} ({source})")
+    console.print(Columns([_table("Work", _work_rows(config)), _table("Memory", _memory_rows(config, hf))]))
+    limit = gpu_gib or _gpu_memory()
+    console.print(_verdict(learner_memory(config, hf).total, limit))
+    for override, total in savings(config, hf)[:4]:
+        fits = " (fits)" if limit and total <= limit * GIB else ""
+        console.print(f"  {_gib(total)} with {override}{fits}")
+    for remark in remarks(config):
+        console.print(f"[yellow]Note:[/yellow] {remark}")
+    console.print("\n[bold]Configuration[/bold]")
+    print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
+
+
+def _count(hf: conversion.HFConfig) -> str:
+    parameters = parameter_count(hf)
+    unit, letter = (1e9, "B") if parameters >= 1e9 else (1e6, "M")
+    return f"{parameters / unit:.2f}{letter} parameters"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / (1 << 20):.1f} MiB"
+
+
+def _gpu_memory() -> float | None:
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else None
+
+
+def _verdict(total: float, limit: float | None) -> str:
+    if limit is None:
+        return f"{_gib(total)} per learner rank (gpu_gib=80 compares with a GPU). To need less:"
+    if total <= 0.9 * limit * GIB:
+        return f"[green]Fits[/green] a GPU of {limit:g} GiB. To need less:"
+    if total <= limit * GIB:
+        return f"[yellow]Tight[/yellow] for a GPU of {limit:g} GiB. To need less:"
+    return f"[red]Does not fit[/red] a GPU of {limit:g} GiB. Turn one or more of:"
+
+
+def _work_rows(config: Config) -> list[tuple[str, str]]:
+    p, rollout, batch = config.parallel, config.rollout, batch_plan(config)
+    sizes = {"tp": p.tp, "pp": p.pp, "vpp": p.vpp, "cp": p.cp, "ep": p.ep, "dp": data_parallel(config)}
+    axes = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "no parallelism"
+    generated = f" of {rollout.generated_prompts} generated" if rollout.generated_prompts else ""
+    servers = len(rollout.urls) or rollout.num_servers
+    return [
+        ("Learner processes", f"{learner_processes(config)} ({axes}{', sp' if p.sp else ''})"),
+        ("Rollout", f"{rollout.engine}, {servers} server{'s' * (servers > 1)}"),
+        ("Samples per step", f"{rollout.prompts_per_step} prompts{generated} x {rollout.n} = {batch.samples}"),
+        ("Optimizer step", f"{batch.per_update} samples, {batch.per_rank:g} per data rank"),
+        ("Optimizer steps", f"{config.train.steps} x {batch.updates_per_step} = {batch.updates}"),
+        ("Longest sample", f"{batch.longest} tokens"),
+        ("Micro-batch", f"up to {batch.micro_batch} tokens"),
+    ]
+
+
+def _memory_rows(config: Config, hf: conversion.HFConfig) -> list[tuple[str, str]]:
+    memory = learner_memory(config, hf)
+    per_token, sequences = kv_cache_bytes(config, hf)
+    item = 4 if config.rollout.dtype == "float32" else 2
+    sharded = ", sharded" if config.optim.distributed else ""
+    full = per_token * sequences * config.rollout.max_model_len
+    return [
+        (f"Weights ({config.model.dtype})", _gib(memory.weights)),
+        ("Gradients", _gib(memory.gradients)),
+        (f"Optimizer ({config.optim.optimizer}{sharded})", _gib(memory.optimizer)),
+        (f"Activations{' (recomputed)' if config.model.recompute else ''}", _gib(memory.activations)),
+        ("Logits", _gib(memory.logits)),
+        ("[bold]Learner rank[/bold]", f"[bold]{_gib(memory.total)}[/bold]"),
+        ("Weights per server", _gib(parameter_count(hf) * item)),
+        (f"KV cache, {sequences} full sequences", _gib(full)),
+    ]
+
+
+def _table(title: str, rows: Sequence[tuple[str, str]]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, show_header=False, pad_edge=False)
+    for name, value in rows:
+        table.add_row(name, value)
+    return table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    gpu = [a.removeprefix("gpu_gib=") for a in arguments if a.startswith("gpu_gib=")]
+    try:
+        limit = float(gpu[-1]) if gpu else None
+        print_plan(load_config([a for a in arguments if not a.startswith("gpu_gib=")]), limit)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
