@@ -1,0 +1,50 @@
+"""Run a function in several processes that can form gloo groups, with a hard end."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run(processes: int, function: Callable[..., None], *args: Any, timeout_s: float) -> None:
+    """``function(rank, *args)`` in that many fresh processes; a module-level function of an importable module.
+
+    Raises what `torch.multiprocessing.spawn` raises for the first process that fails, and TimeoutError when not all
+    have ended in time. No process is left in either case.
+    """
+    context = mp.spawn(_entry, args=(function, *args), nprocs=processes, join=False)
+    deadline = time.monotonic() + timeout_s
+    try:
+        while not context.join(timeout=1.0):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{function.__name__} in {processes} processes took more than {timeout_s} s")
+    finally:
+        for process in context.processes:
+            process.kill()
+            process.join()
+
+
+def _entry(rank: int, function: Callable[..., None], *args: Any) -> None:
+    torch.set_num_threads(1)
+    function(rank, *args)
+
+
+@contextlib.contextmanager
+def group(rank: int, world: int, store: Path) -> Iterator[None]:
+    """This process as ``rank`` of a default process group of ``world``, meeting at the file ``store``.
+
+    Several groups can follow each other in the same processes, each with a file of its own.
+    """
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
+    yield
+    dist.destroy_process_group()  # not after an error: the others may never come to it

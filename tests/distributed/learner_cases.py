@@ -1,0 +1,143 @@
+"""The tiny model, the recorded batch and the layouts that the tests of the learner share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from configs.schema import Config, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
+from megatron_ext.rl.types import TokenStats
+
+if TYPE_CHECKING:  # Megatron is imported in the spawned processes only
+    from megatron_ext.learner.step import TrainBatch
+
+VOCAB = 37  # odd: padded under tensor parallelism
+LENGTHS = (1, 9, 3, 1, 11, 5, 7, 2, 8, 4, 6)  # of the responses
+GROUPS = (0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3)
+MAX_TOKENS = 12
+FIELDS = ("logp", "entropy", "sum_p2", "sum_p2_logp")
+
+
+@dataclass(frozen=True)
+class Layout:
+    name: str
+    world: int
+    parallel: dict[str, int] = field(default_factory=dict)
+    distributed_optimizer: bool = False
+
+
+ONE = Layout("one", 1)
+TP2, PP2 = Layout("tp2", 2, {"tp": 2}), Layout("pp2", 2, {"pp": 2})
+DP2, DP2_SHARDED = Layout("dp2", 2), Layout("dp2-distributed-optimizer", 2, distributed_optimizer=True)
+TP2_PP2 = Layout("tp2-pp2", 4, {"tp": 2, "pp": 2})
+TP2_DP2_SHARDED = Layout("tp2-dp2-distributed-optimizer", 4, {"tp": 2}, distributed_optimizer=True)
+
+
+def make_model(directory: Path) -> Path:
+    """Random Qwen2 (biases, grouped queries, tied embeddings) whose next-token distribution is far from uniform."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.25,
+        tie_word_embeddings=True,
+        dtype="float32",
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(config)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # biases start at 0 and norms at 1, where mistakes cannot be seen
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(directory)
+    return directory
+
+
+def make_config(layout: Layout, dtype: str, optim: OptimConfig, *, micro_batch_tokens: int = 16) -> Config:
+    optim.distributed = layout.distributed_optimizer
+    return Config(
+        model=ModelConfig(dtype=dtype),
+        optim=optim,
+        parallel=ParallelConfig(**layout.parallel),  # type: ignore[arg-type]
+        train=TrainConfig(micro_batch_tokens=micro_batch_tokens),
+    )
+
+
+def make_batch(dtype: torch.dtype, order: Sequence[int] | None = None) -> TrainBatch:
+    """The recorded batch, its samples in the given order. Every per-token tensor does something.
+
+    ``old_logp`` is a placeholder for noise that is added to the statistics of the first weights, so that ratios leave
+    the clipping interval on both sides.
+    """
+    from megatron_ext.learner.step import TrainBatch
+
+    order = range(len(LENGTHS)) if order is None else order
+    generator = torch.Generator().manual_seed(9)
+    rows: list[dict[str, Any]] = []
+    for length in LENGTHS:
+        prompt = torch.randint(VOCAB, (int(torch.randint(1, 7, (1,), generator=generator)),), generator=generator)
+        rows.append(
+            {
+                "prompt": prompt.tolist(),
+                "response": torch.randint(VOCAB, (length,), generator=generator).tolist(),
+                "noise": torch.randn(length + 1, generator=generator, dtype=torch.float64) * 0.3,
+                "advantage": torch.randn(1, generator=generator, dtype=torch.float64).expand(length),
+                "keep": torch.rand(length, generator=generator) > 0.2,
+                "kl": 0.1 * (torch.rand(length, generator=generator, dtype=torch.float64) > 0.8),
+                "is": 0.5 + torch.rand(length, generator=generator, dtype=torch.float64),
+            }
+        )
+        rows[-1]["noise"] = rows[-1]["noise"][1:] + rows[-1]["noise"][0]  # a part in common, for sequence ratios
+    rows = [rows[i] for i in order]
+
+    def flat(name: str) -> Tensor:
+        values = torch.cat([row[name] for row in rows])
+        return values.to(dtype) if values.is_floating_point() else values
+
+    mask = torch.cat([torch.full((len(row["response"]),), True) for row in rows])
+    filtered = list(order).index(5)  # one sample that is not trained
+    batch = TrainBatch(
+        prompts=[row["prompt"] for row in rows],
+        responses=[row["response"] for row in rows],
+        old_logp=flat("noise"),
+        advantages=flat("advantage"),
+        mask=mask,
+        keep=flat("keep"),
+        kl_coef=flat("kl"),
+        entropy_coef=torch.full_like(flat("kl"), 0.01),
+        is_weight=flat("is"),
+    )
+    batch.mask = batch.seq_ids != filtered
+    return batch
+
+
+def aggregation_weights(name: str, samples: Sequence[int], order: Sequence[int] | None = None) -> Tensor:
+    """(B,) weights of the samples (indices into the ordered batch), 0 elsewhere, with the global denominator."""
+    from megatron_ext.rl.aggregation import sequence_weights
+
+    order = list(range(len(LENGTHS)) if order is None else order)
+    lengths = torch.tensor([LENGTHS[i] for i in order])
+    groups = torch.tensor([GROUPS[i] for i in order])
+    included = torch.tensor([i != 5 for i in order])
+    index = torch.tensor(list(samples))
+    weights = torch.zeros(len(order), dtype=torch.float64)
+    weights[index] = sequence_weights(
+        name, lengths[index], groups[index], max_tokens=MAX_TOKENS, include_B=included[index]
+    )
+    return weights
+
+
+def stack(stats: TokenStats) -> Tensor:
+    """(4, T)."""
+    return torch.stack([getattr(stats, name) for name in FIELDS])
