@@ -1,0 +1,240 @@
+"""Checkpoints: written in one layout and read in another, refused when damaged, usable after an interrupted save.
+
+One chain of layouts, each loading what the one before it saved; every link must give the statistics at the moment of
+saving, and the weights that training on without interruption gives. Runs in two processes, started once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gloo
+import learner_cases as cases
+import pytest
+import torch
+from learner_cases import DP2, DP2_SHARDED, ONE, PP2, TP2, Layout
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from configs.schema import OptimConfig
+from megatron_ext.rl.losses import build_loss
+
+if TYPE_CHECKING:
+    from megatron_ext.learner.learner import Learner
+
+CHAIN = (TP2, PP2, DP2, ONE)  # of the ordinary optimizer
+SHARDED_CHAIN = (DP2_SHARDED, TP2, ONE)  # of the distributed one: its checkpoints too fit other layouts
+LR = 1e-3
+STATE = {"position": 48, "controller": {"state": 1, "entropy": 0.25}}
+DAMAGES = ("flipped byte", "missing file", "no manifest", "truncated state")
+
+
+def _learner(layout: Layout, model_dir: Path, *, sharded: bool) -> Learner:
+    from megatron_ext.learner.learner import Learner
+
+    # No clipping: the norm is computed in float32. The warm-up makes the learning rate, and Adam's bias correction the step count, part of what must come back.
+    optim = OptimConfig(lr=LR, betas=[0.9, 0.95], weight_decay=0.1, warmup_steps=8, decay="linear", clip_grad=1e9)
+    config = cases.make_config(layout, "float32" if sharded else "float64", optim)
+    config.optim.distributed = sharded
+    return Learner(config, model_dir, total_updates=20)
+
+
+def _update(learner: Learner, count: int) -> dict[str, Tensor]:
+    """That many updates on the whole recorded batch; the learning rates."""
+    batch = cases.make_batch(torch.float64 if learner.config.model.dtype == "float64" else torch.float32)
+    batch.old_logp = batch.old_logp - 3.0
+    samples = range(len(cases.LENGTHS))
+    weights_B, loss = cases.aggregation_weights("token_mean", samples), build_loss("ce_gppo")
+    rates = [learner.update(batch, samples, weights_B, loss).means["lr"] for _ in range(count)]
+    return {"lr": torch.tensor(rates, dtype=torch.float64)}
+
+
+def _seen(learner: Learner) -> dict[str, Tensor]:
+    batch = cases.make_batch(torch.float32)
+    out = {f"weight/{name}": tensor.double().clone() for name, tensor in learner.export()}
+    return {**out, "statistics": cases.stack(learner.statistics(batch)).double()}
+
+
+def _adam_steps(learner: Learner) -> tuple[list[float], int]:
+    """Step counts of this rank's Adam, and how many different tensors hold them."""
+    parts = getattr(learner.optimizer, "chained_optimizers", [learner.optimizer])
+    steps = [state["step"] for part in parts for state in part.optimizer.state.values()]
+    return [float(step) for step in steps], len({step.data_ptr() for step in steps})
+
+
+def _link(previous: Path | None, layout: Layout, root: Path, *, sharded: bool) -> dict[str, Tensor]:
+    """Load (or train two updates), save, go on for two updates; what there was at the save and at the end."""
+    from megatron_ext.learner import checkpoint
+
+    learner = _learner(layout, root / "model", sharded=sharded)
+    if previous is None:
+        _update(learner, 2)
+    else:
+        assert checkpoint.load(learner, previous) == {"step": 7, **STATE}
+    steps, tensors = _adam_steps(learner)
+    assert set(steps) == {2.0} and tensors == len(steps) > 1, (steps, tensors)
+    at_save = _seen(learner)
+    checkpoint.save(learner, root / f"saved-{layout.name}-{sharded}", 7, STATE)
+    rates = _update(learner, 2)
+    assert set(_adam_steps(learner)[0]) == {4.0}
+    return {
+        **{f"saved/{k}": v for k, v in at_save.items()},
+        **{f"end/{k}": v for k, v in _seen(learner).items()},
+        **rates,
+    }
+
+
+def _process(rank: int, root: Path) -> None:
+    from configs.schema import ParallelConfig
+    from megatron_ext.learner.model import distributed
+
+    for sharded, chain in ((False, CHAIN), (True, SHARDED_CHAIN)):
+        previous: Path | None = None
+        for layout in chain:
+            if rank < layout.world:
+                with gloo.group(rank, layout.world, root / f"store-{layout.name}-{sharded}"):
+                    with distributed(ParallelConfig(**layout.parallel), seed=1):  # type: ignore[arg-type]
+                        result = _link(previous, layout, root, sharded=sharded)
+                if rank == 0:
+                    save_file(result, root / f"{layout.name}-{sharded}.safetensors")
+            previous = root / f"saved-{layout.name}-{sharded}" / "step_000007"
+    if rank == 0:
+        with gloo.group(0, 1, root / "store-refusals"), distributed(ParallelConfig(), seed=1):
+            (root / "refusals.json").write_text(json.dumps(_refusals(root)))
+
+
+def _refusals(root: Path) -> dict[str, Any]:
+    """What loading each kind of damaged checkpoint says, whether anything of it was loaded, and an interrupted save."""
+    from megatron_ext.learner import checkpoint
+
+    learner = _learner(ONE, root / "model", sharded=False)
+    good = root / f"saved-{ONE.name}-False"
+    before = _seen(learner)
+    said: dict[str, Any] = {}
+    for damage in DAMAGES:
+        bad = root / damage.replace(" ", "-")
+        shutil.copytree(good / "step_000007", bad)
+        _damage(bad, damage)
+        said[damage] = _error(checkpoint.load, learner, bad)
+    said["untouched"] = all(torch.equal(value, before[name]) for name, value in _seen(learner).items())
+    said["untouched"] &= not _adam_steps(learner)[0]
+    said["pointer elsewhere"] = _pointer(good, "step_000099\n")
+    said["pointer outside"] = _pointer(good, "../secret\n")
+    said["pointer empty"] = _pointer(good, "")
+    (good / checkpoint.LATEST).write_text("step_000007\n")
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError("the disk is gone")
+
+    save, checkpoint.dist_checkpointing.save = checkpoint.dist_checkpointing.save, fails
+    said["failed save"] = _error(checkpoint.save, learner, good, 8, STATE)
+    checkpoint.dist_checkpointing.save = save
+    said["after a failed save"] = sorted(path.name for path in good.iterdir())
+    said["latest"] = str(checkpoint.find_latest(good).name)  # type: ignore[union-attr]
+    checkpoint.load(learner, good / "step_000007")
+    for step in (8, 9):
+        checkpoint.save(learner, good, step, STATE, keep=2)
+    said["kept"] = sorted(path.name for path in good.iterdir())
+    return said
+
+
+def _damage(directory: Path, damage: str) -> None:
+    largest = max(directory.rglob("*.distcp"), key=lambda path: path.stat().st_size)
+    if damage == "flipped byte":
+        data = bytearray(largest.read_bytes())
+        data[len(data) // 2] ^= 1
+        largest.write_bytes(data)
+    elif damage == "missing file":
+        largest.unlink()
+    elif damage == "no manifest":
+        (directory / "manifest.json").unlink()
+    else:
+        path = directory / "state.json"
+        path.write_bytes(path.read_bytes()[:-5])
+
+
+def _pointer(root: Path, text: str) -> str:
+    from megatron_ext.learner import checkpoint
+
+    (root / checkpoint.LATEST).write_text(text)
+    return _error(checkpoint.find_latest, root)
+
+
+def _error(function: Any, *args: Any) -> str:
+    try:
+        function(*args)
+    except (ValueError, OSError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("checkpoints")
+    cases.make_model(root / "model")
+    gloo.run(2, _process, root, timeout_s=300)
+    return root
+
+
+@pytest.fixture(scope="module")
+def said(root: Path) -> dict[str, Any]:
+    return dict(json.loads((root / "refusals.json").read_text()))
+
+
+CHAINED = [(layout, False) for layout in CHAIN[1:]] + [(layout, True) for layout in SHARDED_CHAIN[1:]]
+
+
+@pytest.mark.parametrize("layout, sharded", CHAINED, ids=lambda value: getattr(value, "name", f"sharded={value}"))
+def test_a_checkpoint_continues_in_another_layout(root: Path, layout: Layout, sharded: bool) -> None:
+    """Adam's moments and step count, the learning rate and the weights are all needed to end at the same place."""
+    writer = (SHARDED_CHAIN if sharded else CHAIN)[0]
+    expected = load_file(root / f"{writer.name}-{sharded}.safetensors")
+    got = load_file(root / f"{layout.name}-{sharded}.safetensors")
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if name.startswith("saved/weight/"):
+            assert torch.equal(got[name], tensor), f"{name} was not restored bit for bit"
+        elif sharded and name.startswith("end/weight/"):  # two steps of Adam in float32: compare with a step's length
+            difference = (got[name] - tensor).abs()
+            assert float(difference.max()) < LR and float(difference.mean()) < 1e-3 * LR, name
+        else:
+            atol = 1e-4 if sharded else 1e-10
+            torch.testing.assert_close(got[name], tensor, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+    assert expected["lr"].tolist() == pytest.approx([LR * 3 / 8, LR * 4 / 8]), "the warm-up goes on where it was"
+    moved = (expected["end/weight/model.norm.weight"] - expected["saved/weight/model.norm.weight"]).abs().max()
+    assert float(moved) > 0.3 * LR, "the last two updates can be seen"
+
+
+@pytest.mark.parametrize(
+    "damage, sentence",
+    {
+        "flipped byte": "ManifestError: .*does not have the bytes that the manifest promises",
+        "missing file": "ManifestError: .*is missing, although the manifest lists it",
+        "no manifest": "ManifestError: .*has no manifest",
+        "truncated state": "ManifestError: .*state.json has .* bytes but the manifest says",
+        "pointer elsewhere": "ValueError: .*names 'step_000099', which is not a checkpoint there",
+        "pointer outside": "ValueError: .*names '../secret', which is not a checkpoint there",
+        "pointer empty": "ValueError: .*names '', which is not a checkpoint there",
+    }.items(),
+)
+def test_what_is_not_a_whole_checkpoint_is_refused(said: dict[str, Any], damage: str, sentence: str) -> None:
+    assert re.match(sentence, said[damage]), said[damage]
+    assert "\n" not in said[damage]
+
+
+def test_nothing_of_a_refused_checkpoint_is_loaded(said: dict[str, Any]) -> None:
+    assert said["untouched"] is True
+
+
+def test_a_failed_save_leaves_the_previous_checkpoint(said: dict[str, Any]) -> None:
+    assert said["failed save"] == "OSError: the disk is gone"
+    assert said["after a failed save"] == ["latest", "step_000007"]
+    assert said["latest"] == "step_000007"
+
+
+def test_only_the_newest_checkpoints_are_kept(said: dict[str, Any]) -> None:
+    assert said["kept"] == ["latest", "step_000008", "step_000009"]
