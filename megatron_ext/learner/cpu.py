@@ -36,7 +36,8 @@ class _Stream:
     def wait_stream(self, _other: Any) -> None: ...
     def wait_event(self, _event: Any) -> None: ...
     def record_event(self, event: Any = None) -> Any:
-        return event
+        return event or _Stream()  # the expert dispatcher waits for what it gets
+
 
 
 def _is_cuda(device: Any) -> bool:
@@ -90,6 +91,7 @@ def enable() -> None:
     cuda.FloatTensor = lambda data: torch.tensor(data, dtype=torch.float32)
     _enabled = True
     _patch_rng_tracker()
+    _patch_experts()
 
 
 def _import_megatron_without_compile() -> None:
@@ -117,3 +119,21 @@ def _patch_rng_tracker() -> None:
     rng: Any = megatron_random
     rng._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
     rng._set_cuda_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+
+
+def _patch_experts() -> None:
+    """Two gaps of Megatron-Core 0.16's mixture of experts without Transformer Engine."""
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    utils: Any = moe_utils
+    if not hasattr(utils, "te_general_gemm"):
+        utils.te_general_gemm = None  # it asks whether this is None but defines it only beside Transformer Engine
+    move = utils.maybe_move_tensor_to_cpu
+
+    def move_and_convert(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        """Megatron's function converts only what comes from a GPU, but its all-to-all wants numbers, not tensors."""
+        if as_numpy and isinstance(tensor, torch.Tensor):
+            return tensor.numpy()
+        return move(tensor, as_numpy, record_stream)
+
+    cast(Any, token_dispatcher).maybe_move_tensor_to_cpu = move_and_convert
