@@ -36,7 +36,8 @@ DAMAGES = ("flipped byte", "missing file", "no manifest", "truncated state")
 def _learner(layout: Layout, model_dir: Path, *, sharded: bool) -> Learner:
     from megatron_ext.learner.learner import Learner
 
-    # No clipping: the norm is computed in float32. The warm-up makes the learning rate, and Adam's bias correction the step count, part of what must come back.
+    # No clipping: its norm is computed in float32. The warm-up makes the learning rate, and Adam's bias correction the
+    # step count, part of what must come back.
     optim = OptimConfig(lr=LR, betas=[0.9, 0.95], weight_decay=0.1, warmup_steps=8, decay="linear", clip_grad=1e9)
     config = cases.make_config(layout, "float32" if sharded else "float64", optim)
     config.optim.distributed = sharded
