@@ -1,7 +1,14 @@
-"""Estimators of accuracy from n samples per problem: avg@k, pass@k and their uncertainty. Pure."""
+"""Estimators of accuracy from n samples per problem: avg@k, pass@k and their uncertainty. Pure, but for the command:
+
+`python -m recipes.evaluate model.path=DIR [data.name=jsonl data.path=FILE reward.name=math] [eval.n=8 eval.k=[1,8]]`
+evaluates a Hugging Face directory on held-out problems with the same engine, prompts and verifier as training.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import comb
@@ -78,3 +85,41 @@ def summarise(outcomes: Outcomes, ks: Sequence[int], *, seed: int = 0) -> dict[s
         name: Estimate(float(np.mean(values)), *bootstrap_interval(values, seed=seed))
         for name, values in per_problem.items()
     }
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the estimates as a table, then as one JSON line."""
+    from pathlib import Path
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from configs.load import load_config
+    from recipes.collect import Collector
+    from recipes.launch import model_location, prepare_model
+
+    try:
+        config = load_config(argv)
+        model_dir = model_location(config)
+        prepare_model(config, model_dir)
+        with tempfile.TemporaryDirectory() as logs:
+            collector = Collector(config, model_dir, Path(logs))
+            try:
+                metrics = collector.evaluate(0)["metrics"]
+            finally:
+                collector.close()
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    table = Table(title=f"{model_dir.name}: {config.eval.problems} problems, {config.eval.n} samples each")
+    for column in ("metric", "mean", "95 % interval over problems"):
+        table.add_column(column)
+    for name in (key for key in metrics if not key.endswith(("/low", "/high"))):
+        table.add_row(name, f"{metrics[name]:.3f}", f"{metrics[name + '/low']:.3f} - {metrics[name + '/high']:.3f}")
+    Console().print(table)
+    print(json.dumps(metrics))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

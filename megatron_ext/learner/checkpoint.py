@@ -20,6 +20,8 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.utils import unwrap_model
 
+from conversion.hf_files import side_files
+from conversion.megatron_reader import HF_FILES
 from conversion.publish import ManifestError, check_manifest, published, write_manifest
 from megatron_ext.learner.learner import Learner
 from megatron_ext.learner.model import on_device
@@ -43,8 +45,11 @@ def save(learner: Learner, root: Path, step: int, state: dict[str, Any], *, keep
             dist_checkpointing.save(_sharded_state(learner, is_loading=False), str(partial))
         torch.distributed.barrier()
         if first:
+            (partial / HF_FILES).mkdir()
+            for file in side_files(learner.model_dir):  # so that the checkpoint can be exported by itself
+                shutil.copyfile(file, partial / HF_FILES / file.name)
             (partial / STATE).write_text(json.dumps({"step": step, **state}, indent=1) + "\n", encoding="utf-8")
-            write_manifest(partial, kind="megatron-gppo checkpoint", step=step)
+            write_manifest(partial, kind="megatron-gppo checkpoint", step=step, settings=_settings(learner))
     if first:
         _write_atomically(root / LATEST, directory.name + "\n")
         for old in sorted(root.glob("step_*[0-9]"))[:-keep] if keep else []:
@@ -73,10 +78,15 @@ def find_latest(root: Path) -> Path | None:
 def load(learner: Learner, directory: Path) -> dict[str, Any]:
     """Restore everything :func:`save` wrote, in the present layout; returns ``state`` with its ``step``. A collective.
 
-    Raises ManifestError (a ValueError) when a file is missing or differs from the manifest; nothing is read then.
+    Raises ManifestError (a ValueError) when a file is missing or differs from the manifest, and ValueError when the
+    optimizer or the precision is another one; nothing is read then.
     """
-    if check_manifest(directory, contents=torch.distributed.get_rank() == 0) is None:
+    manifest = check_manifest(directory, contents=torch.distributed.get_rank() == 0)
+    if manifest is None:
         raise ManifestError(f"{directory} has no manifest: it is not a checkpoint of this project")
+    for key, value in _settings(learner).items():
+        if (saved := manifest.get("settings", {}).get(key)) != value:
+            raise ValueError(f"{directory} was written with {key}={saved}, not {value}: set it back to continue")
     torch.distributed.barrier()
     if learner.config.optim.distributed:
         _prepare_torch_adam(learner.optimizer)
@@ -89,6 +99,16 @@ def load(learner: Learner, directory: Path) -> dict[str, Any]:
     _unshare_steps(learner.optimizer)
     state: dict[str, Any] = json.loads((directory / STATE).read_text(encoding="utf-8"))
     return state
+
+
+def _settings(learner: Learner) -> dict[str, Any]:
+    """What decides which tensors a checkpoint holds. The layout is not in it: any fits any."""
+    config = learner.config
+    return {
+        "model.dtype": config.model.dtype,
+        "optim.optimizer": config.optim.optimizer,
+        "optim.distributed": config.optim.distributed,
+    }
 
 
 def _prepare_torch_adam(optimizer: Any) -> None:

@@ -56,6 +56,7 @@ class Learner:
         Raises ValueError for a checkpoint that does not fit its own config, or a layout that does not fit the model.
         """
         self.config = config
+        self.model_dir = model_dir
         self.hf = conversion.read_config(model_dir)
         parallel, optim = config.parallel, config.optim
         self.chunks = megatron.build_chunks(
