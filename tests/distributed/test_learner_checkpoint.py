@@ -121,6 +121,13 @@ def _refusals(root: Path) -> dict[str, Any]:
         shutil.copytree(good / "step_000007", bad)
         _damage(bad, damage)
         said[damage] = _error(checkpoint.load, learner, bad)
+    for key in ("distributed", "optimizer", "dtype"):
+        other = cases.make_config(ONE, "float32" if key == "dtype" else "float64", OptimConfig())
+        other.optim.distributed = key == "distributed"
+        other.optim.optimizer = "sgd" if key == "optimizer" else "adam"
+        learner.config, ours = other, learner.config
+        said[key] = _error(checkpoint.load, learner, good / "step_000007")
+        learner.config = ours
     said["untouched"] = all(torch.equal(value, before[name]) for name, value in _seen(learner).items())
     said["untouched"] &= not _adam_steps(learner)[0]
     said["pointer elsewhere"] = _pointer(good, "step_000099\n")
@@ -217,6 +224,9 @@ def test_a_checkpoint_continues_in_another_layout(root: Path, layout: Layout, sh
         "missing file": "ManifestError: .*is missing, although the manifest lists it",
         "no manifest": "ManifestError: .*has no manifest",
         "truncated state": "ManifestError: .*state.json has .* bytes but the manifest says",
+        "distributed": "ValueError: .*was written with optim.distributed=False, not True: set it back",
+        "optimizer": "ValueError: .*was written with optim.optimizer=adam, not sgd: set it back",
+        "dtype": "ValueError: .*was written with model.dtype=float64, not float32: set it back",
         "pointer elsewhere": "ValueError: .*names 'step_000099', which is not a checkpoint there",
         "pointer outside": "ValueError: .*names '../secret', which is not a checkpoint there",
         "pointer empty": "ValueError: .*names '', which is not a checkpoint there",
