@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -118,10 +119,18 @@ class StepMetrics:
         values |= {f"timing_s/{phase}": value for phase, value in sorted(seconds.items())}
         learner_s = seconds.get("statistics", 0.0) + seconds.get("update", 0.0)
         both = self._tokens + self._prompt_tokens
+        values["perf/peak_memory_gib"] = peak_memory_gib()
         values["perf/throughput"] = both / seconds["step"]
         values["perf/rollout_tokens_per_s"] = self._tokens / max(seconds.get("generate", 0.0), 1e-9)
         values["perf/learner_tokens_per_s"] = both / max(learner_s, 1e-9)
         return values
+
+
+def peak_memory_gib() -> float:
+    """Most memory this learner process has held: allocated on the GPU, or resident when there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
 
 PER_UPDATE = ("pg_loss", "grad_norm", "lr", "skipped_updates")  # the rest are means over tokens
