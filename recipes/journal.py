@@ -20,37 +20,42 @@ class Journal:
     """Records by (kind, step), kind being "rollouts" or "eval". ``source`` is read, ``target`` appended to."""
 
     def __init__(self, target: Path, source: Path | None = None) -> None:
-        """Read ``source`` (default: ``target``) if it exists; a torn last line, left by a kill, is dropped.
+        """Read ``source`` (default: ``target``) if it exists; a torn last line of ``target``, left by a kill, is cut.
 
         Raises ValueError when another line is broken: a journal that lost its middle cannot be trusted.
         """
-        self._lines: dict[tuple[str, int], bytes] = {}
-        source = source or target
-        whole = _read_whole_lines(source)
-        for number, line in enumerate(whole, start=1):
-            try:
-                record = json.loads(line)
-                self._lines[record["kind"], record["step"]] = line
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{source}, line {number}: not a journal record; restore the file") from error
-        if source == target and source.exists() and source.stat().st_size != sum(map(len, whole)):
-            os.truncate(source, sum(map(len, whole)))
-        self._file = target.open("wb" if source != target else "ab")
+        self._target = target
+        self._own = _read(target)
+        self._lines = self._own if source is None or source == target else _read(source)
+        if target.exists():
+            os.truncate(target, sum(map(len, _whole_lines(target))))
+        self._file = target.open("ab")
 
     def has(self, kind: str, step: int) -> bool:
         return (kind, step) in self._lines
 
-    def get(self, kind: str, step: int) -> bytes:
-        return self._lines[kind, step]
-
     def put(self, record: dict[str, Any]) -> bytes:
         """Append a record, durable when this returns."""
         line = json.dumps(record, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
-        self.write(line)
+        self._write(line)
         return line
 
-    def write(self, line: bytes) -> None:
-        """Append a record that was read from a source, unchanged."""
+    def copy(self, kind: str, step: int) -> bytes:
+        """A record of the source, which the target then holds too, byte for byte.
+
+        Raises ValueError when the target has another record for this step.
+        """
+        line = self._lines[kind, step]
+        if (kind, step) not in self._own:
+            self._write(line)
+        elif self._own[kind, step] != line:
+            raise ValueError(
+                f"{self._target} holds other rollouts of step {step + 1} than the journal that is replayed; "
+                "set run.dir to a new directory"
+            )
+        return line
+
+    def _write(self, line: bytes) -> None:
         self._file.write(line)
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -59,7 +64,18 @@ class Journal:
         self._file.close()
 
 
-def _read_whole_lines(path: Path) -> list[bytes]:
+def _read(path: Path) -> dict[tuple[str, int], bytes]:
+    records: dict[tuple[str, int], bytes] = {}
+    for number, line in enumerate(_whole_lines(path), start=1):
+        try:
+            record = json.loads(line)
+            records[record["kind"], record["step"]] = line
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: not a journal record; restore the file") from error
+    return records
+
+
+def _whole_lines(path: Path) -> list[bytes]:
     if not path.exists():
         return []
     with path.open("rb") as file:
@@ -89,7 +105,7 @@ def encode_group(problem: Problem, samples: list[Sample]) -> dict[str, Any]:
 
 def decode_samples(record: dict[str, Any], first_seq_id: int) -> list[Sample]:
     """The samples of a "rollouts" record, numbered from ``first_seq_id``."""
-    samples = []
+    samples: list[Sample] = []
     for group, entry in enumerate(record["groups"]):
         for r in entry["responses"]:
             rollout = Rollout(entry["prompt"], r["ids"], r["logprobs"], r["versions"], r["finish"])

@@ -39,7 +39,6 @@ class _Stream:
         return event or _Stream()  # the expert dispatcher waits for what it gets
 
 
-
 def _is_cuda(device: Any) -> bool:
     return (isinstance(device, str) and device.startswith("cuda")) or (
         isinstance(device, torch.device) and device.type == "cuda"

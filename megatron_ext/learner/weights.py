@@ -14,31 +14,13 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.utils import unwrap_model
-from safetensors import safe_open
 from torch import Tensor
 
 import conversion
+from conversion.hf_files import HFReader
+from conversion.hf_to_megatron import check_source
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
-
-
-class HFTensors:
-    """Tensors of a Hugging Face directory by name, memory-mapped: `reader(name)`; KeyError when there is none."""
-
-    def __init__(self, directory: Path) -> None:
-        self._files: dict[str, Any] = {}
-        paths = sorted(directory.glob("*.safetensors"))
-        if not paths:
-            raise ValueError(f"model.path={directory}: no *.safetensors there (pickled weights are not read)")
-        for path in paths:
-            handle = safe_open(str(path), framework="pt")
-            self._files.update({name: handle for name in handle.keys()})  # noqa: SIM118
-
-    def names(self) -> list[str]:
-        return list(self._files)
-
-    def __call__(self, name: str) -> Tensor:
-        return self._files[name].get_tensor(name)
 
 
 def named_parameters(chunks: list[Any]) -> dict[str, torch.nn.Parameter]:
@@ -58,13 +40,13 @@ def named_parameters(chunks: list[Any]) -> dict[str, torch.nn.Parameter]:
 @torch.no_grad()
 def import_hf(hf: conversion.HFConfig, directory: Path, chunks: list[Any]) -> None:
     """Fill this rank's parameters from a Hugging Face directory. ValueError: tensors missing, unknown or misshapen."""
-    reader = HFTensors(directory)
-    if extra := conversion.unconsumed(hf, reader.names()):
-        raise ValueError(f"model.path={directory}: {hf.architecture} has no use for the tensors {', '.join(extra[:8])}")
+    reader = HFReader(directory)
+    check_source(hf, reader)
     rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     for name, parameter in named_parameters(chunks).items():
         full = conversion.import_tensor(hf, name, reader)
         parameter.copy_(conversion.shard(name, full, rank, size))
+    reader.close()
 
 
 @torch.no_grad()
