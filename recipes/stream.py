@@ -48,9 +48,7 @@ class RolloutStream:
         if self._available("rollouts", step):
             if self._first:
                 assert self._journal is not None
-                record = self._journal.get("rollouts", step)
-                if self._replay:
-                    self._journal.write(record)
+                record = self._journal.copy("rollouts", step)
         else:
             with metrics.clock("wait"):
                 found = self._live().finish() if self._first else None
@@ -75,9 +73,7 @@ class RolloutStream:
         if self._available("eval", step):
             if self._first:
                 assert self._journal is not None
-                line = self._journal.get("eval", step)
-                if self._replay:
-                    self._journal.write(line)
+                line = self._journal.copy("eval", step)
         elif not self._replay:
             waiting = self._live().finish() if self._first else None
             self._push(step)

@@ -49,8 +49,8 @@ def train(config: Config, model_dir: Path) -> None:
         with RolloutStream(config, model_dir, run.path, learner) as stream:
             if state["step"] == 0:
                 run.evaluated(stream.evaluate(0), before=True)
+            metrics = StepMetrics(state["step"] + 1)
             for step in range(state["step"], config.train.steps):
-                metrics = StepMetrics(step + 1)
                 record, samples = stream.next(step, state["position"], metrics)
                 state["controller"] = train_step(
                     config, learner, controller, selection, state["controller"], step, samples, metrics
@@ -61,12 +61,14 @@ def train(config: Config, model_dir: Path) -> None:
                     with metrics.clock("eval"):
                         run.evaluated(stream.evaluate(step + 1))
                 stopping = stream.agree(stop.requested)
+                # Before the checkpoint: killed in between, the step is done again; else its line would be lost.
+                run.log(metrics, samples, record)
+                metrics = StepMetrics(step + 2)  # the next line gets the time of saving
                 if last or stopping or (config.train.save_every and (step + 1) % config.train.save_every == 0):
                     with metrics.clock("save"):
                         checkpoint.save(
                             learner, run.checkpoints, step + 1, {**state}, keep=config.train.keep_checkpoints
                         )
-                run.log(metrics, samples, record)
                 if stopping and not last:
                     run.say(f"stopped by a signal after step {step + 1}; start again to continue")
                     return

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import re
 import shutil
 from functools import partial
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.utils import unwrap_model
 
 from conversion.hf_files import side_files
@@ -26,6 +28,9 @@ from conversion.publish import ManifestError, check_manifest, published, write_m
 from megatron_ext.learner.learner import Learner
 from megatron_ext.learner.model import on_device
 
+# We save synchronously, so results of the writers are collected in this process. Megatron would make a manager process
+# for them, which imports the whole program again (3 s of CPU, as much memory) and outlives a killed trainer.
+filesystem_async._results_queue = queue.Queue()
 # The format of the distributed optimizer's state that any layout can read back.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
 LATEST = "latest"
