@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from hydra import compose, initialize_config_module
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -66,7 +66,7 @@ def load_config(overrides: Sequence[str]) -> Config:
             raw = compose("config", overrides=forced)
             for group in GROUPS:
                 if group != "recipe" and any(o.startswith(f"{group}=") for o in overrides):
-                    own = [o for o in forced if o.startswith((f"++{group}.", f"{group}="))]
+                    own = [o for o in forced if o.startswith((f"++{group}.", f"~{group}.", f"{group}="))]
                     raw[group] = compose("config", overrides=["~recipe", *own])[group]
         merged = OmegaConf.merge(OmegaConf.structured(Config), raw)
         config: Any = OmegaConf.to_object(merged)
@@ -81,6 +81,8 @@ def _check_key(item: str) -> None:
     """Raises ValueError unless an override is ``key=value`` with a key that exists."""
     key, equals, value = item.lstrip("+~").partition("=")
     known = list(_keys(Config))
+    if item.startswith("~") and key.startswith(FREE_KEYS):
+        return  # takes an entry away, such as ~schedule.points.beta1
     if not equals:
         raise ValueError(f"argument {item!r} is not of the form key=value{_near(key, known)}")
     if key in GROUPS:
@@ -258,6 +260,8 @@ def _near(word: str, known: Sequence[str]) -> str:
 def _explain(error: Exception, overrides: Sequence[str]) -> str:
     """One sentence out of what Hydra and OmegaConf say, with key, value and what to do."""
     text = str(error) if error.__cause__ is None else str(error.__cause__)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override.lstrip('+')} cannot be read: quote special characters, as in \"key='a, b'\""
     first = re.split(r"\n\s*(?:full_key|object_type|reference_type|See )", text)[0].strip().replace("\n", " ")
     match = re.search(r"full_key: (\S+)", text)
     if match is None:

@@ -1,0 +1,142 @@
+"""Configuration: every shipped YAML composes, every user error is one sentence with key, value and fix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from configs import load
+from configs.load import choices, load_config, read_config, save_config
+from recipes.data import GENERATORS
+from recipes.rewards.verifiers import VERIFIERS
+
+
+@pytest.mark.parametrize("group", ["loss", "selection", "schedule"])
+def test_every_group_entry_composes_and_validates(group: str) -> None:
+    for name in choices(group):
+        config = load_config([f"{group}={name}"])
+        assert getattr(config, group)["name"]
+
+
+def test_defaults_are_the_quick_start() -> None:
+    config = load_config([])
+    assert config.run.name == "quickstart" and config.model.path == "tiny" and config.loss["name"] == "ce_gppo"
+    assert config.run.dir == "runs/quickstart"  # the interpolation is resolved
+
+
+def test_command_line_has_the_last_word() -> None:
+    config = load_config(["optim.lr=1e-6", "loss=dapo", "loss.eps_high=0.3", "rollout.urls=[http://a]", "eval.k=[1]"])
+    assert config.optim.lr == 1e-6 and config.rollout.urls == ["http://a"] and config.eval.k == [1]
+    assert config.loss == {"name": "ppo", "eps_low": 0.2, "eps_high": 0.3, "dual_clip": None}
+
+
+def test_parameters_of_rewards_and_advantages_can_be_given() -> None:
+    config = load_config(["reward.params.marker='####'", "advantage.params.delta=1e-4"])
+    assert config.reward.params == {"marker": "####"} and config.advantage.params == {"delta": 1e-4}
+
+
+EPS_LOW_CURVE = ["~schedule.points.beta1", "schedule.points.eps_low=[[0,0.1],[9,0.2]]"]
+
+
+@pytest.mark.parametrize("chosen", [["schedule=linear"], ["schedule=linear", "loss=ppo"]])
+def test_an_entry_of_a_group_can_be_taken_away(chosen: list[str]) -> None:
+    """`linear` moves beta1 by default, which `ppo` does not have."""
+    config = load_config([*chosen, *EPS_LOW_CURVE])
+    assert config.schedule["points"] == {"eps_low": [[0, 0.1], [9, 0.2]]}
+
+
+def test_a_loss_chosen_by_hand_leaves_the_recipes_loss_parameters_behind(paper: list[str]) -> None:
+    """`p0_did` sets `loss.strategy`, which `dapo` does not have."""
+    config = load_config(["recipe=p0_did", "loss=dapo", "loss.eps_low=0.1", *paper])
+    assert config.loss == {"name": "ppo", "eps_low": 0.1, "eps_high": 0.28, "dual_clip": None}
+    assert config.train.steps == 400  # the rest of the recipe stays
+
+
+@pytest.fixture
+def paper(tmp_path: Path) -> list[str]:
+    """What a paper recipe asks the user for."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "data.jsonl").write_text("{}\n")
+    return [f"model.path={tmp_path}", f"data.path={tmp_path / 'data.jsonl'}"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("model.pth=x", ["model.pth=x", "no key", "'model.path'"]),
+        ("los=dapo", ["los=dapo", "no key", "'loss'"]),
+        ("foo.bar=1", ["foo.bar=1", "no key", "schema.py"]),
+        ("rollout.n", ["'rollout.n'", "key=value"]),
+        ("loss.bta1=0.3", ["loss.bta1=0.3", "'beta1'"]),
+        ("loss.beta1=-1", ["loss.beta1=-1", "[0, "]),
+        ("reward.params.marker=####", ["reward.params.marker=####", "quote", "key='a, b'"]),
+        ("loss=dap", ["loss=dap", "'dapo'", "cispo"]),
+        ("selection=clipb", ["selection=clipb", "'clip_b'"]),
+        ("schedule=stairs", ["schedule=stairs", "piecewise"]),
+        ("recipe=quickstrt", ["recipe=quickstrt", "'quickstart'", "--help"]),
+        ("train.steps=many", ["train.steps=many", "whole number"]),
+        ("train.steps=1.5", ["train.steps=1.5", "whole number"]),
+        ("optim.lr=fast", ["optim.lr=fast", "a number"]),
+        ("parallel.sp=maybe", ["parallel.sp=maybe", "true or false"]),
+        ("rollout.urls=here", ["rollout.urls=here", "a list"]),
+        ("optim.betas=[0.9,x]", ["optim.betas", "'x'", "Float"]),
+        ("rollout.n=7 train.mini_batches=15", ["train.mini_batches=15", "32 x 7", "divisor"]),
+        ("rollout.n=0", ["rollout.n=0", "at least 1"]),
+        ("rollout.max_tokens=128", ["rollout.max_tokens=128", "rollout.max_model_len=128", "raise"]),
+        ("eval.max_tokens=500", ["eval.max_tokens=500", "rollout.max_model_len=128", "raise"]),
+        ("eval.n=4 eval.k=[8]", ["eval.k=[8]", "eval.n >= 8"]),
+        ("rollout.generated_prompts=8", ["rollout.generated_prompts=8", "prompts_per_step=32", "raise"]),
+        ("rollout.generated_prompts=64", ["rollout.generated_prompts=64", "advantage.drop_uniform_groups=true"]),
+        ("advantage.max_refills=2", ["advantage.max_refills=2", "advantage.drop_uniform_groups=true"]),
+        ("rollout.temperature=0.7", ["rollout.temperature=0.7", "train.tis_cap=2"]),
+        ("rollout.max_staleness=3", ["rollout.max_staleness=3", "0", "1"]),
+        ("parallel.tp=2 parallel.nproc=3", ["parallel.nproc=3", "multiple", "2"]),
+        ("parallel.vpp=2", ["parallel.vpp=2", "parallel.pp >= 2"]),
+        ("parallel.sp=true", ["parallel.sp=true", "parallel.tp >= 2"]),
+        ("model.path=nowhere", ["model.path=nowhere", "config.json", "'tiny'"]),
+        ("data.path=nowhere.jsonl", ["data.path=nowhere.jsonl", "no such file", "JSONL"]),
+        ("data.name=jsonl", ["data.name=jsonl", "data.path="]),
+        ("data.name=chains", ["data.name=chains", "'chain'"]),
+        ("reward.name=maths", ["reward.name=maths", "'math'"]),
+        ("rollout.replay=nowhere", ["rollout.replay=nowhere", "journal.jsonl", "directory of a run"]),
+        ("advantage.name=grp", ["advantage.name='grp'", "'grpo'"]),
+        ("advantage.params.delt=1", ["advantage.params.delt=1", "'delta'"]),
+        ("model.dtype=float16", ["model.dtype=float16", "bfloat16"]),
+    ],
+)
+def test_a_user_error_is_one_sentence_with_key_value_and_fix(arguments: str, said: list[str]) -> None:
+    with pytest.raises(ValueError) as caught:
+        load_config(arguments.split())
+    message = str(caught.value)
+    assert "\n" not in message
+    for words in said:
+        assert words in message, message
+
+
+def test_paper_recipes_ask_for_the_model_and_data_they_name(paper: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"^model\.path: give the Hugging Face directory of Qwen2\.5-Math-7B, "):
+        load_config(["recipe=p0_id"])
+    with pytest.raises(ValueError, match=r"^data\.path: give the JSONL file of DAPO-Math-17k, as data\.path=PATH$"):
+        load_config(["recipe=p0_id", paper[0]])
+
+
+def test_an_unknown_key_in_a_recipe_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The YAML files are composed without the schema; merging into it must still find what is misspelled there."""
+    monkeypatch.setattr(load, "compose", lambda *_, **__: load.OmegaConf.create({"optim": {"learning_rate": 1.0}}))
+    with pytest.raises(ValueError, match=r"optim\.learning_rate: Key 'learning_rate' not in 'OptimConfig'"):
+        load_config([])
+
+
+def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
+    config = load_config(["loss=ppo", "loss.eps_high=inf", "schedule=linear", *EPS_LOW_CURVE])
+    path = tmp_path / "config.yaml"
+    save_config(config, path)
+    assert read_config(path) == config
+    assert config.loss["eps_high"] == float("inf")
+
+
+def test_names_known_to_the_configuration_are_those_that_exist() -> None:
+    """`configs` must not import `recipes`, so it repeats these names."""
+    assert set(load.REWARDS) == set(VERIFIERS)
+    assert set(load.GENERATED_DATA) == set(GENERATORS)
