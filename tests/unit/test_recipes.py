@@ -1,0 +1,299 @@
+"""The paper recipes: all compose and validate, fit the models they name, and carry the papers' numbers."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import conversion
+from configs.load import PLACEHOLDER, choices, load_config
+from configs.schema import Config
+from megatron_ext.rl.types import Problem, Rollout, Sample
+from recipes import plan
+from recipes.collect import Collector
+from recipes.launch import check_model
+from recipes.rollout import Sampling
+
+FOLDER = Path(__file__).parents[2] / "configs" / "recipe"
+PAPER_RECIPES = [name for name in choices("recipe") if re.match(r"p\d_", name)]
+Load = Callable[[str], Config]
+
+
+def sizes(family: str, hidden: int, ffn: int, layers: int, heads: int, kv: int, vocab: int, positions: int) -> dict:
+    return {
+        **{"architectures": [f"{family}ForCausalLM"], "hidden_size": hidden, "intermediate_size": ffn},
+        **{"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv, "vocab_size": vocab},
+        **{
+            "max_position_embeddings": positions,
+            "rms_norm_eps": 1e-6,
+            "head_dim": 128 if heads > 12 else hidden // heads,
+        },
+    }
+
+
+# config.json of the models that the recipes name, as far as a layout depends on it.
+MODELS = {
+    "DeepSeek-R1-Distill-Qwen-1.5B": sizes("Qwen2", 1536, 8960, 28, 12, 2, 151936, 131072),
+    "DeepSeek-R1-Distill-Qwen-7B": sizes("Qwen2", 3584, 18944, 28, 28, 4, 152064, 131072),
+    "Qwen2.5-Math-7B": sizes("Qwen2", 3584, 18944, 28, 28, 4, 152064, 4096),
+    "Qwen2.5-7B": sizes("Qwen2", 3584, 18944, 28, 28, 4, 152064, 131072),
+    "Qwen2.5-7B-Instruct": sizes("Qwen2", 3584, 18944, 28, 28, 4, 152064, 32768),
+    "Qwen2.5-3B-Instruct": sizes("Qwen2", 2048, 11008, 36, 16, 2, 151936, 32768),
+    "Qwen2.5-1.5B-Instruct": sizes("Qwen2", 1536, 8960, 28, 12, 2, 151936, 32768),
+    "Meta-Llama-3-8B-Instruct": sizes("Llama", 4096, 14336, 32, 32, 8, 128256, 8192),
+    "Llama-3.2-1B-Instruct": sizes("Llama", 2048, 8192, 16, 32, 8, 128256, 131072) | {"head_dim": 64},
+    "DeepSeek-R1-Distill-Llama-8B": sizes("Llama", 4096, 14336, 32, 32, 8, 128256, 131072),
+    "Qwen3-4B-Base": sizes("Qwen3", 2560, 9728, 36, 32, 8, 151936, 32768),
+    "internlm3-8b-instruct": sizes("InternLM3", 4096, 10240, 48, 32, 2, 128512, 32768),
+}
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
+    """A recipe with the model and the data file it asks for; composed once."""
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "data.jsonl").write_text("{}\n")
+    for model, config in MODELS.items():
+        (folder / model).mkdir()
+        (folder / model / "config.json").write_text(json.dumps(config))
+
+    @cache
+    def loaded(recipe: str) -> Config:
+        return load_config(
+            [f"recipe={recipe}", f"model.path={folder / asked(recipe)}", f"data.path={folder}/data.jsonl"]
+        )
+
+    return loaded
+
+
+def asked(recipe: str) -> str:
+    """The model that a recipe asks for: the last one named on the way through its bases (far quicker than Hydra)."""
+    file = FOLDER / f"{recipe}.yaml"
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    found = (content.get("model") or {}).get("path", "")
+    for base in reversed([base for base in content.get("defaults", []) if isinstance(base, str)]):
+        found = found or asked(str((file.parent / base).relative_to(FOLDER)))
+    return found.strip("<>")
+
+
+@pytest.mark.parametrize("recipe", PAPER_RECIPES)
+def test_recipe_validates_and_fits_the_model_it_names(recipe: str, load: Load) -> None:
+    config = load(recipe)
+    assert config.run.name == recipe
+    directory = Path(config.model.path)
+    if directory.name == "Qwen2.5-Math-7B":  # said in the recipes' base, with both ways out
+        with pytest.raises(ValueError, match=r"rollout.max_model_len=5120 exceeds the model's 4096 positions"):
+            check_model(config, directory)
+    else:
+        check_model(config, directory)
+    needed = plan.learner_memory(config, conversion.read_config(directory)).total
+    assert needed < 0.8 * 80 * 2**30  # the GPUs that base/paper.yaml speaks of, with room for what is not counted
+    # A prompt of the greatest length, and the longest response behind it, fit the servers' context.
+    longest = max(config.rollout.max_tokens, config.eval.max_tokens or 0)
+    assert config.data.max_prompt_tokens + longest <= config.rollout.max_model_len
+    assert plan.batch_plan(config).longest <= config.train.micro_batch_tokens
+    assert config.optim.weight_decay in (0.0, 0.01, 0.1) and config.model.dtype == config.rollout.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("recipe", PAPER_RECIPES)
+def test_header_names_source_target_and_hardware(recipe: str) -> None:
+    lines = (FOLDER / f"{recipe}.yaml").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "# @package _global_"
+    header = " ".join(line.removeprefix("# ") for line in lines[1:] if line.startswith("# "))
+    assert re.search(rf"Aims at: P{recipe[1]} (table|figure)", header), header
+    assert re.search(r"Hardware: .*\d+(:\d\d)? h\b", header), header
+
+
+def test_every_recipe_is_in_the_docs() -> None:
+    text = (FOLDER.parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert [name for name in choices("recipe") if f"`{name}`" not in text] == []
+
+
+def test_placeholders_name_models_whose_sizes_are_known() -> None:
+    named = {
+        match[1]
+        for file in FOLDER.rglob("*.yaml")
+        if (found := re.search(r"^model: \{path: (<.+?>)\}", file.read_text(encoding="utf-8"), re.MULTILINE))
+        and (match := PLACEHOLDER.fullmatch(found[1]))
+    }
+    assert named == set(MODELS)
+
+
+# -------------------------------------------------------------------------------------------- numbers of the papers
+
+CE = {"name": "ce_gppo", "eps_low": 0.2, "eps_high": 0.2, "beta2": 1.0}
+DYNAMIC = {"name": "dynamic_clip", "eps": 0.2, "alpha_high": -0.25, "b_high": 0.5, "alpha_low": -0.13, "b_low": 0.3}
+STATIC = {"alpha_high": 0.0, "b_high": 0.28, "alpha_low": 0.0, "b_low": 0.28}
+INF = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "loss"),
+    [
+        ("p2_ce_gppo", CE | {"beta1": 0.5, "dual_clip": None, "nll_coef": 0.0}),
+        ("p2_ce_gppo_7b", CE | {"beta1": 0.75, "dual_clip": None, "nll_coef": 0.0}),
+        ("p2_ce_gppo_script", CE | {"beta1": 0.5, "dual_clip": 10.0, "nll_coef": 0.1}),
+        ("p2_ce_gppo_7b_script", CE | {"beta1": 0.75, "dual_clip": 10.0, "nll_coef": 0.1}),
+        ("p2_beta_1_05", {"beta1": 1.0, "beta2": 0.5}),
+        ("p2_beta_0_1_7b", {"beta1": 0.0, "beta2": 1.0}),
+        ("p2_grpo", {"name": "ppo", "eps_low": 0.2, "eps_high": 0.2}),
+        ("p2_dapo_7b", {"name": "ppo", "eps_low": 0.2, "eps_high": 0.28}),
+        ("p2_cispo", {"name": "cispo", "eps_low": 0.2, "eps_high": 0.2}),
+        ("p2_gspo", {"name": "gspo", "eps_low": 3e-4, "eps_high": 4e-4}),
+        ("p0_sapo", {"name": "sapo", "tau_pos": 1.0, "tau_neg": 1.05}),
+        ("p0_id", DYNAMIC | {"strategy": "id", "phase_ratio": 0.5}),
+        ("p0_did_qwen25_7b", DYNAMIC | {"strategy": "did", "phase_ratio": 0.5}),
+        ("p0_od", DYNAMIC | {"strategy": "od", "entropy_floor": 0.2, "initial_state": 0}),
+        ("p0_phase_03", DYNAMIC | {"strategy": "id", "phase_ratio": 0.3}),
+        ("p0_phase_06", {"phase_ratio": 0.6}),
+        ("p0_upper", {"strategy": "upper"}),
+        ("p0_static_did", STATIC | {"strategy": "did", "eps": 0.2}),
+        ("p0_clip_lower", {"name": "ppo", "eps_low": 0.28, "eps_high": 0.2}),
+        ("p3_gsm8k_symmetric", {"name": "ppo", "eps_low": 0.2, "eps_high": 0.2}),
+        ("p3_gsm8k_no_clip_low_llama3_8b", {"eps_low": 1.0, "eps_high": 0.2}),
+        ("p3_dapo17k_no_clip_high", {"eps_low": 0.2, "eps_high": INF}),
+        ("p3_dapo17k_clip_lower", {"eps_low": 0.15, "eps_high": INF}),
+    ],
+)
+def test_losses_are_the_papers(recipe: str, loss: dict[str, Any], load: Load) -> None:
+    assert {key: load(recipe).loss[key] for key in loss} == loss
+
+
+@pytest.mark.parametrize(
+    ("recipe", "selection"),
+    [
+        ("p2_entropy_bonus_0001", {"name": "entropy_bonus", "coef": 0.001}),
+        ("p2_entropy_bonus_0003", {"name": "entropy_bonus", "coef": 0.003}),
+        ("p0_clip_cov", {"name": "clip_cov", "frac": 2e-4, "cov_low": 1.0, "cov_high": 5.0}),
+        ("p4_clip_b", {"name": "clip_b", "mu_low": 2.5, "mu_high": INF, "tokens": "negative"}),
+        ("p4_clip_v_qwen3_4b", {"name": "clip_v", "tokens": "negative"}),
+        ("p4_kl_cov", {"name": "kl_cov", "frac": 0.002, "coef": 1.0}),
+        ("p4_unlikely", {"name": "unlikely", "beta_rank": 0.25}),
+        ("p4_forking", {"name": "forking", "frac": 0.2}),
+        ("p4_grpo", {"name": "none"}),
+    ],
+)
+def test_selections_are_the_papers(recipe: str, selection: dict[str, Any], load: Load) -> None:
+    assert {key: load(recipe).selection[key] for key in selection} == selection
+
+
+def facts(config: Config) -> tuple[Any, ...]:
+    r, t = config.rollout, config.train
+    return (config.optim.lr, r.prompts_per_step, r.n, r.max_tokens, t.mini_batches, t.steps, config.advantage.name)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),  # lr, prompts, n, response tokens, updates per rollout, steps, advantage
+    [
+        ("p2_ce_gppo", (1e-6, 128, 8, 16384, 8, 1000, "grpo")),
+        ("p2_ce_gppo_7b_script", (1e-6, 128, 8, 16384, 8, 1000, "grpo")),
+        ("p0_id", (1e-6, 512, 8, 4096, 16, 400, "grpo")),
+        ("p0_grpo_qwen25_7b", (1e-6, 512, 8, 8192, 16, 400, "grpo")),
+        ("p0_phase_04", (1e-6, 512, 8, 4096, 16, 200, "grpo")),
+        ("p3_gsm8k_clip_lower", (5e-7, 512, 8, 4096, 16, 200, "dr_grpo")),
+        ("p3_dapo17k_symmetric", (1e-6, 512, 8, 4096, 16, 200, "dr_grpo")),
+        ("p3_random_symmetric", (5e-7, 512, 8, 4096, 16, 200, "dr_grpo")),
+        ("p4_grpo", (4e-7, 64, 16, 7168, 1, 400, "grpo")),
+        ("p4_clip_b_qwen3_4b", (4e-7, 64, 8, 7168, 1, 400, "grpo")),
+        ("p4_clip_v_internlm3_8b", (4e-7, 64, 16, 7168, 1, 400, "grpo")),
+    ],
+)
+def test_settings_are_the_papers(recipe: str, expected: tuple[Any, ...], load: Load) -> None:
+    assert facts(load(recipe)) == expected
+
+
+def test_what_the_authors_script_adds_to_the_paper(load: Load) -> None:
+    paper, script = load("p2_ce_gppo"), load("p2_ce_gppo_script")
+    assert (paper.rollout.generated_prompts, script.rollout.generated_prompts) == (None, 256)
+    assert not paper.advantage.drop_uniform_groups and paper.optim.warmup_steps == 0
+    assert script.advantage.drop_uniform_groups and script.advantage.max_refills == 1
+    assert script.optim.warmup_steps == 10 * script.train.mini_batches  # ten rollout steps
+    assert (paper.advantage.aggregation, script.advantage.aggregation) == ("group_token_mean", "token_mean")
+
+
+def test_beta_switch_and_random_rewards(load: Load) -> None:
+    assert load("p2_beta_switch").schedule == {"name": "piecewise", "points": {"beta1": [[0, 0.0], [585, 0.5]]}}
+    rewards = [load(f"p3_random_{name}").reward for name in ("symmetric", "p03", "p07")]
+    assert [(r.name, r.params["distribution"], r.params["p"]) for r in rewards] == [
+        ("random", "bernoulli", 0.5),
+        ("random", "bernoulli", 0.3),
+        ("random", "bernoulli", 0.7),
+    ]
+    judge = {"judge": "final_answer", "judge_params": {"marker": "####", "last_number": True}}
+    assert rewards[0].params.items() >= judge.items()
+
+
+def test_gsm8k_and_dapo17k_differ_as_table_1_says(load: Load) -> None:
+    gsm8k, dapo = load("p3_gsm8k_symmetric"), load("p3_dapo17k_symmetric")
+    assert (gsm8k.advantage.drop_uniform_groups, dapo.advantage.drop_uniform_groups) == (False, True)
+    assert (gsm8k.advantage.overlong, dapo.advantage.overlong) == ("none", "penalty")
+    assert dapo.advantage.overlong_factor == 1.0
+
+
+def test_rewards_templates_and_verifiers_of_the_recipes_are_valid(load: Load) -> None:
+    from recipes.rewards import make_verifier
+
+    for recipe in ("p0_id", "p2_ce_gppo", "p3_gsm8k_symmetric", "p3_random_p03", "p3_dapo17k_symmetric", "p4_grpo"):
+        config = load(recipe)
+        make_verifier(config.reward.name, **config.reward.params)
+        assert config.data.template.startswith("chat:") and config.data.template.count("{problem}") == 1
+    assert load("p0_id").data.template == (
+        "chat:{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+    )
+
+
+class DynamicSampling(Collector):
+    """The collector with a stub for engine and rewards: one prompt in `every` has a reward difference."""
+
+    def __init__(self, config: Config, every: int) -> None:
+        self.config, self.every, self.asked = config, every, []  # type: ignore[var-annotated]
+        self.source = self  # type: ignore[assignment]
+        self.sampling = Sampling(max_tokens=8)
+
+    def problems(self, position: int, count: int) -> list[Problem]:
+        self.asked.append((position, count))
+        return [Problem(id=str(position + i), prompt="", answer="") for i in range(count)]
+
+    def _generate(self, problems: Any, n: int, *_: Any) -> list[Rollout]:
+        return [Rollout([1], [2], [0.0], [0], "stop")] * (n * len(problems))
+
+    def _judge(self, problems: Any, rollouts: Any, n: int, step: int) -> list[Sample]:
+        return [
+            Sample(rollout, problem_id=problems[i // n].id, group=i // n, seq_id=i, reward=float(self._right(i, n)))
+            for i, rollout in enumerate(rollouts)
+        ]
+
+    def _right(self, i: int, n: int) -> bool:
+        return i // n % self.every == 0 and i % n == 0
+
+
+@pytest.mark.parametrize(
+    ("every", "asked", "trained"),
+    [
+        (1, [(1000, 256)], 128),  # every group is informative: the first 128 are trained, the rest is dropped
+        (4, [(1000, 256), (1256, 256)], 128),  # 64 of 256: one refill fills the batch
+        (8, [(1000, 256), (1256, 256)], 64),  # 32 of 256: after one refill a short batch is trained
+    ],
+)
+def test_the_scripts_dynamic_sampling(every: int, asked: list[tuple[int, int]], trained: int, load: Load) -> None:
+    collector = DynamicSampling(load("p2_ce_gppo_script"), every)
+    record = collector._collect(step=3, position=1000)
+    assert collector.asked == asked and len(record["groups"]) == trained
+    assert record["position"] == asked[-1][0] + 256  # problems that were dropped do not come again
+
+
+def test_evaluation_has_its_own_length(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    collector = DynamicSampling(load("p2_ce_gppo"), 1)
+    monkeypatch.setattr(collector, "heldout", lambda n: collector.problems(0, 2), raising=False)
+    generate = collector._generate
+    monkeypatch.setattr(collector, "_generate", lambda *a: seen.append(a[2]) or generate(*a))
+    collector.evaluate(step=0)
+    assert [sampling.max_tokens for sampling in seen] == [32768]
