@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from configs.load import GROUPS, choices, load_config
 from configs.schema import Config
+from recipes.rewards import make_verifier
 
 HELP = """usage: python -m recipes.train [recipe=NAME] [key=value ...]
        make train [RECIPE=NAME] [ARGS="key=value ..."] [DRY_RUN=1]
@@ -33,13 +35,18 @@ def launch(train: Callable[[Config, Path], None], argv: Sequence[str] | None = N
     """Run ``train`` with the configuration of the command line; the exit status. User errors are one line on stderr."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(argv):
-        print(HELP.format(**{group: ", ".join(choices(group)) for group in GROUPS}))
+        names = {group: choices(group) for group in GROUPS}
+        papers = [name for name in names["recipe"] if re.match(r"p\d_", name)]
+        own = [name for name in names["recipe"] if name not in papers]
+        names["recipe"] = [*own, f"and {len(papers)} settings of the papers (docs/recipes.md)"]
+        print(HELP.format(**{group: ", ".join(entries) for group, entries in names.items()}))
         return 0
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # loading a model is not what the user waits for
     try:
         config = load_config(argv)
+        make_verifier(config.reward.name, **config.reward.params)  # says what is wrong with its parameters
         if config.run.dry_run:
             from recipes.plan import print_plan
 
