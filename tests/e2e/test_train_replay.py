@@ -1,0 +1,222 @@
+"""The training loop with the local engine, in this process: replays, staleness, learning rate 0, every algorithm."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training import arguments, assert_same_run, journal, launch_here, metrics, run_here, weights
+
+from configs.load import choices
+from megatron_ext.rl.aggregation import AGGREGATIONS
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from recipes.prepare_model import make_tiny_model
+
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", seed=0)
+
+
+@pytest.fixture(scope="module")
+def recorded(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A live run of four steps; the only one here that writes a report."""
+    return run_here(model, tmp_path_factory.mktemp("recorded") / "run", "run.report_every=10")
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    from recipes.run_dir import RunDir
+
+    monkeypatch.setattr(RunDir, "_report", lambda self: self.path / "report.html")
+
+
+@pytest.fixture
+def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever starts an engine fails."""
+    monkeypatch.setattr("recipes.stream.Collector", None)
+
+
+def test_a_run_leaves_what_it_promises(recorded: Path) -> None:
+    rows = metrics(recorded)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(row["actor/grad_norm"] > 0 and row["rollout/staleness"] == 0 for row in rows)
+    assert all(row["rollout_agreement/abs_dp_mean"] < 1e-6 for row in rows), "each step is sampled with its own weights"
+    assert [("val-core/chain/avg@2" in row) for row in rows] == [False, True, False, True]
+    assert "val-before/chain/avg@2" in rows[0] and "val-before/chain/avg@2" not in rows[1]
+    for name in ("config.yaml", "samples.jsonl", "report.html", "hf/config.json", "checkpoints/step_000004/state.json"):
+        assert (recorded / name).is_file(), name
+    records = journal(recorded)
+    assert [(r["kind"], r["step"]) for r in records] == [
+        *(("eval", 0), ("rollouts", 0), ("rollouts", 1), ("eval", 2), ("rollouts", 2), ("rollouts", 3), ("eval", 4))
+    ]
+    for record in records:
+        assert {v for g in record.get("groups", []) for r in g["responses"] for v in r["versions"]} <= {record["step"]}
+    positions = [record["position"] for record in records if record["kind"] == "rollouts"]
+    assert positions == [4, 8, 12, 16]
+    problems = [g["problem"] for record in records for g in record.get("groups", [])]
+    assert len(set(problems)) == 16, "no problem twice"
+
+
+@pytest.mark.usefixtures("no_report", "no_engine")
+def test_replay_is_bit_identical(model: Path, recorded: Path, tmp_path: Path) -> None:
+    replay = run_here(model, tmp_path / "replay", f"rollout.replay={recorded}")
+    again = run_here(model, tmp_path / "again", f"rollout.replay={replay}")
+    for run in (replay, again):
+        assert_same_run(run, recorded)
+        assert (run / "journal.jsonl").read_bytes() == (recorded / "journal.jsonl").read_bytes()
+
+
+@pytest.mark.usefixtures("no_report", "no_engine")
+def test_replay_follows_the_settings(model: Path, recorded: Path, tmp_path: Path) -> None:
+    """The comparison above can fail: another learning rate, and nothing but the first statistics are the same."""
+    replay = run_here(model, tmp_path / "replay", f"rollout.replay={recorded}", "optim.lr=1e-3")
+    mine, theirs = metrics(replay), metrics(recorded)
+    assert mine[0]["actor/entropy"] == theirs[0]["actor/entropy"]
+    assert mine[1]["actor/entropy"] != theirs[1]["actor/entropy"]
+    assert not torch.equal(weights(replay)["model.norm.weight"], weights(recorded)["model.norm.weight"])
+
+
+@pytest.mark.usefixtures("no_report")
+def test_staleness_labels_every_token(model: Path, tmp_path: Path) -> None:
+    """With max_staleness=1 step k is sampled with the weights of step k - 1, which its logprobs prove."""
+    from transformers import AutoModelForCausalLM
+
+    live = run_here(model, tmp_path / "live", "rollout.max_staleness=1", "eval.every=0")
+    groups = {record["step"]: record["groups"] for record in journal(live) if record["kind"] == "rollouts"}
+    for step, members in groups.items():
+        assert {v for g in members for r in g["responses"] for v in r["versions"]} == {max(step - 1, 0)}
+    assert [row["rollout/staleness"] for row in metrics(live)] == [0, 1, 1, 1]
+    replay = run_here(model, tmp_path / "replay", f"rollout.replay={live}", "rollout.max_staleness=1", "eval.every=0")
+    assert_same_run(replay, live)
+
+    one = run_here(model, tmp_path / "one", f"rollout.replay={live}", "train.steps=1", "eval.every=0")
+    for directory, matches in ((one / "hf", True), (model, False)):
+        policy = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        worst = max(_worst_gap(policy, g["prompt"], r) for g in groups[2] for r in g["responses"])
+        assert (worst < 1e-4) == matches, (directory, worst)
+
+
+@torch.no_grad()
+def _worst_gap(policy: Any, prompt: list[int], response: dict[str, Any]) -> float:
+    ids = torch.tensor([prompt + response["ids"]])
+    logp = policy(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    taken = logp.gather(1, torch.tensor(response["ids"])[:, None])[:, 0]
+    return float((taken - torch.tensor(response["logprobs"])).abs().max())
+
+
+@pytest.mark.usefixtures("no_report", "no_engine")
+def test_learning_rate_zero(model: Path, recorded: Path, tmp_path: Path) -> None:
+    """The ratio is 1 exactly with the packing of the statistics pass, to rounding with another; nothing is clipped."""
+    same = run_here(model, tmp_path / "same", f"rollout.replay={recorded}", "optim.lr=0", "train.mini_batches=1")
+    other = run_here(
+        model, tmp_path / "other", f"rollout.replay={recorded}", "optim.lr=0", "train.micro_batch_tokens=40"
+    )
+    for run, tolerance in ((same, 0.0), (other, 1e-6)):
+        for row in metrics(run):
+            assert abs(row["actor/ratio_mean"] - 1) <= tolerance and abs(row["actor/ppo_kl"]) <= tolerance
+            assert {row[f"actor/pg_clipfrac_{side}"] for side in ("low", "high", "dual")} == {0.0}
+            assert row["actor/grad_norm"] > 0
+        from safetensors.torch import load_file
+
+        before = load_file(model / "model.safetensors")
+        assert all(torch.equal(tensor, before[name]) for name, tensor in weights(run).items())
+
+
+VARIANTS = [
+    *(f"loss={name}" for name in choices("loss")),
+    *(f"selection={name}" for name in choices("selection")),
+    *(f"schedule={name}" for name in choices("schedule")),
+    *(f"loss=dynamic_clip loss.strategy={name}" for name in ("did", "od")),
+    *(f"advantage.aggregation={name}" for name in AGGREGATIONS),
+    *(f"advantage.name={name}" for name in ("dr_grpo", "rloo", "reinforce_pp")),
+    "selection=clip_cov selection.per_update=true selection.renormalise=true",
+    "advantage.overlong=filter",
+    "advantage.overlong=penalty",
+    "train.tis_cap=2",
+    "train.old_logprobs=rollout",
+    "train.epochs=2",
+]
+
+
+@pytest.mark.usefixtures("no_report", "no_engine")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_algorithm_runs_in_the_loop(model: Path, recorded: Path, tmp_path: Path, variant: str) -> None:
+    run = run_here(model, tmp_path / "run", f"rollout.replay={recorded}", "train.steps=2", *variant.split())
+    rows = metrics(run)
+    assert len(rows) == 2
+    for row in rows:
+        assert all(math.isfinite(value) for value in row.values())
+        assert row["actor/grad_norm"] > 0 and row["actor/updates"] == (4 if "epochs" in variant else 2)
+    if "filter" not in variant:  # whose entropy is that of the trained tokens
+        assert rows[0]["actor/entropy"] == metrics(recorded)[0]["actor/entropy"], "the same rollouts, the same weights"
+    assert not torch.equal(weights(run)["model.norm.weight"], torch.ones(128))
+
+
+def test_other_weights_than_the_rollouts_are_refused(model: Path, recorded: Path, tmp_path: Path) -> None:
+    """A journal made with another model: probabilities disagree, and training would go wrong in silence."""
+    from recipes.prepare_model import make_tiny_model
+
+    other = make_tiny_model(tmp_path / "other", seed=1)
+    assert launch_here(arguments(other, tmp_path / "run", f"rollout.replay={recorded}")) == 2
+
+
+def test_user_errors_are_one_sentence_and_status_2(
+    model: Path, recorded: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refusal(run_dir: Path, *extra: str) -> str:
+        capfd.readouterr()
+        assert launch_here(arguments(model, run_dir, *extra)) == 2, extra
+        lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+        assert len(lines) == 1
+        return lines[0]
+
+    before = {path: path.read_bytes() for path in recorded.rglob("*") if path.is_file()}
+    replay = f"rollout.replay={recorded}"
+    assert "is this run's own directory; set run.dir to another one" in refusal(recorded, replay)
+    assert "holds a run with seed=0, not 1; set run.dir to a new directory" in refusal(recorded, "seed=1")
+    with (recorded / ".lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert "is in use by another process; wait or choose another" in refusal(recorded)
+    assert "journal ends before step 5; set train.steps=4" in refusal(tmp_path / "long", replay, "train.steps=5")
+    assert "no journal.jsonl there" in refusal(tmp_path / "none", f"rollout.replay={tmp_path}")
+    assert "parallel.nproc=2" in refusal(tmp_path / "few", "parallel.nproc=2", "parallel.tp=4", "parallel.pp=1")
+    after = {path: path.read_bytes() for path in recorded.rglob("*") if path.is_file()}
+    assert after == before, "a refused start changes nothing of the run"
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_replay_continues_only_its_own_journal(
+    model: Path, recorded: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A directory that holds steps of one journal is not mixed with those of another."""
+    run = run_here(model, tmp_path / "run", f"rollout.replay={recorded}", "train.steps=2", "eval.every=0")
+    assert launch_here(arguments(model, run, f"rollout.replay={recorded}", "eval.every=0")) == 0
+    assert [row["step"] for row in metrics(run)] == [1, 2, 3, 4]
+
+    other = tmp_path / "other"
+    other.mkdir()
+    lines = []
+    for record in journal(recorded):
+        for group in record.get("groups", []):
+            group["responses"].reverse()
+        lines.append(json.dumps(record) + "\n")
+    (other / "journal.jsonl").write_text("".join(lines))
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    (fresh / "journal.jsonl").write_bytes((recorded / "journal.jsonl").read_bytes())
+    capfd.readouterr()
+    assert launch_here(arguments(model, fresh, f"rollout.replay={other}")) == 2
+    assert "holds other rollouts of step" in capfd.readouterr().err
+
+
+def test_settings_leave_ratios_to_compare(recorded: Path) -> None:
+    """What the bit-for-bit tests compare is not trivial: ratios move, and some are clipped."""
+    rows = metrics(recorded)
+    assert any(row["actor/pg_clipfrac_low"] + row["actor/pg_clipfrac_high"] > 0 for row in rows)
+    assert len({row["actor/entropy"] for row in rows}) == 4

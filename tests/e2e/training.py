@@ -1,0 +1,123 @@
+"""Short training runs for the end-to-end tests: a random tiny model, the local engine, random rewards.
+
+Rewards are random because a random model solves nothing, and without a reward difference nothing is trained.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+SETTINGS = (
+    *("rollout.engine=local", "reward.name=random", "optim.lr=2e-3", "run.report_every=0"),
+    *("rollout.prompts_per_step=4", "rollout.n=4", "rollout.max_tokens=12", "train.mini_batches=2", "train.steps=4"),
+    *("eval.every=2", "eval.problems=4", "eval.n=2", "eval.k=[1,2]", "train.entropy_probe_every=2"),
+)
+
+
+def arguments(model: Path, run_dir: Path, *extra: str) -> list[str]:
+    """A command line; ``extra`` has the last word."""
+    return [f"model.path={model}", f"run.dir={run_dir}", *SETTINGS, *extra]
+
+
+def launch_here(words: list[str]) -> int:
+    """The command line in this process; its exit status. Leaves no process group and no signal handler behind."""
+    from recipes.launch import launch
+    from recipes.train import train
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        return launch(train, words)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        _leave_groups()
+
+
+def _leave_groups() -> None:
+    """What a process that ends with an error leaves to the operating system."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def run_here(model: Path, run_dir: Path, *extra: str) -> Path:
+    """A run that must succeed; its directory."""
+    assert launch_here(arguments(model, run_dir, *extra)) == 0
+    return run_dir
+
+
+def start(words: list[str], log: Path, fault: Callable[[], None] | None = None) -> Any:
+    """The command line in a process of its own, forked from one that has imported everything already.
+
+    ``fault`` is called first there, to patch something; a module-level function, or a partial of one.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["recipes.train", "recipes.local_engine", "megatron_ext.learner.checkpoint"])
+    process = context.Process(target=_child, args=(words, log, fault))
+    process.start()
+    return process
+
+
+def _child(words: list[str], log: Path, fault: Callable[[], None] | None) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    no_report()
+    if fault is not None:
+        fault()
+    sys.exit(launch_here(words))
+
+
+def no_report() -> None:
+    """Reports take most of the time of a short run, and have tests of their own."""
+    from recipes import run_dir
+
+    run_dir.RunDir._report = lambda self: self.path / "report.html"  # type: ignore[method-assign]
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what depends on the machine's speed."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("timing_s/", "perf/"))} for row in rows]
+
+
+def weights(run_dir: Path) -> dict[str, Any]:
+    """Tensors of the exported policy."""
+    found: dict[str, Any] = {}
+    for path in sorted((run_dir / "hf").glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+def journal(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "journal.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Metrics and exported weights of two runs are equal bit for bit."""
+    import torch
+
+    rows_a, rows_b = metrics(a), metrics(b)
+    assert [row["step"] for row in rows_a] == [row["step"] for row in rows_b]
+    for row_a, row_b in zip(rows_a, rows_b, strict=True):
+        different = {
+            k: (row_a.get(k), row_b.get(k)) for k in row_a.keys() | row_b.keys() if row_a.get(k) != row_b.get(k)
+        }
+        assert not different, f"step {row_a['step']}: {different}"
+    weights_a, weights_b = weights(a), weights(b)
+    assert weights_a.keys() == weights_b.keys() and weights_a
+    assert [name for name in weights_a if not torch.equal(weights_a[name], weights_b[name])] == []
