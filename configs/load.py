@@ -120,11 +120,17 @@ def _check_algorithm(c: Config) -> None:
     from megatron_ext.rl.aggregation import AGGREGATIONS
     from megatron_ext.rl.schedules import build_controller
     from megatron_ext.rl.selection import build_selection
+    from megatron_ext.rl.value import check_gae
 
     schedule = {key: value for key, value in c.schedule.items() if key != "name"}
     build_controller(c.loss["name"], c.loss, c.schedule["name"], **schedule)
     build_selection(**c.selection)
-    compute_advantages(c.advantage.name, torch.tensor([0.0, 1.0]), torch.tensor([0, 0]), **c.advantage.params)
+    if c.advantage.name == "gae":
+        check_gae(c.advantage.params)
+        if 0 < c.train.steps <= c.critic.warmup_steps:
+            raise ValueError(f"critic.warmup_steps={c.critic.warmup_steps} must be below train.steps={c.train.steps}")
+    else:
+        compute_advantages(c.advantage.name, torch.tensor([0.0, 1.0]), torch.tensor([0, 0]), **c.advantage.params)
     _one_of("advantage.aggregation", c.advantage.aggregation, AGGREGATIONS)
     _one_of("advantage.overlong", c.advantage.overlong, ("none", "filter", "penalty"))
     _one_of("optim.optimizer", c.optim.optimizer, ("adam", "sgd"))
@@ -149,6 +155,10 @@ def _check_sizes(c: Config) -> None:
         _at_least(c, key, 1)
     for key in ("train.steps", "train.save_every", "eval.every", "train.loss_chunk_tokens", "optim.lr"):
         _at_least(c, key, 0)
+    for key in ("critic.lr", "critic.clip_grad", "critic.warmup_steps"):
+        _at_least(c, key, 0)
+    if c.critic.clip_range is not None and not c.critic.clip_range > 0:
+        raise ValueError(f"critic.clip_range={c.critic.clip_range} must be above 0; null switches clipping off")
     if c.rollout.prompts_per_step * c.rollout.n % c.train.mini_batches:
         raise ValueError(
             f"train.mini_batches={c.train.mini_batches} does not divide the {c.rollout.prompts_per_step} x "

@@ -109,7 +109,7 @@ class TrainConfig:
 
 @dataclass
 class AdvantageConfig:
-    name: str = "grpo"  # "grpo" | "dr_grpo" | "rloo" | "reinforce_pp"
+    name: str = "grpo"  # "grpo" | "dr_grpo" | "rloo" | "reinforce_pp" | "gae" (per token, with a critic)
     params: dict[str, Any] = field(default_factory=dict)
     aggregation: str = "token_mean"  # see megatron_ext/rl/aggregation.py
     drop_uniform_groups: bool = False  # DAPO's dynamic sampling: groups without a reward difference are not trained
@@ -117,6 +117,16 @@ class AdvantageConfig:
     overlong: str = "none"  # truncated responses: "none" | "filter" (not trained) | "penalty" (DAPO's soft one)
     overlong_buffer: int = 4  # response tokens before the limit over which the penalty grows
     overlong_factor: float = 1.0
+
+
+@dataclass
+class CriticConfig:
+    """The value model of ``advantage.name=gae``; without that nothing here has an effect. All else is the policy's."""
+
+    lr: float = 1e-4
+    clip_grad: float = 1.0
+    clip_range: float | None = None  # values move at most this far (in reward) from those before the update; None: off
+    warmup_steps: int = 0  # rollout steps at the start in which the critic alone trains
 
 
 @dataclass
@@ -167,6 +177,7 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

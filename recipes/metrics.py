@@ -15,7 +15,6 @@ from megatron_ext.learner.learner import UpdateMetrics
 from megatron_ext.rl.entropy_theory import diagnostics
 from megatron_ext.rl.types import Sample, TokenStats
 
-
 class StepMetrics:
     """Collects what happens within one rollout step; :meth:`result` is the line of ``metrics.jsonl``.
 
@@ -26,6 +25,7 @@ class StepMetrics:
         self.step = step
         self._values: dict[str, float] = {}
         self._updates: list[UpdateMetrics] = []
+        self._critic: list[dict[str, float]] = []
         self._seconds: dict[str, float] = {}
         self._begin = time.monotonic()
         self._tokens = self._prompt_tokens = 0
@@ -94,6 +94,9 @@ class StepMetrics:
     def update(self, result: UpdateMetrics) -> None:
         self._updates.append(result)
 
+    def critic_update(self, result: dict[str, float]) -> None:
+        self._critic.append(result)
+
     def theory(self) -> dict[str, float]:
         """The diagnostics over all updates of the step."""
         if not self._updates:
@@ -112,6 +115,8 @@ class StepMetrics:
                 per_update = sum(u.means[name] for u in self._updates) / len(self._updates)
                 values[f"actor/{name}"] = per_update if name in PER_UPDATE else per_token
             values["actor/updates"] = len(self._updates)
+        for name in self._critic[0] if self._critic else ():
+            values[f"critic/{name}"] = sum(update[name] for update in self._critic) / len(self._critic)
         seconds = dict(self._seconds)
         seconds["step"] = time.monotonic() - self._begin - seconds.get("eval", 0.0)
         for phase, value in timing.items():

@@ -18,15 +18,16 @@ import torch
 
 from configs.schema import Config
 from megatron_ext.learner import checkpoint
+from megatron_ext.learner.critic import Critic
 from megatron_ext.learner.learner import Learner
 from megatron_ext.learner.model import distributed
 from megatron_ext.learner.step import TrainBatch
-from megatron_ext.rl.advantages import compute_advantages, soft_overlong_penalty
 from megatron_ext.rl.aggregation import mismatch_weights, sequence_weights
 from megatron_ext.rl.losses import build_loss
 from megatron_ext.rl.schedules import Controller, build_controller
 from megatron_ext.rl.selection import Selection, SelectionInputs, build_selection
 from megatron_ext.rl.types import Sample, TokenStats
+from recipes.advantages import assign_advantages, update_critic
 from recipes.launch import launch
 from recipes.metrics import StepMetrics
 from recipes.run_dir import RunDir
@@ -38,12 +39,17 @@ def train(config: Config, model_dir: Path) -> None:
     torch.set_num_threads(config.train.threads)
     controller = build_controller(config.loss["name"], config.loss, config.schedule["name"], **_params(config.schedule))
     selection = build_selection(**config.selection)
-    updates = config.train.steps * config.train.epochs * config.train.mini_batches
+    per_step = config.train.epochs * config.train.mini_batches
+    critic: Critic | None = None
+    policy_steps = config.train.steps
     with distributed(config.parallel, config.seed), RunDir(config) as run:
-        learner = Learner(config, model_dir, total_updates=updates)
+        if config.advantage.name == "gae":
+            critic = Critic(config, model_dir, total_updates=config.train.steps * per_step)
+            policy_steps -= config.critic.warmup_steps
+        learner = Learner(config, model_dir, total_updates=policy_steps * per_step)
         state: dict[str, Any] = {"step": 0, "position": 0, "controller": controller.init()}
         if found := checkpoint.find_latest(run.checkpoints):
-            state = checkpoint.load(learner, found)
+            state = checkpoint.load(learner, found, critic=critic)
         run.begin(state["step"])
         stop = StopSignal()
         with RolloutStream(config, model_dir, run.path, learner) as stream:
@@ -53,7 +59,7 @@ def train(config: Config, model_dir: Path) -> None:
             for step in range(state["step"], config.train.steps):
                 record, samples = stream.next(step, state["position"], metrics)
                 state["controller"] = train_step(
-                    config, learner, controller, selection, state["controller"], step, samples, metrics
+                    config, learner, critic, controller, selection, state["controller"], step, samples, metrics
                 )
                 state |= {"step": step + 1, "position": record["position"]}
                 last = step + 1 == config.train.steps
@@ -66,9 +72,8 @@ def train(config: Config, model_dir: Path) -> None:
                 metrics = StepMetrics(step + 2)  # the next line gets the time of saving
                 if last or stopping or (config.train.save_every and (step + 1) % config.train.save_every == 0):
                     with metrics.clock("save"):
-                        checkpoint.save(
-                            learner, run.checkpoints, step + 1, {**state}, keep=config.train.keep_checkpoints
-                        )
+                        keep = config.train.keep_checkpoints
+                        checkpoint.save(learner, run.checkpoints, step + 1, {**state}, keep=keep, critic=critic)
                 if stopping and not last:
                     run.say(f"stopped by a signal after step {step + 1}; start again to continue")
                     return
@@ -78,6 +83,7 @@ def train(config: Config, model_dir: Path) -> None:
 def train_step(
     config: Config,
     learner: Learner,
+    critic: Critic | None,
     controller: Controller,
     selection: Selection,
     controller_state: dict[str, Any],
@@ -88,7 +94,7 @@ def train_step(
     """All optimizer steps on one batch of rollouts; returns the controller's next state.
 
     ``samples`` get their advantages. Without any sample (dynamic sampling found no group to learn from) nothing is
-    updated.
+    updated. In the first ``critic.warmup_steps`` steps the critic, if there is one, learns alone.
     """
     metrics.rollouts(samples)
     if not samples:
@@ -110,7 +116,7 @@ def train_step(
     loss = build_loss(config.loss["name"], **{**_params(config.loss), **overrides})
     metrics.add(controller.metrics(controller_state))
 
-    assign_advantages(config, selection, samples, stats, batch)
+    targets = assign_advantages(config, selection, samples, stats, batch, critic, metrics)
     select(config, selection, batch, stats, step, range(len(samples)), metrics)
     with metrics.clock("update"):
         for _ in range(config.train.epochs):
@@ -118,6 +124,10 @@ def train_step(
                 if selection.per_update:
                     select(config, selection, batch, learner.statistics(batch, mini), step, mini, metrics)
                 weights_B = aggregation_weights(config, selection, batch, groups_B, include_B, mini)
+                if critic is not None and targets is not None:
+                    metrics.critic_update(update_critic(critic, targets, batch, mini))
+                    if step < config.critic.warmup_steps:
+                        continue
                 metrics.update(learner.update(batch, mini, weights_B, loss, selection_inside=selection.inside))
     metrics.add({f"theory/{name}": value for name, value in metrics.theory().items()})
     if config.train.entropy_probe_every and (step + 1) % config.train.entropy_probe_every == 0:
@@ -146,28 +156,6 @@ def make_batch(config: Config, samples: list[Sample]) -> tuple[TrainBatch, torch
         is_weight=torch.ones_like(zeros),
     )
     return batch, torch.tensor([s.group for s in samples]), include_B
-
-
-def assign_advantages(
-    config: Config, selection: Selection, samples: list[Sample], stats: TokenStats, batch: TrainBatch
-) -> None:
-    """Rewards, shaped, to one advantage per response; written into the samples and, per token, into the batch."""
-    groups_B = torch.tensor([s.group for s in samples])
-    rewards_B = torch.tensor([s.reward for s in samples], dtype=torch.float64)
-    lengths_B = torch.tensor([len(s.rollout.response_ids) for s in samples])
-    if config.advantage.overlong == "penalty":
-        rewards_B = rewards_B + soft_overlong_penalty(
-            lengths_B,
-            max_tokens=config.rollout.max_tokens,
-            buffer=config.advantage.overlong_buffer,
-            factor=config.advantage.overlong_factor,
-        )
-    seq_logp_B = torch.zeros(len(samples), dtype=torch.float64).index_add_(0, batch.seq_ids, stats.logp.double())
-    rewards_B = selection.shape_rewards(rewards_B, groups_B, seq_logp_B)
-    advantages_B = compute_advantages(config.advantage.name, rewards_B, groups_B, **config.advantage.params)
-    for sample, advantage in zip(samples, advantages_B.tolist(), strict=True):
-        sample.advantage = advantage
-    batch.advantages = advantages_B[batch.seq_ids].to(stats.logp.dtype)
 
 
 def select(

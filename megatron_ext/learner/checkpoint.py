@@ -25,7 +25,8 @@ from megatron.core.utils import unwrap_model
 from conversion.hf_files import side_files
 from conversion.megatron_reader import HF_FILES
 from conversion.publish import ManifestError, check_manifest, published, write_manifest
-from megatron_ext.learner.learner import Learner
+from megatron_ext.learner.critic import Critic
+from megatron_ext.learner.learner import Learner, Trainable
 from megatron_ext.learner.model import on_device
 
 # We save synchronously, so results of the writers are collected in this process. Megatron would make a manager process
@@ -35,19 +36,26 @@ filesystem_async._results_queue = queue.Queue()
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
 LATEST = "latest"
 STATE = "state.json"
+CRITIC = "critic"  # directory inside a checkpoint, in the same format
 
 
-def save(learner: Learner, root: Path, step: int, state: dict[str, Any], *, keep: int = 0) -> Path:
+def save(
+    learner: Learner, root: Path, step: int, state: dict[str, Any], *, keep: int = 0, critic: Critic | None = None
+) -> Path:
     """Write ``root/step_N`` with weights, optimizer, learning-rate schedule and ``state`` (JSON). A collective.
 
-    ``keep`` > 0 removes all but the newest so many checkpoints afterwards.
+    The critic's are in a directory of their own, so that the policy reads and exports without it. ``keep`` > 0 removes
+    all but the newest so many checkpoints afterwards.
     """
     directory = root / f"step_{step:06d}"
     first = torch.distributed.get_rank() == 0
     with published(directory, overwrite=True) if first else contextlib.nullcontext(_partial(directory)) as partial:
+        if first and critic is not None:
+            (partial / CRITIC).mkdir()
         torch.distributed.barrier()
-        with on_device():
-            dist_checkpointing.save(_sharded_state(learner, is_loading=False), str(partial))
+        _write(learner, partial)
+        if critic is not None:
+            _write(critic, partial / CRITIC)
         torch.distributed.barrier()
         if first:
             (partial / HF_FILES).mkdir()
@@ -80,11 +88,11 @@ def find_latest(root: Path) -> Path | None:
     return root / name
 
 
-def load(learner: Learner, directory: Path) -> dict[str, Any]:
+def load(learner: Learner, directory: Path, *, critic: Critic | None = None) -> dict[str, Any]:
     """Restore everything :func:`save` wrote, in the present layout; returns ``state`` with its ``step``. A collective.
 
     Raises ManifestError (a ValueError) when a file is missing or differs from the manifest, and ValueError when the
-    optimizer or the precision is another one; nothing is read then.
+    optimizer or the precision is another one, or there is a critic on one side only; nothing is read then.
     """
     manifest = check_manifest(directory, contents=torch.distributed.get_rank() == 0)
     if manifest is None:
@@ -92,18 +100,36 @@ def load(learner: Learner, directory: Path) -> dict[str, Any]:
     for key, value in _settings(learner).items():
         if (saved := manifest.get("settings", {}).get(key)) != value:
             raise ValueError(f"{directory} was written with {key}={saved}, not {value}: set it back to continue")
+    if (saved_critic := (directory / CRITIC).is_dir()) != (critic is not None):
+        raise ValueError(
+            f"{directory} was written {'with' if saved_critic else 'without'} a critic: "
+            f"{'set' if saved_critic else 'do not set'} advantage.name=gae to continue"
+        )
     torch.distributed.barrier()
-    if learner.config.optim.distributed:
-        _prepare_torch_adam(learner.optimizer)
-    with on_device():
-        loaded = dist_checkpointing.load(_sharded_state(learner, is_loading=True), str(directory))
-        for key, chunk in _chunks(learner).items():
-            chunk.load_state_dict(loaded[key], strict=True)
-        learner.optimizer.load_state_dict(loaded["optimizer"])
-        learner.lr_schedule.load_state_dict(loaded["lr_schedule"])
-    _unshare_steps(learner.optimizer)
+    _restore(learner, directory)
+    if critic is not None:
+        _restore(critic, directory / CRITIC)
     state: dict[str, Any] = json.loads((directory / STATE).read_text(encoding="utf-8"))
     return state
+
+
+def _write(model: Trainable, directory: Path) -> None:
+    _start(model.optimizer)
+    with on_device():
+        dist_checkpointing.save(_sharded_state(model, is_loading=False), str(directory))
+
+
+def _restore(model: Trainable, directory: Path) -> None:
+    if model.config.optim.distributed:
+        _prepare_torch_adam(model.optimizer)
+    with on_device():
+        loaded = dist_checkpointing.load(_sharded_state(model, is_loading=True), str(directory))
+        for key, chunk in _chunks(model).items():
+            chunk.load_state_dict(loaded[key], strict=True)
+        _add_step_zero(model.optimizer, loaded["optimizer"])
+        model.optimizer.load_state_dict(loaded["optimizer"])
+        model.lr_schedule.load_state_dict(loaded["lr_schedule"])
+    _unshare_steps(model.optimizer)
 
 
 def _settings(learner: Learner) -> dict[str, Any]:
@@ -116,6 +142,27 @@ def _settings(learner: Learner) -> dict[str, Any]:
     }
 
 
+def _parts(optimizer: Any) -> list[Any]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _is_torch_adam(part: Any) -> bool:
+    return isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW))
+
+
+def _start(optimizer: Any) -> None:
+    """Give every parameter the state that the first update would: a checkpoint must hold it even before that.
+
+    A policy has none yet while its critic warms up. State that is there stays.
+    """
+    for part in _parts(optimizer):
+        if part.init_state_fn is not None:
+            part.init_state_fn(part.optimizer, part.config)
+        if _is_torch_adam(part):
+            for state in part.optimizer.state.values():
+                state.setdefault("step", torch.tensor(0.0))
+
+
 def _prepare_torch_adam(optimizer: Any) -> None:
     """Make a fresh distributed optimizer around torch's Adam loadable.
 
@@ -123,12 +170,17 @@ def _prepare_torch_adam(optimizer: Any) -> None:
     loading, when it is not there yet, and later expects it among the saved tensors, where it never was (it restores
     the count from the parameter groups).
     """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(part.optimizer, (torch.optim.Adam, torch.optim.AdamW)):
-            part.init_state_fn(part.optimizer, part.config)
-            for state in part.optimizer.state.values():
-                state.setdefault("step", torch.tensor(0.0))
-            part._set_main_param_and_optimizer_states = partial(_set_states_keeping_step, part)
+    _start(optimizer)
+    for part in filter(_is_torch_adam, _parts(optimizer)):
+        part._set_main_param_and_optimizer_states = partial(_set_states_keeping_step, part)
+
+
+def _add_step_zero(optimizer: Any, loaded: dict[Any, Any]) -> None:
+    """Megatron's ordinary optimizers leave a step count of 0 out of what they save, but torch's Adam wants one."""
+    parts = _parts(optimizer)
+    for part, saved in zip(parts, [loaded] if len(parts) == 1 else loaded.values(), strict=True):
+        if _is_torch_adam(part) and not part.config.use_distributed_optimizer:
+            saved.get("optimizer", saved)["state"].setdefault("common_step", torch.tensor(0.0))
 
 
 def _set_states_keeping_step(part: Any, parameter: Any, tensors: dict[str, Any]) -> None:
@@ -138,21 +190,21 @@ def _set_states_keeping_step(part: Any, parameter: Any, tensors: dict[str, Any])
 
 def _unshare_steps(optimizer: Any) -> None:
     """Megatron restores one step tensor for all parameters; torch's Adam would then count it up once per parameter."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in _parts(optimizer):
         for state in part.optimizer.state.values():
             if torch.is_tensor(state.get("step")):
                 state["step"] = state["step"].clone()
 
 
-def _chunks(learner: Learner) -> dict[str, Any]:
-    chunks = unwrap_model(learner.chunks)
+def _chunks(model: Trainable) -> dict[str, Any]:
+    chunks = unwrap_model(model.chunks)
     return {"model": chunks[0]} if len(chunks) == 1 else {f"model{i}": chunk for i, chunk in enumerate(chunks)}
 
 
-def _sharded_state(learner: Learner, *, is_loading: bool) -> dict[str, Any]:
-    state: dict[str, Any] = {key: chunk.sharded_state_dict() for key, chunk in _chunks(learner).items()}
-    state["optimizer"] = learner.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=_METADATA)
-    state["lr_schedule"] = learner.lr_schedule.state_dict()
+def _sharded_state(model: Trainable, *, is_loading: bool) -> dict[str, Any]:
+    state: dict[str, Any] = {key: chunk.sharded_state_dict() for key, chunk in _chunks(model).items()}
+    state["optimizer"] = model.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=_METADATA)
+    state["lr_schedule"] = model.lr_schedule.state_dict()
     return state
 
 

@@ -33,6 +33,7 @@ from megatron_ext.learner.step import (
     statistics_step,
     training_step,
 )
+from megatron_ext.learner.value_head import WEIGHT
 from megatron_ext.learner.vocab_parallel import tensor_parallel_shard
 from megatron_ext.rl import packing
 from megatron_ext.rl.types import LossInputs, TokenStats
@@ -47,10 +48,10 @@ class UpdateMetrics:
     tokens: float  # response tokens
 
 
-class Learner:
-    """A policy under training. Create inside :func:`megatron_ext.learner.model.distributed`."""
+class Trainable:
+    """A Megatron model with its optimizer and learning-rate schedule, and how packed micro-batches go through it."""
 
-    def __init__(self, config: Config, model_dir: Path, *, total_updates: int) -> None:
+    def __init__(self, config: Config, model_dir: Path, *, total_updates: int, value_head: bool = False) -> None:
         """Build the model of ``model_dir`` in the configured layout and load its weights.
 
         Raises ValueError for a checkpoint that does not fit its own config, or a layout that does not fit the model.
@@ -65,13 +66,14 @@ class Learner:
             config.model.dtype,
             recompute=config.model.recompute,
             distributed_optimizer=optim.distributed,
+            value_head=value_head,
         )
-        weights.import_hf(self.hf, model_dir, self.chunks)
+        weights.import_hf(self.hf, model_dir, self.chunks, skip=(WEIGHT,) if value_head else ())
         self.optimizer, self.lr_schedule = megatron.build_optimizer(
             optim, config.model.dtype, self.chunks, total_updates
         )
         self.device = megatron.device()
-        self.shard = tensor_parallel_shard(self.hf.vocab_size, conversion.padded_vocab(self.hf.vocab_size, parallel.tp))
+        self.dtype = torch.float64 if config.model.dtype == "float64" else torch.float32  # of per-token results
         self._last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
         self._dp_rank = parallel_state.get_data_parallel_rank()
         self._dp_size = parallel_state.get_data_parallel_world_size()
@@ -82,60 +84,44 @@ class Learner:
         )
         self.forward_tokens = 0  # tokens this rank has pushed through the model, prompts included
 
-    # --- the two passes -------------------------------------------------------------------------------------------
+    def _forward_pass(
+        self, batch: TrainBatch, samples: Sequence[int], step: Callable[..., Any], *, rows: int
+    ) -> Tensor:
+        """(rows, T) on every rank, on the CPU: what ``step`` collects as (flat indices, (rows, R) values); 0 elsewhere.
 
-    @torch.no_grad()
-    def statistics(self, batch: TrainBatch, samples: Sequence[int] | None = None) -> TokenStats:
-        """Vocabulary statistics of every response token under the current weights, shape (T,), on every rank.
-
-        With ``samples`` given only those are computed and the rest is 0.
+        T counts the response tokens of the whole batch.
         """
-        samples = range(len(batch.responses)) if samples is None else samples
-        collected = self._run(batch, samples, None, self._statistics_step, forward_only=True)
-        dtype = torch.float64 if self.config.model.dtype == "float64" else torch.float32
-        flat = torch.zeros(4, int(batch.offsets[-1]), dtype=dtype, device=self.device)
+        collected = self._run(batch, samples, None, step, forward_only=True)
+        flat = torch.zeros(rows, int(batch.offsets[-1]), dtype=self.dtype, device=self.device)
         if self._reports:
-            for flat_R, stats in collected:
-                rows = torch.stack([stats.logp, stats.entropy, stats.sum_p2, stats.sum_p2_logp])
-                flat[:, flat_R.to(self.device)] = rows.to(dtype)
+            for flat_R, values in collected:
+                flat[:, flat_R.to(self.device)] = values.to(self.dtype)
         # Every token is filled in by exactly one rank, so this sum is a gather and exact.
         torch.distributed.all_reduce(flat)
-        return TokenStats(*flat.cpu().unbind())
+        return flat.cpu()
 
-    def update(
-        self,
-        batch: TrainBatch,
-        samples: Sequence[int],
-        weights_B: Tensor,
-        loss: Loss,
-        *,
-        selection_inside: Callable[[LossInputs], Tensor] | None = None,
-    ) -> UpdateMetrics:
-        """One optimizer step on ``samples``; global metrics, the same on every rank.
-
-        ``weights_B``: (B,) float64 aggregation weight of each sample of the batch, with the global denominator in it.
+    def _optimize(
+        self, batch: TrainBatch, samples: Sequence[int], weights_B: Tensor, step: Callable[..., Any]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """One optimizer step. Returns the sums that ``step`` collected, over all micro-batches and ranks, and
+        ``grad_norm``, ``skipped_updates`` and ``lr``; the same on every rank.
         """
-        step = partial(self._training_step, batch=batch, loss=loss, selection_inside=selection_inside)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        sums = self._run(batch, samples, weights_B, step, forward_only=False)
+        collected = self._run(batch, samples, weights_B, step, forward_only=False)
         with megatron.on_device():
             successful, grad_norm, _ = self.optimizer.step()
             self.lr_schedule.step(increment=1)
-        result = self._reduce_metrics(sums)
+        sums = self._reduce_sums(collected)
         if not math.isfinite(grad_norm):
             raise FloatingPointError(f"the gradient norm is {grad_norm}: nothing after the last checkpoint is usable")
-        result.means["grad_norm"] = float(grad_norm)
-        result.means["skipped_updates"] = float(not successful)
-        result.means["lr"] = float(self.optimizer.param_groups[0]["lr"])
-        return result
-
-    def export(self, *, explicit_lm_head: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """All weights under Hugging Face names, full, on rank 0; a collective that every rank must exhaust."""
-        return weights.export_hf(self.hf, self.chunks, explicit_lm_head=explicit_lm_head)
-
-    # --- inside ---------------------------------------------------------------------------------------------------
+        about = {
+            "grad_norm": float(grad_norm),
+            "skipped_updates": float(not successful),
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
+        }
+        return sums, about
 
     def _run(
         self,
@@ -178,16 +164,8 @@ class Learner:
             )
         return collected
 
-    def _statistics_step(self, iterator: Iterator[MicroBatch], model: Any) -> Any:
-        chunk = self.config.train.loss_chunk_tokens
-        return statistics_step(iterator, model, device=self.device, shard=self.shard, chunk_tokens=chunk)
-
-    def _training_step(self, iterator: Iterator[MicroBatch], model: Any, **kwargs: Any) -> Any:
-        chunk = self.config.train.loss_chunk_tokens
-        return training_step(iterator, model, device=self.device, shard=self.shard, chunk_tokens=chunk, **kwargs)
-
-    def _reduce_metrics(self, collected: list[dict[str, Tensor]]) -> UpdateMetrics:
-        """Global metrics from the sums that the last pipeline stage collected per micro-batch."""
+    def _reduce_sums(self, collected: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Global sums from those that the last pipeline stage collected per micro-batch."""
         reduced: dict[str, float] = {}
         if self._last_stage:
             names = sorted(collected[0])
@@ -196,10 +174,60 @@ class Learner:
             torch.distributed.all_reduce(total, group=group)
             reduced = dict(zip(names, total.tolist(), strict=True))
         last = torch.distributed.get_world_size() - 1
-        reduced = json.loads(broadcast_bytes(json.dumps(reduced).encode(), src=last, device=self.device))
-        tokens, loss = reduced.pop("tokens"), reduced.pop("pg_loss")
-        sums = {k.removeprefix(DIAGNOSTIC): reduced.pop(k) for k in list(reduced) if k.startswith(DIAGNOSTIC)}
-        return UpdateMetrics({k: v / max(tokens, 1.0) for k, v in reduced.items()} | {"pg_loss": loss}, sums, tokens)
+        result: dict[str, float] = json.loads(
+            broadcast_bytes(json.dumps(reduced).encode(), src=last, device=self.device)
+        )
+        return result
+
+
+class Learner(Trainable):
+    """A policy under training. Create inside :func:`megatron_ext.learner.model.distributed`."""
+
+    def __init__(self, config: Config, model_dir: Path, *, total_updates: int) -> None:
+        super().__init__(config, model_dir, total_updates=total_updates)
+        padded = conversion.padded_vocab(self.hf.vocab_size, config.parallel.tp)
+        self.shard = tensor_parallel_shard(self.hf.vocab_size, padded)
+
+    @torch.no_grad()
+    def statistics(self, batch: TrainBatch, samples: Sequence[int] | None = None) -> TokenStats:
+        """Vocabulary statistics of every response token under the current weights, shape (T,), on every rank.
+
+        With ``samples`` given only those are computed and the rest is 0.
+        """
+        samples = range(len(batch.responses)) if samples is None else samples
+        return TokenStats(*self._forward_pass(batch, samples, self._statistics_step, rows=4).unbind())
+
+    def update(
+        self,
+        batch: TrainBatch,
+        samples: Sequence[int],
+        weights_B: Tensor,
+        loss: Loss,
+        *,
+        selection_inside: Callable[[LossInputs], Tensor] | None = None,
+    ) -> UpdateMetrics:
+        """One optimizer step on ``samples``; global metrics, the same on every rank.
+
+        ``weights_B``: (B,) float64 aggregation weight of each sample of the batch, with the global denominator in it.
+        """
+        step = partial(self._training_step, batch=batch, loss=loss, selection_inside=selection_inside)
+        totals, about = self._optimize(batch, samples, weights_B, step)
+        tokens, objective = totals.pop("tokens"), totals.pop("pg_loss")
+        sums = {k.removeprefix(DIAGNOSTIC): totals.pop(k) for k in list(totals) if k.startswith(DIAGNOSTIC)}
+        means = {k: v / max(tokens, 1.0) for k, v in totals.items()} | {"pg_loss": objective} | about
+        return UpdateMetrics(means, sums, tokens)
+
+    def export(self, *, explicit_lm_head: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """All weights under Hugging Face names, full, on rank 0; a collective that every rank must exhaust."""
+        return weights.export_hf(self.hf, self.chunks, explicit_lm_head=explicit_lm_head)
+
+    def _statistics_step(self, iterator: Iterator[MicroBatch], model: Any) -> Any:
+        chunk = self.config.train.loss_chunk_tokens
+        return statistics_step(iterator, model, device=self.device, shard=self.shard, chunk_tokens=chunk)
+
+    def _training_step(self, iterator: Iterator[MicroBatch], model: Any, **kwargs: Any) -> Any:
+        chunk = self.config.train.loss_chunk_tokens
+        return training_step(iterator, model, device=self.device, shard=self.shard, chunk_tokens=chunk, **kwargs)
 
 
 def broadcast_bytes(data: bytes, *, src: int, device: torch.device) -> bytes:

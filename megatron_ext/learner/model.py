@@ -31,6 +31,7 @@ import conversion
 from configs.schema import OptimConfig, ParallelConfig
 from megatron_ext.learner import ON_GPU, cpu
 from megatron_ext.learner.attention import PackedAttention
+from megatron_ext.learner.value_head import put_value_head
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
@@ -163,13 +164,24 @@ def transformer_config(hf: conversion.HFConfig, parallel: ParallelConfig, dtype:
 
 
 def build_chunks(
-    hf: conversion.HFConfig, parallel: ParallelConfig, dtype: str, *, recompute: bool, distributed_optimizer: bool
+    hf: conversion.HFConfig,
+    parallel: ParallelConfig,
+    dtype: str,
+    *,
+    recompute: bool,
+    distributed_optimizer: bool,
+    value_head: bool = False,
 ) -> list[DistributedDataParallel]:
-    """The model chunks of this rank (one per virtual pipeline stage), uninitialised, wrapped in Megatron's DDP."""
+    """The model chunks of this rank (one per virtual pipeline stage), uninitialised, wrapped in Megatron's DDP.
+
+    ``value_head``: a critic, whose last stage ends in a `value_head.ValueHead` and shares no weight with the first.
+    """
     with on_device(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecation notes about settings that are not ours
         config = transformer_config(hf, parallel, dtype, recompute)
         kwargs = conversion.gpt_model_kwargs(hf, tp_size=parallel.tp)
+        if value_head:
+            kwargs["share_embeddings_and_output_weights"] = False
         chunks: list[Any] = []
         for stage in range(parallel.vpp):
             vp_stage = stage if parallel.vpp > 1 else None
@@ -181,6 +193,8 @@ def build_chunks(
                 vp_stage=vp_stage,
                 **kwargs,
             )
+            if value_head and model.post_process:
+                put_value_head(model)
             model = model.to(device())
             chunks.append(Float16Module(config, model) if config.bf16 else model)
         ddp = DistributedDataParallelConfig(

@@ -61,7 +61,8 @@ def make_micro_batch(batch: TrainBatch, samples: Sequence[int], weights_B: Tenso
     return MicroBatch(packed, flat_R, None if weights_B is None else weights_B[batch.seq_ids[flat_R]])
 
 
-def _forward(model: Any, mb: MicroBatch, device: torch.device) -> Tensor:
+def forward(model: Any, mb: MicroBatch, device: torch.device) -> Tensor:
+    """The model on a packed micro-batch: (1, tokens, ...) on the last pipeline stage, hidden states on others."""
     packed = mb.packed
     return model(
         input_ids=packed.tokens_T[None].to(device),
@@ -82,14 +83,15 @@ def _statistics(output: Tensor, mb: MicroBatch, shard: VocabShard | None, chunk_
 def statistics_step(
     iterator: Iterator[MicroBatch], model: Any, *, device: torch.device, shard: VocabShard | None, chunk_tokens: int
 ) -> tuple[Tensor, Callable[..., Any]]:
-    """Megatron ``forward_step_func`` of the statistics pass; yields (flat indices, TokenStats) per micro-batch."""
+    """Megatron ``forward_step_func`` of the statistics pass; yields (flat indices, (4, R)) per micro-batch."""
     mb = next(iterator)
 
     def collect(output: Tensor) -> tuple[Tensor, Tensor, Any]:
         stats = _statistics(output, mb, shard, chunk_tokens)
-        return output.new_zeros(()), torch.zeros((), dtype=torch.int), (mb.flat_R, stats)
+        rows = torch.stack([stats.logp, stats.entropy, stats.sum_p2, stats.sum_p2_logp])
+        return output.new_zeros(()), torch.zeros((), dtype=torch.int), (mb.flat_R, rows)
 
-    return _forward(model, mb, device), collect
+    return forward(model, mb, device), collect
 
 
 def training_step(
@@ -143,7 +145,7 @@ def training_step(
         divisor = torch.tensor(int(mb.counts_divisor), dtype=torch.int, device=device)
         return total, divisor, sums
 
-    return _forward(model, mb, device), objective
+    return forward(model, mb, device), objective
 
 
 DIAGNOSTIC = "diagnostic/"  # prefix of the sums that `entropy_theory.diagnostics` takes

@@ -38,14 +38,18 @@ def named_parameters(chunks: list[Any]) -> dict[str, torch.nn.Parameter]:
 
 
 @torch.no_grad()
-def import_hf(hf: conversion.HFConfig, directory: Path, chunks: list[Any]) -> None:
-    """Fill this rank's parameters from a Hugging Face directory. ValueError: tensors missing, unknown or misshapen."""
+def import_hf(hf: conversion.HFConfig, directory: Path, chunks: list[Any], *, skip: tuple[str, ...] = ()) -> None:
+    """Fill this rank's parameters but those named in ``skip`` from a Hugging Face directory.
+
+    Raises ValueError for tensors that are missing, unknown or misshapen.
+    """
     reader = HFReader(directory)
     check_source(hf, reader)
     rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     for name, parameter in named_parameters(chunks).items():
-        full = conversion.import_tensor(hf, name, reader)
-        parameter.copy_(conversion.shard(name, full, rank, size))
+        if name not in skip:
+            full = conversion.import_tensor(hf, name, reader)
+            parameter.copy_(conversion.shard(name, full, rank, size))
     reader.close()
 
 

@@ -102,7 +102,7 @@ def compute_advantages(name: str, rewards_B: Tensor, groups_B: Tensor, **params:
         ValueError: unknown estimator or parameter, shapes that differ, or a reward that is not finite.
     """
     if name not in ADVANTAGES:
-        known = ", ".join(ADVANTAGES)
+        known = ", ".join((*ADVANTAGES, "gae"))  # which is per token and needs a critic, hence not in the table
         raise ValueError(f"advantage.name={name!r} is unknown{suggest(name, ADVANTAGES)}; choose one of {known}.")
     fn = ADVANTAGES[name]
     known_params = list(fn.__kwdefaults__ or {})
