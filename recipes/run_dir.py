@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -18,9 +18,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from configs.load import read_config, save_config
 from configs.schema import Config
-from megatron_ext.learner.learner import Learner
 from megatron_ext.rl.types import Sample
 from recipes.metrics import StepMetrics
+
+if TYPE_CHECKING:  # importing Megatron takes seconds
+    from megatron_ext.learner.learner import Learner
 
 SAMPLES_PER_STEP = 4  # completions kept in samples.jsonl
 PLAIN_EVERY_S = 5.0  # seconds between progress lines when the output is not a terminal
