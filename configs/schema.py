@@ -74,7 +74,7 @@ class RolloutConfig:
 
     engine: str = "auto"  # "auto": vLLM if importable, else "local" | "vllm" | "local" (in process)
     num_servers: int = 1  # vLLM processes started on this machine
-    urls: list[str] = field(default_factory=list)  # servers that run already; their key is in $MEGATRON_GPPO_API_KEY
+    urls: list[str] = field(default_factory=list)  # servers that run already; their key is in $VLLM_API_KEY
     prompts_per_step: int = 32
     generated_prompts: int | None = None  # prompts per generation call; None: prompts_per_step. More needs filtering
     n: int = 8  # responses per prompt, the group
