@@ -1,0 +1,118 @@
+"""The run directory: lock, logs cut back on resume, refusal of another run's settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from configs.load import load_config
+from configs.schema import Config
+from megatron_ext.rl.types import Rollout, Sample
+from recipes.metrics import StepMetrics
+from recipes.prepare_model import make_tiny_model
+from recipes.run_dir import RunDir
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", seed=0)
+
+
+@pytest.fixture(autouse=True)
+def rank_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+
+
+def config(model: Path, run: Path, *extra: str) -> Config:
+    return load_config([f"model.path={model}", f"run.dir={run}", "run.report_every=0", "train.steps=9", *extra])
+
+
+def log(run: RunDir, step: int) -> None:
+    samples = [Sample(Rollout([1, 4], [5, 2], [-1.0, -1.0], [0, 0], "stop"), "p", 0, i) for i in range(8)]
+    metrics = StepMetrics(step)
+    metrics.rollouts(samples)
+    run.log(metrics, samples, {"groups": [{"problem": "p", "gold": "7"}]})
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_what_a_step_writes(model: Path, tmp_path: Path) -> None:
+    with RunDir(config(model, tmp_path / "run")) as run:
+        run.begin(0)
+        run.evaluated({"chain/avg@2": 0.25}, before=True)
+        run.evaluated({"chain/avg@2": 0.5})
+        log(run, 1)
+        log(run, 2)
+        assert [row["step"] for row in rows(tmp_path / "run" / "metrics.jsonl")] == [1, 2], "flushed at once"
+    first, second = rows(tmp_path / "run" / "metrics.jsonl")
+    assert first["val-before/chain/avg@2"] == 0.25 and first["val-core/chain/avg@2"] == 0.5
+    assert not [name for name in second if name.startswith("val-")]
+    samples = rows(tmp_path / "run" / "samples.jsonl")
+    assert [row["step"] for row in samples] == [1] * 4 + [2] * 4
+    assert samples[0]["gold"] == "7" and samples[0]["response"].endswith("<eos>")
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 5, "critic/rew'])
+def test_logs_are_cut_back_to_the_checkpoint(model: Path, tmp_path: Path, torn: str) -> None:
+    with RunDir(config(model, tmp_path)) as run:
+        run.begin(0)
+        for step in (1, 2, 3, 4):
+            log(run, step)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        with (tmp_path / name).open("a") as file:
+            file.write(torn)
+    kept = (tmp_path / "metrics.jsonl").read_text().splitlines()[:2]
+    with RunDir(config(model, tmp_path)) as run:
+        run.begin(2)
+        log(run, 3)
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines()[:2] == kept
+    assert [row["step"] for row in rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [row["step"] for row in rows(tmp_path / "samples.jsonl")] == [1] * 4 + [2] * 4 + [3] * 4
+
+
+def test_two_processes_cannot_share_a_directory(model: Path, tmp_path: Path) -> None:
+    with RunDir(config(model, tmp_path)):
+        with pytest.raises(
+            ValueError, match=f"run.dir={tmp_path} is in use by another process; wait or choose another"
+        ):
+            RunDir(config(model, tmp_path)).__enter__()
+    with RunDir(config(model, tmp_path)):
+        pass  # free again
+
+
+@pytest.mark.parametrize(
+    "change", ["seed=1", "rollout.n=4", "rollout.prompts_per_step=16", "train.mini_batches=8", "train.epochs=2"]
+)
+def test_a_directory_belongs_to_one_run(model: Path, tmp_path: Path, change: str) -> None:
+    with RunDir(config(model, tmp_path)):
+        pass
+    saved = (tmp_path / "config.yaml").read_text()
+    key = change.split("=")[0]
+    with pytest.raises(ValueError, match=f"holds a run with {key}=.*; set run.dir to a new directory"):
+        RunDir(config(model, tmp_path, change)).__enter__()
+    assert (tmp_path / "config.yaml").read_text() == saved
+    with RunDir(config(model, tmp_path, "train.steps=20", "optim.lr=1e-5")):
+        pass  # longer, or slower, is the same run
+    assert "lr: 1.0e-05" in (tmp_path / "config.yaml").read_text()
+
+
+def test_a_run_is_not_replayed_into_itself(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "journal.jsonl").touch()
+    with pytest.raises(ValueError, match="is this run's own directory; set run.dir to another one"):
+        RunDir(config(model, tmp_path, f"rollout.replay={tmp_path}/../{tmp_path.name}")).__enter__()
+
+
+def test_other_ranks_write_nothing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    with RunDir(config(model, tmp_path / "run")) as run:
+        run.begin(0)
+        run.say("hello")
+        run.evaluated({"x": 1.0})
+        log(run, 1)
+    assert not (tmp_path / "run").exists()
