@@ -6,14 +6,17 @@ import resource
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from megatron_ext.learner.learner import UpdateMetrics
 from megatron_ext.rl.entropy_theory import diagnostics
 from megatron_ext.rl.types import Sample, TokenStats
+
+if TYPE_CHECKING:  # importing Megatron takes seconds
+    from megatron_ext.learner.learner import UpdateMetrics
+
 
 class StepMetrics:
     """Collects what happens within one rollout step; :meth:`result` is the line of ``metrics.jsonl``.

@@ -106,7 +106,9 @@ def train_step(
     batch.old_logp = stats.logp if config.train.old_logprobs == "learner" else rollout_logp
     if config.train.tis_cap is not None:
         batch.is_weight = mismatch_weights(stats.logp, rollout_logp, cap=config.train.tis_cap)
-    metrics.agreement(samples, rollout_logp, stats, version=step, limit=config.rollout.agreement_limit)
+    # A replay may follow other settings, and then its later weights are not those that wrote the rollouts.
+    limit = config.rollout.agreement_limit if step == 0 or config.rollout.replay is None else float("inf")
+    metrics.agreement(samples, rollout_logp, stats, version=step, limit=limit)
     metrics.statistics(stats, batch.mask)
 
     total = config.train.steps
