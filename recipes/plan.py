@@ -156,7 +156,7 @@ def learner_memory(config: Config, hf: conversion.HFConfig) -> Memory:
     Without pipeline stages one rank has everything. With pp stages the first keeps the activations of up to pp
     micro-batches (1F1B; interleaving with v chunks multiplies by 1 + (pp - 1) / (pp v), Korthikanti et al. sec. 4.2.3),
     the last those of one, and the logits; the larger of the two counts. Recomputation keeps each layer's input, and
-    one layer in full.
+    one layer in full. A critic (``advantage.name=gae``) is a second model, which never runs at the same time.
     """
     p, dtype = config.parallel, config.model.dtype
     tokens = batch_plan(config).micro_batch / p.cp
@@ -167,7 +167,9 @@ def learner_memory(config: Config, hf: conversion.HFConfig) -> Memory:
     if config.model.recompute:
         kept, once = layers * hf.hidden_size / (p.tp if p.sp else 1), per_layer
     logits = tokens * conversion.padded_vocab(hf.vocab_size, p.tp) / p.tp * LOGIT_BYTES[dtype]
-    weights, gradients, state = bytes_per_parameter(dtype, config.optim, data_parallel(config) * p.cp)
+    models = 2 if config.advantage.name == "gae" else 1
+    sizes = bytes_per_parameter(dtype, config.optim, data_parallel(config) * p.cp)
+    weights, gradients, state = (models * size for size in sizes)
     stages = []
     for parameters, in_flight, has_logits in zip(
         stage_parameters(hf, p), (p.pp * interleaving, interleaving), (p.pp == 1, True), strict=True
