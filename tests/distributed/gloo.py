@@ -41,10 +41,11 @@ def _entry(rank: int, function: Callable[..., None], *args: Any) -> None:
 def group(rank: int, world: int, store: Path) -> Iterator[None]:
     """This process as ``rank`` of a default process group of ``world``, meeting at the file ``store``.
 
-    Several groups can follow each other in the same processes, each with a file of its own.
+    Several groups can follow each other in the same processes, each with a file of its own. Nothing is shorter than
+    the time limit of `run`: a process without a part in one group waits in the next one for the others.
     """
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(minutes=30)
     )
     yield
     dist.destroy_process_group()  # not after an error: the others may never come to it

@@ -184,7 +184,7 @@ def _error(function: Any, *args: Any) -> str:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("checkpoints")
     cases.make_model(root / "model")
-    gloo.run(2, _process, root, timeout_s=300)
+    gloo.run(2, _process, root, timeout_s=600)
     return root
 
 

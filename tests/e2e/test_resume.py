@@ -24,7 +24,7 @@ SETTINGS = (
     *("optim.warmup_steps=4", "optim.decay=linear", "selection=clip_cov", "selection.frac=0.1"),
     *("selection.cov_low=-1", "selection.cov_high=5"),
 )
-TIMEOUT_S = 90.0
+TIMEOUT_S = 240.0  # of one start, on a machine busy with other things
 
 
 @pytest.fixture(scope="module")
