@@ -136,6 +136,11 @@ def _check_algorithm(c: Config) -> None:
     _one_of("optim.optimizer", c.optim.optimizer, ("adam", "sgd"))
     _one_of("optim.decay", c.optim.decay, ("constant", "linear", "cosine"))
     _one_of("model.dtype", c.model.dtype, ("float32", "bfloat16", "float64"))
+    if c.optim.distributed and (c.optim.optimizer != "adam" or c.model.dtype == "float64"):
+        raise ValueError(
+            "optim.distributed=true works with optim.optimizer=adam in float32 or bfloat16, not with "
+            f"{c.optim.optimizer} in {c.model.dtype}: set optim.distributed=false"
+        )
     _one_of("train.old_logprobs", c.train.old_logprobs, ("learner", "rollout"))
     _one_of("rollout.engine", c.rollout.engine, ("auto", "vllm", "local"))
     _one_of("rollout.dtype", c.rollout.dtype, ("float32", "bfloat16", "auto"))

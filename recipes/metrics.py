@@ -88,11 +88,10 @@ class StepMetrics:
                     "repair that, or set train.tis_cap=2 to correct for it and raise the limit"
                 )
 
-    def statistics(self, stats: TokenStats, mask: Tensor) -> None:
-        """From the statistics pass: the policy before this step's updates."""
-        if bool(mask.any()):
-            self._values["actor/entropy"] = float(stats.entropy[mask].double().mean())
-            self._values["actor/logp_mean"] = float(stats.logp[mask].double().mean())
+    def statistics(self, stats: TokenStats) -> None:
+        """From the statistics pass: the policy before this step's updates, over all response tokens."""
+        self._values["actor/entropy"] = float(stats.entropy.double().mean())
+        self._values["actor/logp_mean"] = float(stats.logp.double().mean())
 
     def update(self, result: UpdateMetrics) -> None:
         self._updates.append(result)

@@ -109,10 +109,10 @@ def train_step(
     # A replay may follow other settings, and then its later weights are not those that wrote the rollouts.
     limit = config.rollout.agreement_limit if step == 0 or config.rollout.replay is None else float("inf")
     metrics.agreement(samples, rollout_logp, stats, version=step, limit=limit)
-    metrics.statistics(stats, batch.mask)
+    metrics.statistics(stats)
 
     total = config.train.steps
-    entropy = float(stats.entropy[batch.mask].double().mean()) if bool(batch.mask.any()) else 0.0
+    entropy = float(stats.entropy.double().mean())
     controller_state = controller.observe(controller_state, step=step, total_steps=total, entropy=entropy)
     overrides = controller.loss_params(controller_state, step=step, total_steps=total)
     loss = build_loss(config.loss["name"], **{**_params(config.loss), **overrides})
@@ -134,7 +134,7 @@ def train_step(
     metrics.add({f"theory/{name}": value for name, value in metrics.theory().items()})
     if config.train.entropy_probe_every and (step + 1) % config.train.entropy_probe_every == 0:
         with metrics.clock("probe"):
-            after = float(learner.statistics(batch).entropy[batch.mask].double().mean())
+            after = float(learner.statistics(batch).entropy.double().mean())
             metrics.add({"theory/entropy_change_same_tokens": after - entropy})
     return controller_state
 

@@ -79,12 +79,12 @@ def test_updates_are_averaged_by_their_tokens() -> None:
     assert row["actor/skipped_updates"] == 0.5 and row["actor/updates"] == 2
 
 
-def test_entropy_is_the_mean_over_the_tokens_of_the_mask() -> None:
+def test_entropy_is_the_mean_over_all_response_tokens() -> None:
     metrics = StepMetrics(1)
-    metrics.rollouts([sample(3)])
-    metrics.statistics(stats([-1.0, -2.0, -9.0], [0.5, 1.5, 99.0]), torch.tensor([True, True, False]))
-    row = result(metrics)
-    assert row["actor/entropy"] == pytest.approx(1.0) and row["actor/logp_mean"] == pytest.approx(-1.5)
+    metrics.statistics(stats([-1.0, -2.0, -9.0], [0.5, 1.5, 4.0]))
+    values = metrics.result({})
+    assert values["actor/entropy"] == pytest.approx(2.0)
+    assert values["actor/logp_mean"] == pytest.approx(-4.0)
 
 
 def test_agreement_looks_at_tokens_of_this_version_only() -> None:
@@ -135,7 +135,7 @@ def test_whatever_depends_on_the_machine_is_named_so() -> None:
     def row(sleep_s: float) -> dict[str, Any]:
         metrics = StepMetrics(1)
         metrics.rollouts([sample(5, reward=1.0)])
-        metrics.statistics(stats([-1.0] * 5, [0.5] * 5), torch.ones(5, dtype=torch.bool))
+        metrics.statistics(stats([-1.0] * 5, [0.5] * 5))
         metrics.update(update(5, pg_loss=1.0))
         with metrics.clock("update"):
             time.sleep(sleep_s)
