@@ -1,14 +1,20 @@
 """Core attention for packed sequences without Transformer Engine, as a module of Megatron's local layer spec.
 
 A packed micro-batch is one row of tokens with ``cu_seqlens`` marking where each sequence starts (Megatron's ``thd``
-format). Megatron's own ``DotProductAttention`` refuses it. Here the row is spread over a right-padded batch,
-``scaled_dot_product_attention`` runs with its causal flag (right padding needs no mask: a real query never sees a
-later key), and the result is gathered back into the row.
+format). Megatron's own ``DotProductAttention`` refuses it. Here sequences of similar length are spread over padded
+batches, ``scaled_dot_product_attention`` runs on each, and the results are gathered back into the row.
+
+On one rank the causal flag is the mask (right padding needs none: a real query never sees a later key). Under context
+parallelism a rank has the queries of its share of the row and gathers all keys; the mask compares positions, and is
+built for a block of queries at a time, in forward and again in backward, so that nothing quadratic in the length of a
+sequence is ever kept.
+
+Shapes: N sequences of a batch, Q and K their most queries and keys, T tokens of the row, h heads, g groups, d channels.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,40 +22,89 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from megatron_ext.learner import context_parallel
+
+MASK_ELEMENTS = 2**24  # of one block of queries
+SHORT = 64  # tokens; shorter sequences are not worth a batch of their own
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """Sequences of similar length, right-padded to one size. Padding repeats token 0; what comes of it is not read."""
+
+    query_NQ: Tensor  # int64, tokens among this rank's
+    key_NK: Tensor  # int64, tokens among all, in the order in which they are gathered
+    position_NQ: Tensor | None  # int64, of each query within its sequence; None: query i is at position i
 
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's parameters plus the two index tensors that :class:`PackedAttention` needs, made once per micro-batch.
+    """Megatron's parameters; what :class:`PackedAttention` needs besides is worked out once, when it is first asked."""
 
-    ``spread_NL``: for each cell of the [sequences, max length] batch the token of the row that fills it (padding cells
-    repeat token 0, whose result is never read); ``gather_T``: for each token of the row its flat cell.
-    """
+    _batches: tuple[list[AttentionBatch], Tensor] | None = field(default=None, repr=False)
 
-    spread_NL: Tensor | None = None
-    gather_T: Tensor | None = None
+    def batches(self) -> tuple[list[AttentionBatch], Tensor]:
+        """The batches, and for each of this rank's tokens its place among all their queries, batch after batch."""
+        if self._batches is None:
+            self._batches = _batches(self.cu_seqlens_q)
+        return self._batches
 
 
 def packed_sequences(cu_seqlens: Tensor, max_seqlen: int) -> PackedSequences:
-    """``cu_seqlens``: (N + 1,) int32, non-decreasing, starting at 0. Sequences may be empty."""
-    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    column = torch.arange(max_seqlen, device=cu_seqlens.device)
-    inside = column < lengths[:, None]
+    """``cu_seqlens``: (N + 1,) int32 of the whole row, non-decreasing, from 0. Sequences may be empty.
+
+    Under context parallelism every length is a multiple of twice its size.
+    """
     return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=max_seqlen,
         max_seqlen_kv=max_seqlen,
-        spread_NL=torch.where(inside, starts[:, None] + column, 0),
-        gather_T=inside.flatten().nonzero().squeeze(1),
     )
+
+
+def _batches(cu_seqlens: Tensor) -> tuple[list[AttentionBatch], Tensor]:
+    """See `PackedSequences.batches`. Lengths within a batch differ by a factor of 2 at most (short ones by more)."""
+    device, cu_seqlens = cu_seqlens.device, cu_seqlens.cpu()
+    _, size = context_parallel.rank_and_size()
+    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    held, order = context_parallel.local_tokens(cu_seqlens), context_parallel.gathered_order(cu_seqlens)
+    kinds: dict[int, list[int]] = {}
+    for number, length in enumerate(lengths.tolist()):
+        if length:
+            kinds.setdefault(max(length, SHORT).bit_length(), []).append(number)
+    batches: list[AttentionBatch] = []
+    place, before = torch.empty_like(held), 0
+    for members in kinds.values():
+        start_N, length_N = starts[members], lengths[members]
+        query_NQ, real_NQ = _spread(start_N // size, length_N // size)
+        place[query_NQ[real_NQ]] = before + real_NQ.flatten().nonzero()[:, 0]
+        before += query_NQ.numel()
+        key_NK = order[_spread(start_N, length_N)[0]]
+        position_NQ = (held[query_NQ] - start_N[:, None]) * real_NQ if size > 1 else None
+        batches.append(
+            AttentionBatch(
+                query_NQ.to(device), key_NK.to(device), None if position_NQ is None else position_NQ.to(device)
+            )
+        )
+    return batches, place.to(device)
+
+
+def _spread(start_N: Tensor, length_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices (N, longest) of the tokens of each sequence, 0 on padding; and where they are real."""
+    column = torch.arange(int(length_N.max()))
+    real = column < length_N[:, None]
+    return torch.where(real, start_N[:, None] + column, 0), real
 
 
 class PackedAttention(torch.nn.Module):
     """Causal attention over packed sequences; drop-in for Megatron's ``core_attention``.
 
-    query: (T, heads, d); key, value: (T, groups, d); returns (T, heads * d). Any float dtype. No parameters.
+    query: (T, h, d); key, value: (T, g, d); returns (T, h * d), where T counts this rank's tokens. Any float dtype.
+    No parameters.
     """
 
     def __init__(
@@ -64,11 +119,6 @@ class PackedAttention(torch.nn.Module):
         pg_collection: Any = None,
     ) -> None:
         super().__init__()
-        if config.context_parallel_size > 1:
-            raise ValueError(
-                f"parallel.cp={config.context_parallel_size} needs Transformer Engine's attention, which is not "
-                "installed: set parallel.cp=1"
-            )
         if config.attention_dropout:
             raise ValueError(f"attention_dropout={config.attention_dropout}: reinforcement learning needs 0")
         self.softmax_scale = softmax_scale
@@ -85,25 +135,43 @@ class PackedAttention(torch.nn.Module):
         packed_seq_params: PackedSequences | None = None,
     ) -> Tensor:
         packed = packed_seq_params
-        assert packed is not None and packed.spread_NL is not None and packed.gather_T is not None, "packed input only"
+        assert packed is not None, "packed input only"
         if self.window is not None and packed.max_seqlen_q > self.window[0] + 1:
             raise ValueError(
                 f"a sequence of {packed.max_seqlen_q} tokens exceeds the model's sliding window of "
                 f"{self.window[0] + 1}, which needs Transformer Engine's attention: shorten data.max_prompt_tokens + "
                 "rollout.max_tokens"
             )
-        n, length = packed.spread_NL.shape
-        index = packed.spread_NL.flatten()
+        batches, place_T = packed.batches()
+        key, value = context_parallel.gather_keys(torch.cat([key, value], -1)).split(key.shape[-1], -1)
+        outputs = []
+        for batch in batches:
+            q, k, v = (
+                x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:]).transpose(1, 2)
+                for x, index in ((query, batch.query_NQ), (key, batch.key_NK), (value, batch.key_NK))
+            )
+            attended = self._attend(q, k, v, batch.position_NQ)  # (N, h, Q, d)
+            outputs.append(attended.transpose(1, 2).flatten(0, 1).flatten(1))
+        return torch.cat(outputs).index_select(0, place_T)
 
-        def spread(x: Tensor) -> Tensor:  # (T, h, d) -> (N, h, L, d)
-            return x.index_select(0, index).view(n, length, *x.shape[1:]).transpose(1, 2)
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, position_NQ: Tensor | None) -> Tensor:
+        """(N, h, Q, d) of queries (N, h, Q, d), keys and values (N, g, K, d)."""
+        gqa = q.shape[1] != k.shape[1]
+        if position_NQ is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=gqa)
 
-        out = F.scaled_dot_product_attention(
-            spread(query),
-            spread(key),
-            spread(value),
-            is_causal=True,
-            scale=self.softmax_scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return out.transpose(1, 2).reshape(n * length, -1).index_select(0, packed.gather_T)
+        def block(q: Tensor, k: Tensor, v: Tensor, position_NB: Tensor) -> Tensor:
+            seen = int(position_NB.max()) + 1
+            mask = torch.arange(seen, device=q.device) <= position_NB[:, None, :, None]  # (N, 1, B, keys seen)
+            return F.scaled_dot_product_attention(
+                q, k[:, :, :seen], v[:, :, :seen], attn_mask=mask, scale=self.softmax_scale, enable_gqa=gqa
+            )
+
+        queries, step = q.shape[2], max(1, MASK_ELEMENTS // (q.shape[0] * k.shape[2]))
+        if queries <= step:
+            return block(q, k, v, position_NQ)
+        blocks = [
+            checkpoint(block, q[:, :, rows], k, v, position_NQ[:, rows], use_reentrant=False, preserve_rng_state=False)
+            for rows in (slice(start, start + step) for start in range(0, queries, step))
+        ]
+        return torch.cat(blocks, dim=2)

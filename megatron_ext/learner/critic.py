@@ -18,7 +18,7 @@ from torch import Tensor
 
 from configs.schema import Config
 from megatron_ext.learner.learner import Trainable
-from megatron_ext.learner.step import MicroBatch, TrainBatch, forward
+from megatron_ext.learner.step import MicroBatch, TrainBatch, forward, whole_micro_batch
 from megatron_ext.rl.value import value_loss
 
 
@@ -115,5 +115,6 @@ def value_training_step(
 
 
 def _values(output: Tensor, mb: MicroBatch) -> Tensor:
-    """(R,) of the model's (1, tokens, 1)."""
-    return output[0, :, 0][mb.packed.response_mask_T.to(output.device)]
+    """(R,) of the whole micro-batch, from the model's (1, local tokens, 1)."""
+    mask = mb.packed.response_mask_T[mb.local_T].to(output.device)
+    return whole_micro_batch(output[0][mask], mask, mb)[:, 0]

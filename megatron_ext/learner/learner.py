@@ -83,6 +83,7 @@ class Trainable:
             and parallel_state.get_context_parallel_rank() == 0
         )
         self.forward_tokens = 0  # tokens this rank has pushed through the model, prompts included
+        self._packing = packing.PackingCost()
 
     def _forward_pass(
         self, batch: TrainBatch, samples: Sequence[int], step: Callable[..., Any], *, rows: int
@@ -133,21 +134,18 @@ class Trainable:
         forward_only: bool,
     ) -> list[Any]:
         """Plan, pack and push micro-batches through Megatron's schedule; what the last stage collected."""
-        lengths = [packing.fed_length(len(batch.prompts[i]), len(batch.responses[i])) for i in samples]
-        parallel = self.config.parallel
-        plan = packing.plan(
-            lengths,
-            dp_size=self._dp_size,
-            token_budget=self.config.train.micro_batch_tokens,
-            micro_batch_multiple=parallel.pp if parallel.vpp > 1 else 1,
-        )[self._dp_rank]
-        pad = parallel.tp if parallel.sp else 1
         micro_batches: list[MicroBatch] = []
-        for number, members in enumerate(plan):
-            mb = make_micro_batch(batch, [samples[i] for i in members], weights_B, pad)
+        for number, members in enumerate(self._plan(batch, samples)):
+            mb = make_micro_batch(
+                batch,
+                [samples[i] for i in members],
+                weights_B,
+                pad_to=token_multiple(self.config),
+                pad_sequences_to=sequence_multiple(self.config),
+            )
             mb.counts_divisor = number == 0 and self._dp_rank == 0 and parallel_state.get_context_parallel_rank() == 0
             micro_batches.append(mb)
-            self.forward_tokens += len(mb.packed.tokens_T)
+            self.forward_tokens += len(mb.local_T)
         for chunk in self.chunks:
             chunk.train(not forward_only)
         schedule = get_forward_backward_func()
@@ -158,20 +156,44 @@ class Trainable:
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
                 model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
                 num_microbatches=len(micro_batches),
-                seq_length=max((len(mb.packed.tokens_T) for mb in micro_batches), default=1),
+                seq_length=max(len(mb.packed.tokens_T) for mb in micro_batches),
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
         return collected
 
+    def _plan(self, batch: TrainBatch, samples: Sequence[int]) -> list[list[int]]:
+        """Places in ``samples`` by micro-batch of this data-parallel rank."""
+        parallel, budget = self.config.parallel, self.config.train.micro_batch_tokens
+        lengths = [packing.fed_length(len(batch.prompts[i]), len(batch.responses[i])) for i in samples]
+        multiple, cost = sequence_multiple(self.config), packing.attention_cost(self.hf.hidden_size)
+        planned = packing.plan(
+            [packing.padded_length(n, multiple) for n in lengths],
+            dp_size=self._dp_size,
+            token_budget=budget,
+            micro_batch_multiple=parallel.pp if parallel.vpp > 1 else 1,
+            cost=cost,
+        )
+        self._packing += packing.packing_cost(
+            planned, lengths, pad_to_multiple=token_multiple(self.config), pad_sequences_to=multiple, cost=cost
+        )
+        return planned[self._dp_rank]
+
+    def packing_report(self) -> dict[str, float]:
+        """What packing has cost since the last call, as `packing.PackingCost.report` says."""
+        report, self._packing = self._packing.report(), packing.PackingCost()
+        return report
+
     def _reduce_sums(self, collected: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Global sums from those that the last pipeline stage collected per micro-batch."""
+        """Global sums from those that the last pipeline stage collected per micro-batch.
+
+        Context-parallel ranks collect the same ones: each computes the loss of the whole micro-batch.
+        """
         reduced: dict[str, float] = {}
         if self._last_stage:
             names = sorted(collected[0])
             total = torch.stack([torch.stack([sums[name].double() for name in names]) for sums in collected]).sum(0)
-            group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-            torch.distributed.all_reduce(total, group=group)
+            torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
             reduced = dict(zip(names, total.tolist(), strict=True))
         last = torch.distributed.get_world_size() - 1
         result: dict[str, float] = json.loads(
@@ -228,6 +250,20 @@ class Learner(Trainable):
     def _training_step(self, iterator: Iterator[MicroBatch], model: Any, **kwargs: Any) -> Any:
         chunk = self.config.train.loss_chunk_tokens
         return training_step(iterator, model, device=self.device, shard=self.shard, chunk_tokens=chunk, **kwargs)
+
+
+def sequence_multiple(config: Config) -> int:
+    """What the length of every packed sequence must be a multiple of: context parallelism cuts it into 2 cp chunks."""
+    return 2 * config.parallel.cp if config.parallel.cp > 1 else 1
+
+
+def token_multiple(config: Config) -> int:
+    """What the number of tokens of a micro-batch must be a multiple of.
+
+    Sequence parallelism cuts the tokens of a context-parallel rank into tp equal parts.
+    """
+    parallel = config.parallel
+    return parallel.cp * (parallel.tp if parallel.sp else 1)
 
 
 def broadcast_bytes(data: bytes, *, src: int, device: torch.device) -> bytes:

@@ -61,6 +61,8 @@ def distributed(
     """
     from datetime import timedelta
 
+    # Newer names of collectives that Megatron calls by their old ones.
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)
     started_here = not torch.distributed.is_initialized()
     if started_here:
         backend = "nccl" if ON_GPU else "gloo"

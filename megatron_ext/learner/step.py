@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.kernels import VocabShard, vocab_statistics
+from megatron_ext.learner import context_parallel
 from megatron_ext.learner.attention import packed_sequences
 from megatron_ext.rl import packing
 from megatron_ext.rl.entropy_theory import diagnostic_sums
@@ -46,38 +47,63 @@ class TrainBatch:
 
 @dataclass(slots=True)
 class MicroBatch:
-    """What one micro-batch needs on this rank: packed tokens, and the flat indices (R,) of its response tokens."""
+    """What one micro-batch needs on this rank: packed tokens, and the flat indices (R,) of its response tokens.
+
+    Under context parallelism this rank runs the model over some of the tokens; all else is about the whole micro-batch.
+    """
 
     packed: packing.PackedBatch
     flat_R: Tensor
+    local_T: Tensor  # int64, the tokens of the row that this rank runs the model over, in this order
+    gathered_R: Tensor  # int64, where the response tokens are in what `context_parallel.gather_tokens` returns
     weight_R: Tensor | None = None  # aggregation weights, float64
     counts_divisor: bool = False  # see training_step
 
 
-def make_micro_batch(batch: TrainBatch, samples: Sequence[int], weights_B: Tensor | None, pad: int = 1) -> MicroBatch:
+def make_micro_batch(
+    batch: TrainBatch, samples: Sequence[int], weights_B: Tensor | None, *, pad_to: int = 1, pad_sequences_to: int = 1
+) -> MicroBatch:
     """Pack ``samples`` (indices into the batch); ``weights_B`` (float64, all samples) are the aggregation weights."""
-    packed = packing.collate([(batch.prompts[i], batch.responses[i]) for i in samples], pad_to_multiple=pad)
+    pairs = [(batch.prompts[i], batch.responses[i]) for i in samples]
+    packed = packing.collate(pairs, pad_to_multiple=pad_to, pad_sequences_to=pad_sequences_to)
     flat_R = packing.response_slots(packed, samples, batch.offsets)
-    return MicroBatch(packed, flat_R, None if weights_B is None else weights_B[batch.seq_ids[flat_R]])
+    return MicroBatch(
+        packed,
+        flat_R,
+        context_parallel.local_tokens(packed.cu_seqlens),
+        context_parallel.gathered_order(packed.cu_seqlens)[packed.response_mask_T],
+        None if weights_B is None else weights_B[batch.seq_ids[flat_R]],
+    )
 
 
 def forward(model: Any, mb: MicroBatch, device: torch.device) -> Tensor:
-    """The model on a packed micro-batch: (1, tokens, ...) on the last pipeline stage, hidden states on others."""
-    packed = mb.packed
+    """The model on a packed micro-batch: (1, local tokens, ...) on the last pipeline stage, hidden states on others."""
+    packed, local_T = mb.packed, mb.local_T
     return model(
-        input_ids=packed.tokens_T[None].to(device),
-        position_ids=packed.position_ids_T[None].to(device),
+        input_ids=packed.tokens_T[local_T][None].to(device),
+        position_ids=packed.position_ids_T[local_T][None].to(device),
         attention_mask=None,
         packed_seq_params=packed_sequences(packed.cu_seqlens.to(device), packed.max_seqlen),
     )
 
 
 def _statistics(output: Tensor, mb: MicroBatch, shard: VocabShard | None, chunk_tokens: int) -> TokenStats:
-    """Vocabulary statistics of the response tokens only: the prompt's logits are never looked at."""
-    mask = mb.packed.response_mask_T.to(output.device)
-    logits_RV = output[0][mask]
-    targets_R = mb.packed.targets_T.to(output.device)[mask]
-    return vocab_statistics(logits_RV, targets_R, shard=shard, chunk_tokens=chunk_tokens)
+    """Vocabulary statistics of the response tokens only: the prompt's logits are never looked at.
+
+    (R,) of the whole micro-batch, although this rank has the logits of its own tokens only.
+    """
+    mask = mb.packed.response_mask_T[mb.local_T].to(output.device)
+    targets_R = mb.packed.targets_T[mb.local_T].to(output.device)[mask]
+    stats = vocab_statistics(output[0][mask], targets_R, shard=shard, chunk_tokens=chunk_tokens)
+    rows = torch.stack([stats.logp, stats.entropy, stats.sum_p2, stats.sum_p2_logp], dim=1)
+    logp, entropy, sum_p2, sum_p2_logp = whole_micro_batch(rows, mask, mb).unbind(1)
+    return TokenStats(logp, entropy, sum_p2.detach(), sum_p2_logp.detach())
+
+
+def whole_micro_batch(rows: Tensor, mask: Tensor, mb: MicroBatch) -> Tensor:
+    """(R, k) in packed order, from what each context-parallel rank has of it: rows where ``mask``, (local tokens,)."""
+    local = rows.new_zeros(len(mask), rows.shape[1]).masked_scatter(mask[:, None], rows)
+    return context_parallel.gather_tokens(local)[mb.gathered_R.to(rows.device)]
 
 
 def statistics_step(

@@ -10,6 +10,7 @@ only, so feeding it would buy a position whose output nobody reads. Hence every 
 from __future__ import annotations
 
 import heapq
+import math
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -23,14 +24,14 @@ from torch import Tensor
 class PackedBatch:
     """One micro-batch of whole sequences laid end to end, as `PackedSeqParams(qkv_format="thd")` wants it.
 
-    If the batch had to be padded, the padding is one more segment of ``cu_seqlens`` behind the samples, so that no
-    sample attends to it. A batch without samples is padding only.
+    Padding of the whole batch is one more segment of ``cu_seqlens`` behind the samples; padding of a sequence is the
+    end of its segment. No sample attends to either. A batch without samples is padding only.
     """
 
     tokens_T: Tensor  # int64, what the model reads
     targets_T: Tensor  # int64, the next token of the same sequence; pad_id on padding
     position_ids_T: Tensor  # int64, restart at 0 in every segment
-    cu_seqlens: Tensor  # int32, (segments + 1,), 0 first, T last
+    cu_seqlens: Tensor  # int32, (segments + 1,), 0 first, T last; padding included
     max_seqlen: int  # longest segment
     response_mask_T: Tensor  # bool, True where the *target* is a response token
     seq_index_T: Tensor  # int64, index into the pairs given to `collate`; -1 on padding
@@ -155,20 +156,29 @@ def _balance(
     return members
 
 
-def collate(pairs: Sequence[tuple[list[int], list[int]]], *, pad_to_multiple: int = 1, pad_id: int = 0) -> PackedBatch:
+def collate(
+    pairs: Sequence[tuple[list[int], list[int]]],
+    *,
+    pad_to_multiple: int = 1,
+    pad_sequences_to: int = 1,
+    pad_id: int = 0,
+) -> PackedBatch:
     """Pack (prompt ids, response ids) pairs into one micro-batch on the CPU.
 
     Args:
         pairs: may be empty: the result is then one padding segment, with which a rank without work keeps step.
         pad_to_multiple: T is a multiple of it (sequence and context parallelism, FP8).
+        pad_sequences_to: every segment's length is a multiple of it (context parallelism: see `zigzag`). The padding
+            follows the sequence, where no real token can see it.
         pad_id: token on padding, a valid id: it is embedded like any other.
 
     Raises:
         ValueError: for an empty prompt (nothing would predict the first response token), and for a pair with nothing
             to predict.
     """
-    if pad_to_multiple < 1:
-        raise ValueError(f"pad_to_multiple={pad_to_multiple} must be at least 1")
+    for name, value in (("pad_to_multiple", pad_to_multiple), ("pad_sequences_to", pad_sequences_to)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
     tokens: list[int] = []
     targets: list[int] = []
     positions: list[int] = []
@@ -183,13 +193,14 @@ def collate(pairs: Sequence[tuple[list[int], list[int]]], *, pad_to_multiple: in
                 "packing needs at least one prompt token and one token to predict; drop it first"
             )
         fed = len(whole) - 1
-        tokens += whole[:-1]
-        targets += whole[1:]
-        positions += range(fed)
-        seq_index += [index] * fed
-        response_pos += [-1] * (len(prompt) - 1) + list(range(len(response)))
-        ends.append(ends[-1] + fed)
-    padding = -len(tokens) % pad_to_multiple if tokens else pad_to_multiple
+        padding = -fed % pad_sequences_to
+        tokens += whole[:-1] + [pad_id] * padding
+        targets += whole[1:] + [pad_id] * padding
+        positions += range(fed + padding)
+        seq_index += [index] * fed + [-1] * padding
+        response_pos += [-1] * (len(prompt) - 1) + list(range(len(response))) + [-1] * padding
+        ends.append(len(tokens))
+    padding = packed_length([len(tokens)], pad_to_multiple, pad_sequences_to) - len(tokens)
     if padding:
         tokens += [pad_id] * padding
         targets += [pad_id] * padding
@@ -208,6 +219,86 @@ def collate(pairs: Sequence[tuple[list[int], list[int]]], *, pad_to_multiple: in
         seq_index_T=torch.tensor(seq_index, dtype=torch.int64),
         response_pos_T=response_pos_T,
     )
+
+
+def padded_length(length: int, multiple: int) -> int:
+    """The smallest multiple of ``multiple`` that is not below ``length``."""
+    return length + -length % multiple
+
+
+def packed_length(lengths: Sequence[int], pad_to_multiple: int, pad_sequences_to: int) -> int:
+    """T of the `PackedBatch` that `collate` makes of sequences with these fed lengths; positive even for none."""
+    total = sum(padded_length(n, pad_sequences_to) for n in lengths)
+    unit = math.lcm(pad_to_multiple, pad_sequences_to)
+    return max(padded_length(total, unit), unit)
+
+
+def zigzag(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
+    """(T / size,) int64: the tokens of a packed row that one context-parallel rank holds, sequence by sequence.
+
+    Every segment is cut into 2 * size equal chunks, and rank c holds the chunks c and 2 * size - 1 - c: one that sees
+    few tokens and one that sees many, so that all ranks do the same work under a causal mask. This is the order that
+    Megatron's rotary embedding and Transformer Engine's attention expect.
+
+    Raises:
+        ValueError: for a segment whose length 2 * size does not divide (size 1 takes all).
+    """
+    total = int(cu_seqlens[-1])
+    if size == 1:
+        return torch.arange(total)
+    starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    if bool((lengths % (2 * size)).any()):
+        raise ValueError(f"segments of {lengths.tolist()} tokens cannot be cut into {2 * size} chunks: pad them first")
+    chunk_N = lengths // (2 * size)
+    token_T = torch.arange(total)
+    segment_T = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    chunk_T = (token_T - starts[segment_T]) // chunk_N[segment_T]
+    return token_T[(chunk_T == rank) | (chunk_T == 2 * size - 1 - rank)]
+
+
+@dataclass(frozen=True, slots=True)
+class PackingCost:
+    """What packing costs, from the plan alone; additive over passes. See `packing_cost`."""
+
+    tokens: int = 0  # fed tokens of all ranks, without padding
+    padded_tokens: int = 0  # the same with padding
+    mean_cost: float = 0.0  # of a data-parallel rank, in the unit of the cost function
+    largest_cost: float = 0.0  # of the busiest one: the others wait for it
+
+    def __add__(self, other: PackingCost) -> PackingCost:
+        return PackingCost(
+            self.tokens + other.tokens,
+            self.padded_tokens + other.padded_tokens,
+            self.mean_cost + other.mean_cost,
+            self.largest_cost + other.largest_cost,
+        )
+
+    def report(self) -> dict[str, float]:
+        """``perf/padding_waste``: share of fed tokens that are padding; ``perf/dp_imbalance``: by how much, as a share
+        of the mean, the busiest data-parallel rank has more to compute than the mean. Both 0 at best."""
+        return {
+            "perf/padding_waste": 1 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0,
+            "perf/dp_imbalance": self.largest_cost / self.mean_cost - 1 if self.mean_cost else 0.0,
+        }
+
+
+def packing_cost(
+    planned: Sequence[Sequence[Sequence[int]]],
+    lengths: Sequence[int],
+    *,
+    pad_to_multiple: int = 1,
+    pad_sequences_to: int = 1,
+    cost: Callable[[int], float] | None = None,
+) -> PackingCost:
+    """Of a `plan` for samples of these fed lengths, under the padding that `collate` will be asked for."""
+    cost = cost or attention_cost(2048)
+    padded = [
+        packed_length([lengths[i] for i in members], pad_to_multiple, pad_sequences_to)
+        for rank in planned
+        for members in rank
+    ]
+    costs = [sum(cost(lengths[i]) for members in rank for i in members) for rank in planned]
+    return PackingCost(sum(lengths), sum(padded), sum(costs) / len(costs), max(costs))
 
 
 def response_offsets(response_lengths: Sequence[int]) -> Tensor:
