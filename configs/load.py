@@ -19,6 +19,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from configs import fp8
 from configs.schema import Config
 
 GROUPS = ("recipe", "loss", "selection", "schedule")
@@ -110,6 +111,7 @@ def check(config: Config) -> None:
     _check_algorithm(config)
     _check_sizes(config)
     _check_layout(config)
+    fp8.check_settings(config)
     _check_files(config)
 
 
@@ -136,6 +138,7 @@ def _check_algorithm(c: Config) -> None:
     _one_of("optim.optimizer", c.optim.optimizer, ("adam", "sgd"))
     _one_of("optim.decay", c.optim.decay, ("constant", "linear", "cosine"))
     _one_of("model.dtype", c.model.dtype, ("float32", "bfloat16", "float64"))
+    _one_of("model.transformer_impl", c.model.transformer_impl, ("auto", "local", "transformer_engine"))
     if c.optim.distributed and (c.optim.optimizer != "adam" or c.model.dtype == "float64"):
         raise ValueError(
             "optim.distributed=true works with optim.optimizer=adam in float32 or bfloat16, not with "

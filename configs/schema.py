@@ -42,6 +42,11 @@ class ModelConfig:
     dtype: str = "float32"  # "float32" | "bfloat16" | "float64" (reference runs)
     cache_dir: str = "cache"  # generated and downloaded models
     recompute: bool = False  # recompute activations of every layer in backward
+    transformer_impl: str = "auto"  # layers: "local" | "transformer_engine"; "auto": the latter in bfloat16 on a GPU
+    fp8: str | None = None  # matrix products in FP8: "e4m3" | "hybrid" (gradients in e5m2); null: all in `dtype`
+    fp8_recipe: str = "blockwise"  # scaling: "blockwise" | "tensorwise" | "delayed" | "mxfp8"; see docs/gpu.md
+    num_layers_at_start_in_bf16: int = 0  # layers that stay in bfloat16 under FP8
+    num_layers_at_end_in_bf16: int = 0
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
 
 

@@ -39,7 +39,7 @@ def _from_hf(source: Source, prompts: list[Tensor]) -> Tensor:
 
 
 def _from_megatron(source: MegatronSource, prompts: list[Tensor]) -> Tensor:
-    from configs.schema import ParallelConfig
+    from configs.schema import ModelConfig, ParallelConfig
     from megatron_ext.learner import model as learner
     from megatron_ext.learner.attention import packed_sequences
     from megatron_ext.learner.weights import named_parameters
@@ -47,7 +47,7 @@ def _from_megatron(source: MegatronSource, prompts: list[Tensor]) -> Tensor:
     parallel, hf = ParallelConfig(), source.hf
     with learner.distributed(parallel, seed=0), learner.on_device():
         with torch.inference_mode(False), torch.enable_grad():  # Megatron's wrapper registers hooks on gradients
-            chunks = learner.build_chunks(hf, parallel, "float32", recompute=False, distributed_optimizer=False)
+            chunks = learner.build_chunks(hf, parallel, ModelConfig(dtype="float32"), distributed_optimizer=False)
         device = learner.device()
         with torch.inference_mode(False), torch.no_grad():
             for name, parameter in named_parameters(chunks).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -11,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from configs import fp8
 from configs.load import GROUPS, choices, load_config
 from configs.schema import Config
 from recipes.rewards import make_verifier
@@ -54,6 +56,7 @@ def launch(train: Callable[[Config, Path], None], argv: Sequence[str] | None = N
             return 0
         model_dir = model_location(config)
         if int(os.environ.get("RANK", "0")) == 0:
+            check_device(config)
             prepare_model(config, model_dir)
             check_model(config, model_dir)
         processes = learner_processes(config)
@@ -118,8 +121,19 @@ def prepare_model(config: Config, directory: Path) -> None:
         smollm2(directory)
 
 
+def check_device(config: Config) -> None:
+    """Refuse a precision that this machine's GPU, or its absence, does not allow. Raises ValueError."""
+    if config.model.fp8 is None:
+        return
+    import torch
+
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    has_te = importlib.util.find_spec("transformer_engine") is not None
+    fp8.check_device(config, capability, torch.version.cuda, has_te)
+
+
 def check_model(config: Config, directory: Path) -> None:
-    """Refuse a layout or lengths that the model does not allow. Raises ValueError."""
+    """Refuse a layout, lengths or a precision that the model does not allow. Raises ValueError."""
     import conversion
 
     hf, p = conversion.read_config(directory), config.parallel
@@ -130,6 +144,7 @@ def check_model(config: Config, directory: Path) -> None:
         raise ValueError(
             f"parallel.pp={p.pp} x parallel.vpp={p.vpp} does not divide the model's {hf.num_layers} layers"
         )
+    fp8.check_model(config, hf)
     if config.rollout.max_model_len > hf.max_positions:
         raise ValueError(
             f"rollout.max_model_len={config.rollout.max_model_len} exceeds the model's {hf.max_positions} positions"

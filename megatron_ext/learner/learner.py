@@ -63,8 +63,7 @@ class Trainable:
         self.chunks = megatron.build_chunks(
             self.hf,
             parallel,
-            config.model.dtype,
-            recompute=config.model.recompute,
+            config.model,
             distributed_optimizer=optim.distributed,
             value_head=value_head,
         )

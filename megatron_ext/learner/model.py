@@ -15,7 +15,7 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt import GPTModel, gpt_layer_specs
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -28,7 +28,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 import conversion
-from configs.schema import OptimConfig, ParallelConfig
+from configs.schema import ModelConfig, OptimConfig, ParallelConfig
 from megatron_ext.learner import ON_GPU, cpu
 from megatron_ext.learner.attention import PackedAttention
 from megatron_ext.learner.value_head import put_value_head
@@ -45,10 +45,23 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if ON_GPU else torch.device("cpu")
 
 
-def have_transformer_engine() -> bool:
-    from megatron.core.models.gpt import gpt_layer_specs
+def transformer_impl(model: ModelConfig) -> str:
+    """Which layers ``model.transformer_impl`` means here: "transformer_engine" or "local".
 
-    return ON_GPU and bool(gpt_layer_specs.HAVE_TE)
+    Raises ValueError when Transformer Engine is asked for, or needed for FP8, and is not there.
+    """
+    installed = bool(gpt_layer_specs.HAVE_TE)
+    if model.transformer_impl == "transformer_engine" and not installed:
+        raise ValueError(
+            "model.transformer_impl=transformer_engine, but Transformer Engine is not installed: see docs/gpu.md, or "
+            "set model.transformer_impl=local"
+        )
+    chosen = model.transformer_impl
+    if chosen == "auto":  # its packed attention has no float32 kernel
+        chosen = "transformer_engine" if installed and ON_GPU and model.dtype == "bfloat16" else "local"
+    if model.fp8 is not None and chosen == "local":
+        raise ValueError(f"model.fp8={model.fp8} needs Transformer Engine on a GPU: set model.fp8=null")
+    return chosen
 
 
 @contextlib.contextmanager
@@ -104,9 +117,11 @@ class RMSNorm(torch.nn.RMSNorm):
 
 def block_spec(config: TransformerConfig, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
     """Transformer Engine's layers when it is installed; else Megatron's local ones with our attention and norm."""
-    if have_transformer_engine():
+    if config.transformer_impl == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
         )
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
@@ -127,19 +142,43 @@ def _leave_as_is(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def transformer_config(hf: conversion.HFConfig, parallel: ParallelConfig, dtype: str, recompute: bool) -> Any:
+def transformer_engine_settings(model: ModelConfig, moe: bool) -> dict[str, Any]:
+    """Settings of TransformerConfig that decide about kernels and precision; names are Megatron's."""
+    if transformer_impl(model) == "local":
+        return {"transformer_impl": "local"}
+    settings: dict[str, Any] = {
+        "transformer_impl": "transformer_engine",
+        "apply_rope_fusion": True,  # Megatron's own loops over the sequences of a pack, in Python
+        "moe_grouped_gemm": moe,
+        "fp8": model.fp8,
+    }
+    if model.fp8 is not None:
+        at_start, at_end = model.num_layers_at_start_in_bf16, model.num_layers_at_end_in_bf16
+        settings |= {
+            "fp8_recipe": model.fp8_recipe,
+            "first_last_layers_bf16": at_start + at_end > 0,
+            "num_layers_at_start_in_bf16": at_start,
+            "num_layers_at_end_in_bf16": at_end,
+        }
+        if model.fp8_recipe == "delayed":  # Transformer Engine's defaults; Megatron's are a history of one value
+            settings |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
+    return settings
+
+
+def transformer_config(hf: conversion.HFConfig, parallel: ParallelConfig, model: ModelConfig) -> Any:
     """Megatron's configuration: architecture from the checkpoint, layout and precision from the run."""
     # The dispatcher is named for dense models too: Megatron checks it against variable sequence lengths all the same.
     architecture = {"moe_token_dispatcher_type": "alltoall", **conversion.transformer_config(hf)}
     if isinstance(architecture.get("activation_func"), str):
         architecture["activation_func"] = getattr(torch.nn.functional, architecture["activation_func"])
-    torch_dtype = DTYPES[dtype]
-    recomputation: dict[str, Any] = (
-        {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1} if recompute else {}
-    )
+    torch_dtype = DTYPES[model.dtype]
+    recomputation: dict[str, Any] = {}
+    if model.recompute:
+        recomputation = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return TransformerConfig(
         **architecture,
         **recomputation,
+        **transformer_engine_settings(model, moe=hf.experts is not None),
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
@@ -168,9 +207,8 @@ def transformer_config(hf: conversion.HFConfig, parallel: ParallelConfig, dtype:
 def build_chunks(
     hf: conversion.HFConfig,
     parallel: ParallelConfig,
-    dtype: str,
+    model_config: ModelConfig,
     *,
-    recompute: bool,
     distributed_optimizer: bool,
     value_head: bool = False,
 ) -> list[DistributedDataParallel]:
@@ -180,7 +218,7 @@ def build_chunks(
     """
     with on_device(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecation notes about settings that are not ours
-        config = transformer_config(hf, parallel, dtype, recompute)
+        config = transformer_config(hf, parallel, model_config)
         kwargs = conversion.gpt_model_kwargs(hf, tp_size=parallel.tp)
         if value_head:
             kwargs["share_embeddings_and_output_weights"] = False
