@@ -146,6 +146,7 @@ class OptimConfig:
     decay: str = "constant"  # "constant" | "linear" | "cosine", to `min_lr` at the last step
     min_lr: float = 0.0
     distributed: bool = False  # Megatron's distributed optimizer (state sharded over data-parallel ranks)
+    offload: bool = False  # optimizer state on the host outside optimizer steps, gradients freed outside updates
 
 
 @dataclass

@@ -114,12 +114,15 @@ def load(learner: Learner, directory: Path, *, critic: Critic | None = None) -> 
 
 
 def _write(model: Trainable, directory: Path) -> None:
+    model.reload(optimizer=True)
     _start(model.optimizer)
     with on_device():
         dist_checkpointing.save(_sharded_state(model, is_loading=False), str(directory))
+    model.rest()
 
 
 def _restore(model: Trainable, directory: Path) -> None:
+    model.reload(optimizer=True)
     if model.config.optim.distributed:
         _prepare_torch_adam(model.optimizer)
     with on_device():
@@ -130,6 +133,7 @@ def _restore(model: Trainable, directory: Path) -> None:
         model.optimizer.load_state_dict(loaded["optimizer"])
         model.lr_schedule.load_state_dict(loaded["lr_schedule"])
     _unshare_steps(model.optimizer)
+    model.rest()
 
 
 def _settings(learner: Learner) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from configs.schema import Config
 from megatron_ext.learner import model as megatron
 from megatron_ext.learner import weights
 from megatron_ext.learner.model import parallel_state
+from megatron_ext.learner.offload import Parking, model_tensors, optimizer_tensors
 from megatron_ext.learner.step import (
     DIAGNOSTIC,
     Loss,
@@ -83,6 +84,36 @@ class Trainable:
         )
         self.forward_tokens = 0  # tokens this rank has pushed through the model, prompts included
         self._packing = packing.PackingCost()
+        self._state, self._weights = Parking(), Parking()  # what is on the host: optimizer state, weights
+        self.rest()
+
+    def offload(self, *, weights: bool = False) -> None:
+        """Free the memory of optimizer state and gradient buffers, and with ``weights`` that of the weights too.
+
+        State and weights wait in host memory, gradients are dropped, so call it between updates. Local to this rank. A
+        second call may add the weights; while they are away only :meth:`reload` may be called.
+        """
+        for chunk in self.chunks:
+            chunk.offload_grad_buffers(empty_cache=False)
+        self._state.park(optimizer_tensors(self.optimizer, self.chunks))
+        if weights:
+            self._weights.park(model_tensors(self.chunks))
+        torch.cuda.empty_cache()  # so that another process on this GPU can have it
+
+    def reload(self, *, optimizer: bool | None = None) -> None:
+        """Undo :meth:`offload`, bit for bit; does nothing when nothing is offloaded. Local to this rank.
+
+        ``optimizer``: its state too; by default unless ``optim.offload`` keeps it on the host. An update brings back
+        by itself what it needs of state and gradient buffers.
+        """
+        self._weights.unpark()
+        if optimizer or (optimizer is None and not self.config.optim.offload):
+            self._state.unpark()
+
+    def rest(self) -> None:
+        """What ``optim.offload`` asks for whenever no optimizer step is being made."""
+        if self.config.optim.offload:
+            self.offload()
 
     def _forward_pass(
         self, batch: TrainBatch, samples: Sequence[int], step: Callable[..., Any], *, rows: int
@@ -107,12 +138,15 @@ class Trainable:
         ``grad_norm``, ``skipped_updates`` and ``lr``; the same on every rank.
         """
         for chunk in self.chunks:
+            chunk.restore_grad_buffers()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         collected = self._run(batch, samples, weights_B, step, forward_only=False)
+        self._state.unpark()
         with megatron.on_device():
             successful, grad_norm, _ = self.optimizer.step()
             self.lr_schedule.step(increment=1)
+        self.rest()
         sums = self._reduce_sums(collected)
         if not math.isfinite(grad_norm):
             raise FloatingPointError(f"the gradient norm is {grad_norm}: nothing after the last checkpoint is usable")

@@ -39,6 +39,7 @@ def _learner(layout: Layout, model_dir: Path, *, sharded: bool) -> Learner:
     # No clipping: its norm is computed in float32. The warm-up makes the learning rate, and Adam's bias correction the
     # step count, part of what must come back.
     optim = OptimConfig(lr=LR, betas=[0.9, 0.95], weight_decay=0.1, warmup_steps=8, decay="linear", clip_grad=1e9)
+    optim.offload = layout in (DP2, DP2_SHARDED)  # what is on the host must be saved and restored all the same
     config = cases.make_config(layout, "float32" if sharded else "float64", optim)
     config.optim.distributed = sharded
     return Learner(config, model_dir, total_updates=20)
