@@ -105,7 +105,7 @@ class TrainConfig:
     micro_batch_tokens: int = 4096  # token budget of a packed micro-batch
     old_logprobs: str = "learner"  # "learner": recomputed before the first update | "rollout": as sampled
     tis_cap: float | None = None  # truncated importance weight min(exp(old - rollout), cap); None: off
-    loss_chunk_tokens: int = 0  # tokens whose vocabulary statistics are computed at once; 0: all of a micro-batch
+    loss_chunk_tokens: int = 0  # logits of so many tokens are in memory at once; 0: chosen by the device
     entropy_probe_every: int = 0  # steps between measurements of the entropy change on the same tokens; 0: never
     save_every: int = 20  # rollout steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 2

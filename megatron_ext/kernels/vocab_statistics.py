@@ -72,16 +72,25 @@ def vocab_statistics(
         )
     if not logits_TV.is_floating_point() or targets_T.dtype != torch.int64:
         raise ValueError(f"logits {logits_TV.dtype} and targets {targets_T.dtype}: pass floating logits, int64 targets")
+    shard = checked_shard(shard, logits_TV.shape[1], chunk_tokens)
+    chunk_tokens = chunk_tokens or max(1, workspace_elements(logits_TV.device) // max(1, shard.size))
+    return TokenStats(*_VocabStatistics.apply(logits_TV, targets_T, shard, chunk_tokens))
+
+
+def checked_shard(shard: VocabShard | None, columns: int, chunk_tokens: int) -> VocabShard:
+    """``shard``, or that of a whole vocabulary; ValueError when it does not fit, or the chunk is negative."""
     if shard is None:
-        shard = VocabShard(0, logits_TV.shape[1], _identity, _identity)
-    if not 0 <= shard.size <= logits_TV.shape[1]:
-        raise ValueError(f"shard.size={shard.size} does not fit logits with {logits_TV.shape[1]} columns")
+        shard = VocabShard(0, columns, _identity, _identity)
+    if not 0 <= shard.size <= columns:
+        raise ValueError(f"shard.size={shard.size} does not fit logits with {columns} columns")
     if chunk_tokens < 0:
         raise ValueError(f"chunk_tokens={chunk_tokens}: use 0 (automatic) or a positive number of tokens")
-    if chunk_tokens == 0:
-        budget = _CPU_CHUNK_ELEMENTS if logits_TV.device.type == "cpu" else _GPU_CHUNK_ELEMENTS
-        chunk_tokens = max(1, budget // max(1, shard.size))
-    return TokenStats(*_VocabStatistics.apply(logits_TV, targets_T, shard, chunk_tokens))
+    return shard
+
+
+def workspace_elements(device: torch.device) -> int:
+    """Elements of a chunk when nobody chose its size."""
+    return _CPU_CHUNK_ELEMENTS if device.type == "cpu" else _GPU_CHUNK_ELEMENTS
 
 
 class _VocabStatistics(torch.autograd.Function):
@@ -89,21 +98,10 @@ class _VocabStatistics(torch.autograd.Function):
     def forward(
         ctx: Any, logits_TV: Tensor, targets_T: Tensor, shard: VocabShard, chunk_tokens: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        max_T, sums_5T = _local_sums(logits_TV[:, : shard.size], chunk_tokens)
-        target_T, owned_T = _local_targets(logits_TV, targets_T, shard, max_T.dtype)
-
-        # One maximum and one sum over the shards, whatever the number of chunks.
-        top_T = shard.all_reduce_max(max_T.clone())
-        shift_T = (max_T - top_T).clamp(min=_LOG_ZERO)
-        partial = torch.cat([_rescale(sums_5T, shift_T), torch.stack([target_T, owned_T])])
-        z_T, zu_T, z2_T, z2u_T, size_T, target_T, owned_T = shard.all_reduce_sum(partial).unbind(0)
-
-        log_z_T = z_T.log()
-        logp_T = (target_T - top_T).clamp(max=0.0) - log_z_T
-        logp_T = logp_T.masked_fill(owned_T == 0, float("nan"))
-        entropy_T = torch.minimum(log_z_T - zu_T / z_T, _log_not_above(size_T))
-        sum_p2_T = z2_T / z_T.square()
-        sum_p2_logp_T = z2u_T / z_T.square() - log_z_T * sum_p2_T
+        max_T, sums_5T = local_sums(logits_TV[:, : shard.size], chunk_tokens)
+        target_T, owned_T = local_targets(logits_TV, targets_T, shard, max_T.dtype)
+        stats, top_T, log_z_T = combine(max_T, sums_5T, target_T, owned_T, shard)
+        logp_T, entropy_T, sum_p2_T, sum_p2_logp_T = stats
 
         ctx.save_for_backward(logits_TV, targets_T, top_T, log_z_T, entropy_T)
         ctx.shard, ctx.chunk_tokens = shard, chunk_tokens
@@ -122,26 +120,74 @@ class _VocabStatistics(torch.autograd.Function):
         logits_TV, targets_T, top_T, log_z_T, entropy_T = ctx.saved_tensors
         if grad_logp_T is None:
             grad_logp_T = torch.zeros_like(log_z_T)
-        column_T, owned_T = _columns(targets_T, ctx.shard)
-        size, step = ctx.shard.size, ctx.chunk_tokens
         grad_TV = torch.empty_like(logits_TV)
-        grad_TV[:, size:] = 0
-        for start in range(0, logits_TV.shape[0] if size else 0, step):
-            rows = slice(start, start + step)
-            logp_CV = _centred(logits_TV[rows, :size], top_T[rows]).sub_(log_z_T[rows, None])
-            out_CV = logp_CV.exp()
-            if grad_entropy_T is None:
-                out_CV.mul_(grad_logp_T[rows, None])
-            else:
-                out_CV.mul_(
-                    logp_CV.add_(entropy_T[rows, None]).mul_(grad_entropy_T[rows, None]).add_(grad_logp_T[rows, None])
-                )
-            out_CV.neg_().scatter_add_(1, column_T[rows, None], (grad_logp_T[rows] * owned_T[rows])[:, None])
-            grad_TV[rows, :size] = out_CV
+        grad_TV[:, ctx.shard.size :] = 0
+        incoming = (top_T, log_z_T, entropy_T, grad_logp_T, grad_entropy_T)
+        write_gradient(grad_TV, logits_TV, targets_T, ctx.shard, incoming, ctx.chunk_tokens)
         return grad_TV, None, None, None
 
 
-def _local_sums(logits_TV: Tensor, chunk_tokens: int) -> tuple[Tensor, Tensor]:
+def combine(
+    max_T: Tensor, sums_5T: Tensor, target_T: Tensor, owned_T: Tensor, shard: VocabShard
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tensor]:
+    """The four statistics from what each shard has of them, and the maximum and log Z (T,) of the whole vocabulary.
+
+    One maximum and one sum over the shards, whatever the number of chunks.
+    """
+    top_T = shard.all_reduce_max(max_T.clone())
+    shift_T = (max_T - top_T).clamp(min=_LOG_ZERO)
+    partial = torch.cat([_rescale(sums_5T, shift_T), torch.stack([target_T, owned_T])])
+    z_T, zu_T, z2_T, z2u_T, size_T, target_T, owned_T = shard.all_reduce_sum(partial).unbind(0)
+
+    log_z_T = z_T.log()
+    logp_T = (target_T - top_T).clamp(max=0.0) - log_z_T
+    logp_T = logp_T.masked_fill(owned_T == 0, float("nan"))
+    entropy_T = torch.minimum(log_z_T - zu_T / z_T, _log_not_above(size_T))
+    sum_p2_T = z2_T / z_T.square()
+    sum_p2_logp_T = z2u_T / z_T.square() - log_z_T * sum_p2_T
+    return (logp_T, entropy_T, sum_p2_T, sum_p2_logp_T), top_T, log_z_T
+
+
+def write_gradient(
+    grad_TV: Tensor,
+    logits_TV: Tensor,
+    targets_T: Tensor,
+    shard: VocabShard,
+    incoming: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
+    chunk_tokens: int,
+) -> None:
+    """The gradient of the logits into the first ``shard.size`` columns of ``grad_TV``, which may be the logits.
+
+    ``incoming``: (T,) maximum, log Z, entropy, gradient of log p, and of the entropy (None: 0).
+    """
+    top_T, log_z_T, entropy_T, grad_logp_T, grad_entropy_T = incoming
+    column_T, owned_T = _columns(targets_T, shard)
+    size = shard.size
+    for start in range(0, logits_TV.shape[0] if size else 0, chunk_tokens):
+        rows = slice(start, start + chunk_tokens)
+        logp_CV = _centred(logits_TV[rows, :size], top_T[rows]).sub_(log_z_T[rows, None])
+        out_CV = logp_CV.exp()
+        if grad_entropy_T is None:
+            out_CV.mul_(grad_logp_T[rows, None])
+        else:
+            out_CV.mul_(
+                logp_CV.add_(entropy_T[rows, None]).mul_(grad_entropy_T[rows, None]).add_(grad_logp_T[rows, None])
+            )
+        out_CV.neg_().scatter_add_(1, column_T[rows, None], (grad_logp_T[rows] * owned_T[rows])[:, None])
+        grad_TV[rows, :size] = out_CV
+
+
+def merge(max_T: Tensor, sums_5T: Tensor, other_max_T: Tensor, other_sums_5T: Tensor) -> tuple[Tensor, Tensor]:
+    """`local_sums` of two sets of columns together."""
+    top_T = torch.maximum(max_T, other_max_T)
+
+    def shift(x_T: Tensor) -> Tensor:  # equal maxima may both be -inf
+        return torch.where(x_T == top_T, 0.0, x_T - top_T).clamp(min=_LOG_ZERO)
+
+    return top_T, _rescale(sums_5T, shift(max_T)) + _rescale(other_sums_5T, shift(other_max_T))
+
+
+def local_sums(logits_TV: Tensor, chunk_tokens: int) -> tuple[Tensor, Tensor]:
     """Row maxima (T,) and, relative to them, (5, T) sums over the local columns: e, e u, e^2, e^2 u and 1."""
     tokens, columns = logits_TV.shape
     dtype = torch.promote_types(logits_TV.dtype, torch.float32)
@@ -166,7 +212,7 @@ def _local_sums(logits_TV: Tensor, chunk_tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def _rescale(sums_5T: Tensor, shift_T: Tensor) -> Tensor:
-    """The sums of `_local_sums`, re-expressed relative to a maximum that lies ``-shift`` higher."""
+    """The sums of `local_sums`, re-expressed relative to a maximum that lies ``-shift`` higher."""
     z, zu, z2, z2u, size = sums_5T.unbind(0)
     e = shift_T.exp()
     return torch.stack([e * z, e * (zu + shift_T * z), e * e * z2, e * e * (z2u + shift_T * z2), size])
@@ -184,9 +230,7 @@ def _columns(targets_T: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
     return local_T.masked_fill(~owned_T, 0), owned_T
 
 
-def _local_targets(
-    logits_TV: Tensor, targets_T: Tensor, shard: VocabShard, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def local_targets(logits_TV: Tensor, targets_T: Tensor, shard: VocabShard, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Logit of each target and 1.0, or 0.0 and 0.0 where another shard owns the target."""
     column_T, owned_T = _columns(targets_T, shard)
     if logits_TV.shape[1] == 0:

@@ -25,6 +25,7 @@ from megatron_ext.learner import model as megatron
 from megatron_ext.learner import weights
 from megatron_ext.learner.model import parallel_state
 from megatron_ext.learner.offload import Parking, model_tensors, optimizer_tensors
+from megatron_ext.learner.policy_head import put_hidden_states
 from megatron_ext.learner.step import (
     DIAGNOSTIC,
     Loss,
@@ -240,6 +241,7 @@ class Learner(Trainable):
 
     def __init__(self, config: Config, model_dir: Path, *, total_updates: int) -> None:
         super().__init__(config, model_dir, total_updates=total_updates)
+        put_hidden_states(self.chunks)
         padded = conversion.padded_vocab(self.hf.vocab_size, config.parallel.tp)
         self.shard = tensor_parallel_shard(self.hf.vocab_size, padded)
 

@@ -1,7 +1,7 @@
 """One pass of Megatron's schedule over packed micro-batches: the statistics pass and the training pass.
 
 Shapes: T response tokens of the whole rollout batch in sample order (sample 0's tokens first); R response tokens of
-one micro-batch; V vocabulary rows of this tensor-parallel rank.
+one micro-batch.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ext.kernels import VocabShard, vocab_statistics
+from megatron_ext.kernels import VocabShard, linear_vocab_statistics
 from megatron_ext.learner import context_parallel
 from megatron_ext.learner.attention import packed_sequences
+from megatron_ext.learner.policy_head import output_weight
 from megatron_ext.rl import packing
 from megatron_ext.rl.entropy_theory import diagnostic_sums
 from megatron_ext.rl.types import LossInputs, LossOutputs, TokenStats
@@ -79,22 +80,26 @@ def make_micro_batch(
 def forward(model: Any, mb: MicroBatch, device: torch.device) -> Tensor:
     """The model on a packed micro-batch: (1, local tokens, ...) on the last pipeline stage, hidden states on others."""
     packed, local_T = mb.packed, mb.local_T
+    in_its_precision = {"fp32_output": False} if model.config.bf16 else {}
     return model(
         input_ids=packed.tokens_T[local_T][None].to(device),
         position_ids=packed.position_ids_T[local_T][None].to(device),
         attention_mask=None,
         packed_seq_params=packed_sequences(packed.cu_seqlens.to(device), packed.max_seqlen),
+        **in_its_precision,
     )
 
 
-def _statistics(output: Tensor, mb: MicroBatch, shard: VocabShard | None, chunk_tokens: int) -> TokenStats:
-    """Vocabulary statistics of the response tokens only: the prompt's logits are never looked at.
+def _statistics(hidden: Tensor, model: Any, mb: MicroBatch, shard: VocabShard | None, chunk_tokens: int) -> TokenStats:
+    """Vocabulary statistics of the response tokens only: the prompt's logits are never made, the others in chunks.
 
-    (R,) of the whole micro-batch, although this rank has the logits of its own tokens only.
+    (R,) of the whole micro-batch, although this rank has the hidden states (1, local tokens, h) of its own tokens only.
     """
-    mask = mb.packed.response_mask_T[mb.local_T].to(output.device)
-    targets_R = mb.packed.targets_T[mb.local_T].to(output.device)[mask]
-    stats = vocab_statistics(output[0][mask], targets_R, shard=shard, chunk_tokens=chunk_tokens)
+    mask = mb.packed.response_mask_T[mb.local_T].to(hidden.device)
+    targets_R = mb.packed.targets_T[mb.local_T].to(hidden.device)[mask]
+    stats = linear_vocab_statistics(
+        hidden[0][mask], output_weight(model), targets_R, shard=shard, chunk_tokens=chunk_tokens
+    )
     rows = torch.stack([stats.logp, stats.entropy, stats.sum_p2, stats.sum_p2_logp], dim=1)
     logp, entropy, sum_p2, sum_p2_logp = whole_micro_batch(rows, mask, mb).unbind(1)
     return TokenStats(logp, entropy, sum_p2.detach(), sum_p2_logp.detach())
@@ -113,7 +118,7 @@ def statistics_step(
     mb = next(iterator)
 
     def collect(output: Tensor) -> tuple[Tensor, Tensor, Any]:
-        stats = _statistics(output, mb, shard, chunk_tokens)
+        stats = _statistics(output, model, mb, shard, chunk_tokens)
         rows = torch.stack([stats.logp, stats.entropy, stats.sum_p2, stats.sum_p2_logp])
         return output.new_zeros(()), torch.zeros((), dtype=torch.int), (mb.flat_R, rows)
 
@@ -141,7 +146,7 @@ def training_step(
     mb = next(iterator)
 
     def objective(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        stats = _statistics(output, mb, shard, chunk_tokens)
+        stats = _statistics(output, model, mb, shard, chunk_tokens)
         flat = mb.flat_R
 
         def at(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from megatron_ext.kernels import vocab_statistics
+from megatron_ext.kernels import linear_vocab_statistics, vocab_statistics
 from megatron_ext.rl.types import TokenStats
 
 pytestmark = pytest.mark.distributed
@@ -77,6 +77,34 @@ def _check(vocab: int, padded: int, chunk_tokens: int, scale: float) -> None:
         torch.testing.assert_close(getattr(low, name).double(), getattr(exact, name), rtol=2e-6, atol=2e-6)
 
 
+def _check_linear(vocab: int, padded: int, chunk_tokens: int) -> None:
+    """From hidden states: each rank has its rows of the output layer, and its part of the hidden states' gradient."""
+    from megatron_ext.learner.vocab_parallel import tensor_parallel_shard
+
+    generator = torch.Generator().manual_seed(vocab)
+    hidden = torch.randn(TOKENS, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    weight = torch.randn(vocab, 5, generator=generator, dtype=torch.float64).requires_grad_()
+    targets = torch.randint(vocab, (TOKENS,), generator=generator)
+    expected = _textbook(hidden @ weight.T, targets)
+    of_hidden, of_weight = _gradient(expected, hidden), _gradient(_textbook(hidden @ weight.T, targets), weight)
+
+    rows = padded // dist.get_world_size()
+    mine = slice(dist.get_rank() * rows, (dist.get_rank() + 1) * rows)
+    full = torch.cat([weight.detach(), torch.full((padded - vocab, 5), 1e3, dtype=torch.float64)])
+    local = full[mine].clone().requires_grad_()
+    shard = tensor_parallel_shard(vocab, padded)
+    got = linear_vocab_statistics(hidden, local, targets, shard=shard, chunk_tokens=chunk_tokens)
+    for name in FIELDS:
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=1e-12, atol=1e-12)
+    weight_T = torch.linspace(-1, 2, TOKENS, dtype=torch.float64)
+    total = (weight_T * got.logp - 0.3 * weight_T.square() * got.entropy).sum()
+    part, own = torch.autograd.grad(total, [hidden, local])
+    dist.all_reduce(part)
+    torch.testing.assert_close(part, of_hidden, rtol=1e-11, atol=1e-12)
+    whole = torch.cat([of_weight, torch.zeros(padded - vocab, 5, dtype=torch.float64)])
+    torch.testing.assert_close(own, whole[mine], rtol=1e-11, atol=1e-12)
+
+
 def _worker(rank: int, world: int, store: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
@@ -91,6 +119,9 @@ def _worker(rank: int, world: int, store: str) -> None:
     _check(vocab=32, padded=32, chunk_tokens=0, scale=3.0)
     _check(vocab=37, padded=40, chunk_tokens=5, scale=3.0)
     _check(vocab=9, padded=16, chunk_tokens=1, scale=200.0)  # the last ranks are all padding
+    _check_linear(vocab=37, padded=40, chunk_tokens=0)
+    _check_linear(vocab=37, padded=40, chunk_tokens=1)
+    _check_linear(vocab=9, padded=16, chunk_tokens=2)
     with pytest.raises(ValueError, match="padded_vocab_size=41"):
         tensor_parallel_shard(37, 41)
     with pytest.raises(ValueError, match="vocab_size=50"):
