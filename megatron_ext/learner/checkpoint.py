@@ -36,6 +36,7 @@ filesystem_async._results_queue = queue.Queue()
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
 LATEST = "latest"
 STATE = "state.json"
+EXTRA_STATE = "._extra_state"  # in the names of what Transformer Engine keeps beside parameters; a number may follow
 CRITIC = "critic"  # directory inside a checkpoint, in the same format
 
 
@@ -62,7 +63,8 @@ def save(
             for file in side_files(learner.model_dir):  # so that the checkpoint can be exported by itself
                 shutil.copyfile(file, partial / HF_FILES / file.name)
             (partial / STATE).write_text(json.dumps({"step": step, **state}, indent=1) + "\n", encoding="utf-8")
-            write_manifest(partial, kind="megatron-gppo checkpoint", step=step, settings=_settings(learner))
+            settings, scales = _settings(learner), _has_scales(learner)
+            write_manifest(partial, kind="megatron-gppo checkpoint", step=step, settings=settings, fp8_scales=scales)
     if first:
         _write_atomically(root / LATEST, directory.name + "\n")
         for old in sorted(root.glob("step_*[0-9]"))[:-keep] if keep else []:
@@ -106,9 +108,10 @@ def load(learner: Learner, directory: Path, *, critic: Critic | None = None) -> 
             f"{'set' if saved_critic else 'do not set'} advantage.name=gae to continue"
         )
     torch.distributed.barrier()
-    _restore(learner, directory)
+    scales = bool(manifest.get("fp8_scales"))
+    _restore(learner, directory, scales)
     if critic is not None:
-        _restore(critic, directory / CRITIC)
+        _restore(critic, directory / CRITIC, scales)
     state: dict[str, Any] = json.loads((directory / STATE).read_text(encoding="utf-8"))
     return state
 
@@ -117,23 +120,41 @@ def _write(model: Trainable, directory: Path) -> None:
     model.reload(optimizer=True)
     _start(model.optimizer)
     with on_device():
-        dist_checkpointing.save(_sharded_state(model, is_loading=False), str(directory))
+        state = _sharded_state(model, is_loading=False, scales=_has_scales(model))
+        dist_checkpointing.save(state, str(directory))
     model.rest()
 
 
-def _restore(model: Trainable, directory: Path) -> None:
+def _restore(model: Trainable, directory: Path, saved_scales: bool) -> None:
     model.reload(optimizer=True)
     if model.config.optim.distributed:
         _prepare_torch_adam(model.optimizer)
+    scales = saved_scales and _has_scales(model)
     with on_device():
-        loaded = dist_checkpointing.load(_sharded_state(model, is_loading=True), str(directory))
+        loaded = dist_checkpointing.load(_sharded_state(model, is_loading=True, scales=scales), str(directory))
         for key, chunk in _chunks(model).items():
-            chunk.load_state_dict(loaded[key], strict=True)
-        _add_step_zero(model.optimizer, loaded["optimizer"])
+            load_weights(chunk, loaded[key])
+        _fit_steps(model.optimizer, loaded["optimizer"])
         model.optimizer.load_state_dict(loaded["optimizer"])
         model.lr_schedule.load_state_dict(loaded["lr_schedule"])
     _unshare_steps(model.optimizer)
     model.rest()
+
+
+def load_weights(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
+    """`load_state_dict` that may lack extra states, but nothing else. ValueError names what is missing or unknown."""
+    missing, unexpected = chunk.load_state_dict(state, strict=False)
+    if wrong := [key for key in (*missing, *unexpected) if EXTRA_STATE not in key]:
+        raise ValueError(f"the checkpoint does not fit the model: {len(wrong)} tensors missing or unknown, {wrong[:3]}")
+
+
+def _has_scales(model: Trainable) -> bool:
+    """Whether Transformer Engine's extra states hold anything that training depends on.
+
+    Only delayed scaling has a memory. Every other extra state is empty or repeats the settings, and is left out of a
+    checkpoint: so the same checkpoint fits Megatron's own layers, Transformer Engine's, and FP8.
+    """
+    return model.config.model.fp8 is not None and model.config.model.fp8_recipe == "delayed"
 
 
 def _settings(learner: Learner) -> dict[str, Any]:
@@ -179,12 +200,25 @@ def _prepare_torch_adam(optimizer: Any) -> None:
         part._set_main_param_and_optimizer_states = partial(_set_states_keeping_step, part)
 
 
-def _add_step_zero(optimizer: Any, loaded: dict[Any, Any]) -> None:
-    """Megatron's ordinary optimizers leave a step count of 0 out of what they save, but torch's Adam wants one."""
+def _fit_steps(optimizer: Any, loaded: dict[Any, Any]) -> None:
+    """Bring the step count, and settings that one Adam has and the other lacks, to where this optimizer looks.
+
+    torch's Adam counts steps per parameter, which Megatron's ordinary optimizers save as one ``common_step`` (and leave
+    out when it is 0); Transformer Engine's and apex's count whole numbers per group. A run may go on with the other.
+    """
     parts = _parts(optimizer)
     for part, saved in zip(parts, [loaded] if len(parts) == 1 else loaded.values(), strict=True):
-        if _is_torch_adam(part) and not part.config.use_distributed_optimizer:
-            saved.get("optimizer", saved)["state"].setdefault("common_step", torch.tensor(0.0))
+        if part.config.optimizer != "adam":
+            continue
+        saved = saved.get("optimizer", saved)
+        groups, states = saved["param_groups"], saved.get("state", {})
+        step = int(states.pop("common_step", 0) or max(group.pop("step", None) or 0 for group in groups))
+        per_parameter = _is_torch_adam(part) and not part.config.use_distributed_optimizer
+        if per_parameter:
+            states["common_step"] = torch.tensor(float(step))
+        for group in groups:
+            for key, value in {**part.optimizer.defaults, **({} if per_parameter else {"step": step})}.items():
+                group.setdefault(key, value)
 
 
 def _set_states_keeping_step(part: Any, parameter: Any, tensors: dict[str, Any]) -> None:
@@ -205,8 +239,11 @@ def _chunks(model: Trainable) -> dict[str, Any]:
     return {"model": chunks[0]} if len(chunks) == 1 else {f"model{i}": chunk for i, chunk in enumerate(chunks)}
 
 
-def _sharded_state(model: Trainable, *, is_loading: bool) -> dict[str, Any]:
-    state: dict[str, Any] = {key: chunk.sharded_state_dict() for key, chunk in _chunks(model).items()}
+def _sharded_state(model: Trainable, *, is_loading: bool, scales: bool) -> dict[str, Any]:
+    state: dict[str, Any] = {}
+    for name, chunk in _chunks(model).items():
+        tensors = chunk.sharded_state_dict()
+        state[name] = {key: value for key, value in tensors.items() if scales or EXTRA_STATE not in key}
     state["optimizer"] = model.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=_METADATA)
     state["lr_schedule"] = model.lr_schedule.state_dict()
     return state

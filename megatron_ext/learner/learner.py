@@ -20,6 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 import conversion
+from configs import fp8
 from configs.schema import Config
 from megatron_ext.learner import model as megatron
 from megatron_ext.learner import weights
@@ -295,10 +296,11 @@ def sequence_multiple(config: Config) -> int:
 def token_multiple(config: Config) -> int:
     """What the number of tokens of a micro-batch must be a multiple of.
 
-    Sequence parallelism cuts the tokens of a context-parallel rank into tp equal parts.
+    Sequence parallelism cuts the tokens of a context-parallel rank into tp equal parts, and FP8 products want each of
+    those in multiples of their own.
     """
     parallel = config.parallel
-    return parallel.cp * (parallel.tp if parallel.sp else 1)
+    return parallel.cp * (parallel.tp if parallel.sp else 1) * fp8.alignment(config)
 
 
 def broadcast_bytes(data: bytes, *, src: int, device: torch.device) -> bytes:

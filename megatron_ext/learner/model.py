@@ -133,6 +133,9 @@ def block_spec(config: TransformerConfig, vp_stage: int | None) -> ModuleSpec | 
         layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
         if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if config.num_moe_experts:
+        # Megatron's local layers save this norm as if it were fused with the MLP; Transformer Engine's do not fuse it.
+        layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     # Given a layer alone, Megatron would end the block with a norm of its own choice: torch's, always in float32.
     layers = [spec] * get_num_layers_to_build(config, vp_stage)
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

@@ -1,0 +1,12 @@
+from transformer_engine.pytorch import distributed as distributed
+from transformer_engine.pytorch import ops as ops
+from transformer_engine.pytorch.attention import DotProductAttention as DotProductAttention
+from transformer_engine.pytorch.fp8 import fp8_autocast as fp8_autocast
+from transformer_engine.pytorch.fp8 import fp8_model_init as fp8_model_init
+from transformer_engine.pytorch.module import Fp8Padding as Fp8Padding
+from transformer_engine.pytorch.module import Fp8Unpadding as Fp8Unpadding
+from transformer_engine.pytorch.module import GroupedLinear as GroupedLinear
+from transformer_engine.pytorch.module import LayerNorm as LayerNorm
+from transformer_engine.pytorch.module import LayerNormLinear as LayerNormLinear
+from transformer_engine.pytorch.module import Linear as Linear
+from transformer_engine.pytorch.module import RMSNorm as RMSNorm

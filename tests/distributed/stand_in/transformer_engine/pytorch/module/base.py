@@ -1,0 +1,1 @@
+"""Nothing that Megatron looks for here is emulated; it goes on without."""

@@ -1,0 +1,7 @@
+"""Names that Megatron's annotations mention; nothing here is used."""
+
+
+class Sequential: ...
+
+
+class FusibleOperation: ...
