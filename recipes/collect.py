@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from configs.schema import Config
 from megatron_ext.rl.advantages import informative_groups
 from megatron_ext.rl.types import Problem, Rollout, Sample
+from recipes.attempt import LATEST, LOGS
 from recipes.data import encode_prompt, make_source
 from recipes.evaluate import summarise
 from recipes.journal import encode_group
@@ -62,7 +63,7 @@ class Collector:
             max_model_len=rollout.max_model_len,
             max_num_seqs=rollout.max_num_seqs,
             dtype=rollout.dtype,
-            log_dir=run_dir / "logs",
+            log_dir=run_dir / LOGS / LATEST,
             request_timeout_s=rollout.timeout_s,
             update_timeout_s=rollout.timeout_s,
         )

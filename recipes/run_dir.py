@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -19,6 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from configs.load import read_config, save_config
 from configs.schema import Config
 from megatron_ext.rl.types import Sample
+from recipes.attempt import FINISHED, LATEST, LOGS, STOP, VARIABLE, own_attempt, record, write_finished
 from recipes.metrics import StepMetrics
 
 if TYPE_CHECKING:  # importing Megatron takes seconds
@@ -26,15 +28,19 @@ if TYPE_CHECKING:  # importing Megatron takes seconds
 
 SAMPLES_PER_STEP = 4  # completions kept in samples.jsonl
 PLAIN_EVERY_S = 5.0  # seconds between progress lines when the output is not a terminal
+# A requeued job may find the lock still held for a node that has died: file servers wait that long for its return.
+LOCK_WAIT_S = 120.0
+ROLE = "learner"  # rank 0 speaks for the learner; under Slurm each rank's exit status is recorded besides
 
 
 class RunDir:
-    """Context manager around a run directory: lock, metrics, samples, report, live progress."""
+    """Context manager around a run directory: lock, metrics, samples, report, live progress, the attempt's events."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.path = Path(config.run.dir)
         self.checkpoints = self.path / "checkpoints"
+        self.logs = self.path / LOGS / LATEST  # of this attempt, once entered
         self._first = torch.distributed.get_rank() == 0
         self._lock: IO[str] | None = None
         self._metrics: IO[str] | None = None
@@ -54,17 +60,19 @@ class RunDir:
             raise ValueError(f"rollout.replay={replay} is this run's own directory; set run.dir to another one")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._lock = (self.path / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"run.dir={self.path} is in use by another process; wait or choose another") from error
+        if not lock(self._lock, LOCK_WAIT_S if VARIABLE in os.environ else 0.0):
+            raise ValueError(f"run.dir={self.path} is in use by another process; wait or choose another")
         saved = self.path / "config.yaml"
         if saved.is_file():
             _check_same_run(read_config(saved), self.config)
         save_config(self.config, saved)
+        self.logs = own_attempt(self.path)
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        if error is not None and self._first:
+            first_line = (str(error).splitlines() or [""])[0]
+            record(self.logs, ROLE, "failed", error=f"{type(error).__name__}: {first_line}")
         if self._progress is not None:
             self._progress.stop()
         if self._metrics is not None:
@@ -79,6 +87,9 @@ class RunDir:
         for name in ("metrics.jsonl", "samples.jsonl"):
             _keep_steps(self.path / name, step)
         self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+        record(self.logs, ROLE, "started", step=step, steps=self.config.train.steps)
+        if step < self.config.train.steps:
+            (self.path / FINISHED).unlink(missing_ok=True)
         if step:
             self.say(f"resuming {self.path} after step {step}")
         if self.console.is_terminal:
@@ -123,6 +134,17 @@ class RunDir:
         if every and metrics.step % every == 0:
             self._report()
 
+    @property
+    def stop_file(self) -> Path:
+        """Whoever makes this file asks for a checkpoint at the next step boundary and a clean end."""
+        return self.logs / STOP
+
+    def stopped(self, step: int) -> None:
+        """Ended on request after ``step``, with a checkpoint of it."""
+        if self._first:
+            record(self.logs, ROLE, "stopped", step=step)
+            self.say(f"stopped on request after step {step}; start again to continue")
+
     def finish(self, learner: Learner, model_dir: Path) -> None:
         """Export the policy as a Hugging Face directory and write the report."""
         from conversion.megatron_to_hf import write_hf
@@ -144,6 +166,8 @@ class RunDir:
             if self._progress is not None:
                 self._progress.stop()
             report = self._report()
+            write_finished(self.path, self.config.train.steps)
+            record(self.logs, ROLE, "finished", step=self.config.train.steps)
             minutes = (time.monotonic() - self._begin) / 60
             self.say(f"done in {minutes:.1f} min: report {report}, model {out}, metrics {self.path / 'metrics.jsonl'}")
 
@@ -190,6 +214,27 @@ class RunDir:
                 file=sys.stdout,
                 flush=True,
             )
+
+
+def lock(file: IO[str], wait_s: float) -> bool:
+    """Take the lock on a file for this process's life; False when another holds it for longer than ``wait_s``.
+
+    File systems without locks (Lustre, unless mounted with `flock`) are taken as they are: True.
+    """
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(1.0)
+        except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                return True
+            raise
+        else:
+            return True
 
 
 def _keep_steps(path: Path, last: int) -> None:

@@ -51,7 +51,7 @@ def train(config: Config, model_dir: Path) -> None:
         if found := checkpoint.find_latest(run.checkpoints):
             state = checkpoint.load(learner, found, critic=critic)
         run.begin(state["step"])
-        stop = StopSignal()
+        stop = StopSignal(run.stop_file)
         with RolloutStream(config, model_dir, run.path, learner) as stream:
             if state["step"] == 0:
                 run.evaluated(stream.evaluate(0), before=True)
@@ -75,7 +75,7 @@ def train(config: Config, model_dir: Path) -> None:
                         keep = config.train.keep_checkpoints
                         checkpoint.save(learner, run.checkpoints, step + 1, {**state}, keep=keep, critic=critic)
                 if stopping and not last:
-                    run.say(f"stopped by a signal after step {step + 1}; start again to continue")
+                    run.stopped(step + 1)
                     return
             run.finish(learner, model_dir)
 
@@ -225,15 +225,19 @@ def aggregation_weights(
 
 
 class StopSignal:
-    """SIGTERM or SIGUSR1 asks for a checkpoint at the next step boundary and a clean end."""
+    """SIGTERM, SIGUSR1 or the existence of ``file`` asks for a checkpoint at the next step boundary and a clean end."""
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, file: Path) -> None:
+        self._file, self._signalled = file, False
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._set)
 
+    @property
+    def requested(self) -> bool:
+        return self._signalled or self._file.exists()
+
     def _set(self, *_: object) -> None:
-        self.requested = True
+        self._signalled = True
 
 
 def _params(group: dict[str, Any]) -> dict[str, Any]:

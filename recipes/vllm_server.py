@@ -40,7 +40,7 @@ class ServerProcess:
 
     def __init__(self, index: int, options: ServerOptions, *, token: str, log_dir: Path) -> None:
         log_dir.mkdir(parents=True, exist_ok=True)
-        self.log_path = log_dir / f"vllm-{index}.log"
+        self.log_path = log_dir / f"server-{index}.log"
         # Held (bound, not listening) until the server listens: nobody else is given this port meanwhile, and vLLM,
         # which also sets SO_REUSEADDR, can still bind it.
         self._placeholder = socket.socket(socket.AF_INET, socket.SOCK_STREAM)

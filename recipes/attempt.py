@@ -1,0 +1,101 @@
+"""The logs of a run, one directory per start of it: `RUN_DIR/logs/attempt_N`, `latest` pointing at the newest.
+
+Beside the logs, every role of an attempt (the batch script, each learner rank, each server) keeps a small file of
+events, `ROLE.events.jsonl`, one JSON object per line: when it started and ended, and how. `recipes.status` reads them.
+Standard library only: node checks and server supervisors import this and must start in no time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+LOGS, LATEST = "logs", "latest"
+VARIABLE = "GPPO_ATTEMPT_DIR"  # set by slurm/lib.sh, which makes the directory for all roles of a job
+FINISHED = "finished.json"  # in the run directory, once the last step is done
+STOP = "stop"  # a file in an attempt's directory: checkpoint at the next step boundary and end
+_SUFFIX = ".events.jsonl"
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that happened to one role. ``time`` in seconds since the epoch, by that node's clock."""
+
+    time: float
+    role: str  # "job" | "learner-rank0" | "server-1" | ...
+    name: str  # "started" | "ended" | "finished" | "stopped" | "failed" | ...
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def attempts(run_dir: Path) -> list[Path]:
+    """Directories of all attempts, oldest first."""
+    found = [path for path in (run_dir / LOGS).glob("attempt_*") if path.name[8:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[8:]))
+
+
+def new_attempt(run_dir: Path) -> Path:
+    """Make the next attempt's directory and point `latest` at it."""
+    earlier = attempts(run_dir)
+    directory = run_dir / LOGS / f"attempt_{int(earlier[-1].name[8:]) + 1 if earlier else 1}"
+    directory.mkdir(parents=True)
+    link = run_dir / LOGS / f".{LATEST}.{os.getpid()}"
+    link.symlink_to(directory.name)
+    os.replace(link, run_dir / LOGS / LATEST)
+    return directory
+
+
+def own_attempt(run_dir: Path) -> Path:
+    """The directory that the batch script made for this job, or else a new one."""
+    given = os.environ.get(VARIABLE)
+    return Path(given) if given else new_attempt(run_dir)
+
+
+def record(attempt: Path, role: str, name: str, **details: Any) -> None:
+    """Append an event. What cannot be written (a full disk) is not worth ending a run for."""
+    line = json.dumps({"time": round(time.time(), 3), "event": name, **details}) + "\n"
+    try:
+        with (attempt / f"{role}{_SUFFIX}").open("a", encoding="utf-8") as file:
+            file.write(line)
+    except OSError:
+        pass
+
+
+def events(attempt: Path) -> list[Event]:
+    """All events of an attempt in order of time. Torn lines, left by a kill, are skipped."""
+    found = []
+    for path in attempt.glob(f"*{_SUFFIX}"):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                values = json.loads(line)
+                event = Event(float(values.pop("time")), path.name.removesuffix(_SUFFIX), values.pop("event"), values)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                continue
+            found.append(event)
+    return sorted(found, key=lambda event: event.time)
+
+
+def write_finished(run_dir: Path, steps: int) -> None:
+    """Say that the run is complete with so many steps."""
+    temporary = run_dir / f".{FINISHED}"
+    temporary.write_text(json.dumps({"steps": steps, "time": round(time.time(), 3)}) + "\n", encoding="utf-8")
+    os.replace(temporary, run_dir / FINISHED)
+
+
+def finished_steps(run_dir: Path) -> int:
+    """Steps that the run was complete with; 0 when it never was."""
+    try:
+        return int(json.loads((run_dir / FINISHED).read_text(encoding="utf-8"))["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def checkpoint_step(run_dir: Path) -> int:
+    """Step of the newest checkpoint; 0 when there is none."""
+    try:
+        return int((run_dir / "checkpoints" / "latest").read_text(encoding="utf-8").strip().removeprefix("step_"))
+    except (OSError, ValueError):
+        return 0

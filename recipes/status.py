@@ -1,0 +1,200 @@
+"""Where a run stands: `python -m recipes.status RUN_DIR`. Reads files only, on any machine that sees the directory."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import re
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.markup import escape
+
+from recipes import attempt
+from recipes.attempt import Event
+from recipes.report import read_jsonl
+
+ALIVE_S = 60.0  # the batch script's heartbeat comes every 2 s; file servers may show it late
+TAIL = 8  # lines of a failed role's log
+RECENT = 10  # steps whose median time tells how long the rest takes
+SHOWN = {
+    "reward": "critic/rewards/mean",
+    "entropy": "actor/entropy",
+    "grad norm": "actor/grad_norm",
+    "length": "response_length/mean",
+}
+
+
+@dataclass(frozen=True)
+class FirstError:
+    """The role that failed first in an attempt, when (seconds since the epoch), how, and the end of its log."""
+
+    role: str
+    time: float
+    what: str
+    log: Path | None
+    tail: list[str]
+
+
+def state(run_dir: Path, now: float) -> tuple[str, str]:
+    """(one of finished, running, queued, stopped, failed, refused, cancelled, lost, new; a few words more)."""
+    all_attempts = attempt.attempts(run_dir)
+    if attempt.finished_steps(run_dir):
+        return "finished", ""
+    if not all_attempts:
+        return "new", "no attempt yet"
+    events = attempt.events(all_attempts[-1])
+    job = [event for event in events if event.role == "job"]
+    if job and job[-1].name != "started":
+        last = job[-1].name
+        return ("queued", "requeued, waiting to continue") if last == "requeued" else (last, "")
+    if job:
+        try:
+            silent = now - (all_attempts[-1] / "heartbeat").stat().st_mtime
+        except OSError:
+            silent = now - job[-1].time
+        if silent < ALIVE_S:
+            return "running", f"job {job[0].details.get('job')}"
+        return "lost", f"no sign of life for {_duration(silent)}: node lost, or requeued and waiting"
+    if _locked(run_dir):
+        return "running", ""
+    last = next((event.name for event in reversed(events) if event.role == "learner"), "")
+    return (last, "") if last in ("stopped", "failed") else ("lost", "ended without a word: killed?")
+
+
+def _locked(run_dir: Path) -> bool:
+    """Whether a process holds the run directory's lock."""
+    try:
+        with (run_dir / ".lock").open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def first_error(directory: Path) -> FirstError | None:
+    """What failed first in an attempt, and so is likelier the cause than what failed after it."""
+    for event in attempt.events(directory):
+        code = event.details.get("code", 0)
+        if event.name == "failed" and "error" in event.details:
+            what = str(event.details["error"])
+        elif event.name == "ended" and code:
+            what = f"ended with status {code}" + (f" (signal {code - 128})" if code > 128 else "")
+        else:
+            continue
+        role = "learner-rank0" if event.role == "learner" else event.role
+        log = directory / f"{role}.log"
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+        tail = [line.rstrip() for line in lines if line.strip()][-TAIL:]
+        return FirstError(role, event.time, what, log if log.is_file() else None, tail)
+    return None
+
+
+def servers(events: Sequence[Event]) -> str:
+    """How many servers are ready, how often they were started again."""
+    last: dict[str, str] = {}
+    failures = 0
+    for event in events:
+        if re.fullmatch(r"server-\d+", event.role):
+            last[event.role] = event.name
+            failures += event.name == "failed"
+    if not last:
+        return ""
+    text = f"{sum(name == 'ready' for name in last.values())} of {len(last)} ready"
+    return text + (f", {failures} restarts" if failures else "")
+
+
+def describe(run_dir: Path, now: float | None = None) -> list[tuple[str, str]]:
+    """(label, text) lines. Raises ValueError when the directory is not a run's."""
+    now = time.time() if now is None else now
+    if not run_dir.is_dir():
+        raise ValueError(f"{run_dir}: no such directory; give the run.dir of a run")
+    metrics, config_file = run_dir / "metrics.jsonl", run_dir / "config.yaml"
+    config: dict[str, Any] = yaml.safe_load(config_file.read_text()) if config_file.is_file() else {}
+    rows = [row for row in (read_jsonl(metrics)[0] if metrics.is_file() else []) if "step" in row]
+    all_attempts = attempt.attempts(run_dir)
+    if not config and not all_attempts:
+        raise ValueError(f"{run_dir} holds neither config.yaml nor logs: give the run.dir of a run")
+    name, words = state(run_dir, now)
+    out = [("state", name + (f" ({words})" if words else ""))]
+    out += _progress(rows, config, name)
+    out.append(("checkpoint", f"step {attempt.checkpoint_step(run_dir)}"))
+    if all_attempts:
+        events = attempt.events(all_attempts[-1])
+        started = _when(events[0].time) if events else "just now"
+        out.append(("attempt", f"{len(all_attempts)}, since {started}, {all_attempts[-1]}"))
+        if text := servers(events):
+            out.append(("servers", text))
+    if name not in ("finished", "running"):
+        out += _error(all_attempts)
+    return out
+
+
+def _progress(rows: list[dict[str, Any]], config: dict[str, Any], name: str) -> list[tuple[str, str]]:
+    steps = (config.get("train") or {}).get("steps", "?")
+    if not rows:
+        return [("step", f"0 of {steps}")]
+    last = rows[-1]
+    out = [("step", f"{last['step']} of {steps}")]
+    values = [f"{label} {last[key]:.4g}" for label, key in SHOWN.items() if key in last]
+    out.append(("last step", ", ".join(values)))
+    evaluations = [row for row in rows if any(key.startswith("val-core/") for key in row)]
+    if evaluations:
+        row = evaluations[-1]
+        scores = [f"{key.removeprefix('val-core/')} {row[key]:.3f}" for key in sorted(row) if _is_score(key)]
+        out.append(("evaluation", f"step {row['step']}: {', '.join(scores)}"))
+    seconds = statistics.median(row["timing_s/step"] for row in rows[-RECENT:])
+    speed = f"{last.get('perf/throughput', 0):.0f} tokens/s, {seconds:.3g} s a step"
+    if name == "running" and isinstance(steps, int):
+        speed += f", {_duration((steps - last['step']) * seconds)} left"
+    return [*out, ("speed", speed)]
+
+
+def _is_score(key: str) -> bool:
+    return key.startswith("val-core/") and not key.endswith(("/low", "/high"))
+
+
+def _error(all_attempts: list[Path]) -> list[tuple[str, str]]:
+    for directory in reversed(all_attempts):
+        if (error := first_error(directory)) is not None:
+            where = f"{error.role} of {directory.name}, {_when(error.time)}: {error.what}"
+            return [("first error", "\n".join([where, *(f"  | {line[:200]}" for line in error.tail)]))]
+    return []
+
+
+def _when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m recipes.status", description=__doc__)
+    parser.add_argument("run_dir", type=Path)
+    try:
+        lines = describe(parser.parse_args(argv).run_dir)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    console = Console(highlight=False, soft_wrap=True)
+    for label, text in lines:
+        console.print(f"[dim]{label:>12}[/]  {escape(text)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

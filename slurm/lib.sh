@@ -1,0 +1,165 @@
+# shellcheck shell=bash
+# What all templates share: `source slurm/lib.sh`, set the variables below, `main "$@"`. slurm/README.md has the picture.
+#
+#   RECIPE, ARGS         the run; arguments of sbatch come after ARGS, and recipe=NAME there replaces both
+#   LEARNER_NODES        nodes with learner ranks, the first ones of the allocation
+#   ROLLOUT_NODES        nodes with vLLM servers; 0: servers share the learner's nodes
+#   GPUS_PER_NODE        0: CPU nodes
+#   RANKS_PER_NODE       learner ranks (one GPU each) on a learner node
+#   SERVERS_PER_NODE     servers, of SERVER_GPUS each, on a rollout node (or beside the ranks, on the GPUs behind theirs)
+#   VLLM_ARGS            array: further arguments of vLLM
+
+set -uo pipefail
+ROOT=${SLURM_SUBMIT_DIR:-$PWD}
+[[ -f $ROOT/slurm/lib.sh ]] || { echo "error: submit from the repository's root directory" >&2; exit 2; }
+cd "$ROOT" || exit 2
+RUNTIME=venv PYTHON=$ROOT/.venv/bin/python IMAGE='' MOUNTS='' # what site.env may change
+ARGS=() VLLM_ARGS=() PROGRAM=${PROGRAM:-recipes.train}
+# shellcheck disable=SC2329 # site.env may have its own
+prepare_node() { :; }
+SITE_ENV=${SITE_ENV:-slurm/site.env}
+[[ -f $SITE_ENV ]] || SITE_ENV=slurm/site.env.example
+# shellcheck source=slurm/site.env.example
+source "$SITE_ENV"
+export ROOT SITE_ENV OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
+# --- how Python starts: HOST_PY in the batch script, TASK_PY within srun, PYXIS for srun itself ----------------------
+PYXIS=()
+# shellcheck disable=SC2034 # TASK_PY is task.sh's
+case $RUNTIME in
+	venv) HOST_PY=("$PYTHON") TASK_PY=("$PYTHON") ;;
+	apptainer)
+		HOST_PY=(apptainer exec --nv --pwd "$ROOT" --bind "$ROOT${MOUNTS:+,$MOUNTS}" "$IMAGE" python)
+		TASK_PY=("${HOST_PY[@]}") ;;
+	pyxis)
+		PYXIS=("--container-image=$IMAGE" "--container-mounts=$ROOT:$ROOT${MOUNTS:+,$MOUNTS}" "--container-workdir=$ROOT")
+		HOST_PY=(srun --overlap --mem=0 -N1 -n1 -r0 "${PYXIS[@]}" python) TASK_PY=(python) ;;
+	*) echo "error: RUNTIME=$RUNTIME in $SITE_ENV: choose venv, apptainer or pyxis" >&2; exit 2 ;;
+esac
+
+say() { echo "[job $(date +%H:%M:%S)] $*"; }
+event() { # ROLE NAME [, "key": value ...]: a line that recipes.status reads
+	printf '{"time": %s, "event": "%s"%s}\n' "$(date +%s.%3N)" "$2" "${3:-}" >>"$ATTEMPT_DIR/$1.events.jsonl"
+}
+step() { # NAME NODES FIRST_NODE TASKS_PER_NODE [SRUN OPTIONS] -- ROLE ARGUMENTS: a job step of slurm/task.sh
+	local name=$1 nodes=$2 first=$3 tasks=$4 cpus=$((${SLURM_CPUS_ON_NODE:-64} / $4)) options=()
+	shift 4
+	while [[ $1 != -- ]]; do options+=("$1"); shift; done
+	shift
+	# --overlap and --mem=0: steps share their nodes; task.sh divides the GPUs. --cpu-bind=none: threads place themselves.
+	local command=(srun --job-name="$name" --nodes="$nodes" --ntasks=$((nodes * tasks)) --ntasks-per-node="$tasks"
+		--relative="$first" --overlap --mem=0 --cpus-per-task=$((cpus > 0 ? cpus : 1)) --cpu-bind=none
+		"${options[@]}" "${PYXIS[@]}" bash "$ROOT/slurm/task.sh" "$@")
+	if [[ -n ${DRY_RUN:-} ]]; then printf '  '; printf '%q ' "${command[@]}"; echo; else exec "${command[@]}"; fi
+}
+
+# --- arithmetic -------------------------------------------------------------------------------------------------------
+layout() { # RUN_ARGS, RANKS, SERVERS from the template's variables and sbatch's arguments
+	: "${ROLLOUT_NODES:=0}" "${GPUS_PER_NODE:=8}" "${SERVER_GPUS:=1}"
+	local gpus=$GPUS_PER_NODE shared=$((ROLLOUT_NODES == 0))
+	: "${RANKS_PER_NODE:=$((gpus == 0 ? 1 : shared ? gpus / 2 : gpus))}"
+	: "${SERVERS_PER_NODE:=$((gpus == 0 ? 1 : (gpus - shared * RANKS_PER_NODE) / SERVER_GPUS))}"
+	export PROGRAM GPUS_PER_NODE SERVER_GPUS RANKS_PER_NODE FIRST_SERVER_GPU=$((shared * RANKS_PER_NODE))
+	NODES=$((LEARNER_NODES + ROLLOUT_NODES)) RANKS=$((LEARNER_NODES * RANKS_PER_NODE))
+	SERVER_NODES=$((shared ? LEARNER_NODES : ROLLOUT_NODES))
+	SERVERS=$((SERVER_NODES * SERVERS_PER_NODE))
+	((SERVER_GPUS == 1 || gpus == 0)) || VLLM_ARGS+=(--tensor-parallel-size "$SERVER_GPUS")
+	[[ " $*" == *" recipe="* ]] && RUN_ARGS=("$@") || RUN_ARGS=("recipe=$RECIPE" "${ARGS[@]}" "$@")
+	RUN_ARGS+=("parallel.nproc=$RANKS" "rollout.num_servers=$((SERVERS ? SERVERS : 1))")
+	((gpus == 0 || FIRST_SERVER_GPU + SERVERS_PER_NODE * SERVER_GPUS <= gpus)) ||
+		{ echo "error: $FIRST_SERVER_GPU ranks and $SERVERS_PER_NODE servers of $SERVER_GPUS need more than GPUS_PER_NODE=$gpus" >&2; exit 2; }
+	local have=${SLURM_JOB_NUM_NODES:-$(sed -n 's/^#SBATCH.*--nodes=\([0-9]*\).*/\1/p' "$0" | head -n1)}
+	((${have:-$NODES} == NODES)) ||
+		{ echo "error: $have nodes for LEARNER_NODES=$LEARNER_NODES + ROLLOUT_NODES=$ROLLOUT_NODES: change one, or sbatch --nodes=$NODES" >&2; exit 2; }
+}
+learner_step() { step learner "$LEARNER_NODES" 0 "$RANKS_PER_NODE" --kill-on-bad-exit=1 --output="$ATTEMPT_DIR/learner-rank%t.log" -- learner "${RUN_ARGS[@]}" "$@"; }
+server_step() { step servers "$SERVER_NODES" $((ROLLOUT_NODES ? LEARNER_NODES : 0)) "$SERVERS_PER_NODE" --no-kill --kill-on-bad-exit=0 --wait=0 --output="$ATTEMPT_DIR/server-%t.log" -- server "${VLLM_ARGS[@]}"; }
+preflight_step() { step preflight "$NODES" 0 1 -- preflight; }
+dry_run() {
+	ATTEMPT_DIR=RUN_DIR/logs/attempt_1
+	echo "# $0: $NODES nodes x $GPUS_PER_NODE GPUs, $RANKS learner ranks, $SERVERS servers of $SERVER_GPUS GPU(s)"
+	grep '^#SBATCH' "$0"
+	echo "# steps:"
+	preflight_step; ((SERVERS == 0)) || server_step; learner_step 'rollout.urls=[http://...]'
+	"${HOST_PY[@]}" -m recipes.plan "${RUN_ARGS[@]}" "gpu_gib=${GPU_GIB:-80}"
+}
+
+# --- the life of a job ------------------------------------------------------------------------------------------------
+on_usr1() { # the time limit is near: checkpoint at the next step boundary; requeue by force if that comes too late
+	STOPPING=$((SECONDS + ${STOP_GRACE_S:-240})); say "time limit near: asking for a checkpoint"
+	[[ -z $ATTEMPT_DIR ]] || : >"$ATTEMPT_DIR/stop"
+}
+on_term() { CANCELLED=1; [[ -z $ATTEMPT_DIR ]] || event job cancelled; say "cancelled"; }
+tick() { printf '%(%s)T\n' -1 >"$ATTEMPT_DIR/heartbeat"; sleep 2 & wait $!; } # signals interrupt `wait`; servers and status watch the file
+signal_step() { # NAME SIGNAL: TERM to srun itself would SIGKILL its tasks
+	squeue -h -s -j "$SLURM_JOB_ID" -o '%i %j' | awk -v n="$1" '$2 == n {print $1}' | xargs -r scancel --signal="$2"
+}
+begin() {
+	local variables code line
+	variables=$("${HOST_PY[@]}" -m recipes.job begin "${RUN_ARGS[@]}"); code=$?
+	((code == 0)) || { say "not started, not requeued"; exit "$code"; }
+	while IFS= read -r line; do [[ $line =~ ^[A-Z_]+= ]] && export "${line?}" || echo "$line"; done <<<"$variables"
+	[[ $STATE != finished ]] || { say "$RUN_DIR is finished: nothing to do"; exit 0; }
+	say "attempt $ATTEMPT_DIR (job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}) on $SLURM_JOB_NODELIST"
+	MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
+	VLLM_API_KEY=$(head -c 32 /dev/urandom | base64 | tr -d '+/=\n') # known to this attempt's processes alone
+	export MASTER_ADDR VLLM_API_KEY GPPO_ATTEMPT_DIR=$ATTEMPT_DIR
+	if [[ $SERVED == 0 ]]; then SERVERS=0; fi
+}
+preflight() {
+	local began; began=$(date +%s)
+	(preflight_step) 2>"$ATTEMPT_DIR/preflight.err" | "${HOST_PY[@]}" -m recipes.preflight judge "$ATTEMPT_DIR" \
+		--nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)" --gpus "$GPUS_PER_NODE" --began "$began" --run-gib "${MIN_RUN_GIB:-20}" 2>&1 | tee "$ATTEMPT_DIR/preflight.log"
+	((PIPESTATUS[1] == 0)) || { cat "$ATTEMPT_DIR/preflight.err"; end refused 3; }
+}
+serve() { # start the servers and wait until each has produced a token
+	local ready=() deadline=$((SECONDS + ${SERVER_START_S:-1800}))
+	(server_step) & SERVING=$!
+	say "waiting for $SERVERS servers"
+	while ready=("$ATTEMPT_DIR"/server-*.url) && [[ ! -e ${ready[0]} || ${#ready[@]} -lt $SERVERS ]]; do
+		[[ -z $CANCELLED$STOPPING ]] || return
+		kill -0 "$SERVING" 2>/dev/null || { say "the servers ended before they were ready"; return 1; }
+		((SECONDS < deadline)) || { say "only ${#ready[@]} of $SERVERS servers are ready"; [[ -e ${ready[0]} ]] && break; return 1; }
+		tick
+	done
+	URLS=$(cat "$ATTEMPT_DIR"/server-*.url | paste -sd,)
+	say "servers ready: $URLS"
+}
+learn() { # the learner's exit status; requeue by force when a checkpoint was asked for and does not come
+	(learner_step ${URLS:+"rollout.urls=[$URLS]"}) & LEARNER=$!
+	while kill -0 "$LEARNER" 2>/dev/null; do
+		[[ -n $CANCELLED ]] && return 1
+		[[ -z $STOPPING ]] || ((SECONDS < STOPPING)) || { say "no step boundary in time"; return 0; }
+		tick
+	done
+	wait "$LEARNER"
+}
+end() { # OUTCOME STATUS: stop what runs, say how it went, requeue if that helps
+	[[ -n $CANCELLED ]] || event job "$1"
+	signal_step servers TERM
+	[[ -z $LEARNER ]] || ! kill -0 "$LEARNER" 2>/dev/null || kill "$LEARNER"
+	for ((i = 0; i < 20; i++)); do kill -0 "$SERVING" 2>/dev/null || break; sleep 1; done
+	"${HOST_PY[@]}" -m recipes.status "$RUN_DIR"
+	[[ $1 == stopped || $1 == failed ]] && [[ -z $CANCELLED ]] || exit "$2"
+	"${HOST_PY[@]}" -m recipes.job again "$RUN_DIR" || exit "$2"
+	trap '' TERM # requeueing ends this script by TERM, too
+	event job requeued
+	for ((i = 0; i < 5; i++)); do scontrol requeue "$SLURM_JOB_ID" && { say "requeued"; sleep 60; exit 0; }; sleep 10; done
+	say "cannot be requeued: submit again to continue"; exit "$2"
+}
+main() {
+	layout "$@"
+	if [[ -n ${DRY_RUN:-} ]]; then dry_run; return; fi
+	STOPPING='' CANCELLED='' LEARNER='' SERVING='' ATTEMPT_DIR='' URLS=''
+	trap on_usr1 USR1; trap on_term TERM
+	begin; prepare_node; preflight
+	((SERVERS == 0)) || serve || end failed 1
+	[[ -n $CANCELLED ]] && end cancelled 143
+	[[ -n $STOPPING ]] && end stopped 1
+	learn; local code=$?
+	[[ -n $CANCELLED ]] && end cancelled 143
+	((code == 0)) && [[ -f $RUN_DIR/finished.json || $PROGRAM != recipes.train ]] && end finished 0
+	grep -qs '"code": 2}' "$ATTEMPT_DIR"/learner-rank*.events.jsonl && end "user error" 2
+	((code == 0)) && end stopped 1
+	end failed "$code"
+}

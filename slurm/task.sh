@@ -1,0 +1,42 @@
+#!/bin/bash
+# One task of a job step, started by lib.sh: task.sh preflight | server [VLLM ARGUMENTS] | learner [RUN ARGUMENTS]
+cd "$ROOT" || exit 3
+# shellcheck source=slurm/lib.sh
+source slurm/lib.sh
+[[ $1 == preflight ]] || prepare_node
+role=$1; shift
+
+own_gpus() { # FIRST COUNT: that many of the step's GPUs; a step sees those of its whole node
+	((GPUS_PER_NODE > 0)) || return 0
+	local all; IFS=, read -ra all <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((GPUS_PER_NODE - 1)))}"
+	CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${all[*]:$1:$2}"); export CUDA_VISIBLE_DEVICES
+}
+requeue_orphan() { # with --no-kill, losing the node of the batch script leaves a job without one: requeue it from here
+	local last='' now silent=0
+	command -v scontrol >/dev/null || return
+	while sleep 5; do
+		now=$(stat -c %Y "$ATTEMPT_DIR/heartbeat" 2>/dev/null)
+		if [[ $now == "$last" ]]; then silent=$((silent + 5)); else last=$now silent=0; fi
+		((silent < ${ORPHAN_S:-120})) && continue
+		event "server-$SLURM_PROCID" orphaned; scontrol requeue "$SLURM_JOB_ID"; silent=0
+	done
+}
+
+trap : TERM USR1 # the program decides when to end, and its status is still to be recorded
+case $role in
+	preflight) exec "${TASK_PY[@]}" -m recipes.preflight node "$ATTEMPT_DIR" ;;
+	server)
+		own_gpus $((FIRST_SERVER_GPU + SLURM_LOCALID * SERVER_GPUS)) "$SERVER_GPUS"
+		if ((SLURM_LOCALID == 0)); then requeue_orphan & watcher=$!; fi
+		"${TASK_PY[@]}" -m recipes.serve "$ATTEMPT_DIR" --toward "$MASTER_ADDR" --interface "${SERVER_INTERFACE:-}" \
+			--start-s "${SERVER_START_S:-1800}" --hang-s "${SERVER_HANG_S:-300}" -- "$@"
+		code=$?; name=server-$SLURM_PROCID
+		[[ -z ${watcher:-} ]] || kill "$watcher" ;;
+	learner)
+		own_gpus 0 "$RANKS_PER_NODE"
+		export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$RANKS_PER_NODE
+		"${TASK_PY[@]}" -m "$PROGRAM" "$@"
+		code=$? name=learner-rank$SLURM_PROCID ;;
+esac
+event "$name" ended ", \"code\": $code"
+exit "$code"

@@ -1,0 +1,281 @@
+"""A real Slurm with several nodes on one Debian machine: `python tests/e2e/slurm/cluster.py up 3`, needs root.
+
+    up [NODES] [GPUS]    start; prints the `export SLURM_CONF=...` that makes sbatch and squeue find it
+    down                 stop everything
+    crash NODE           power loss: every process of the node dies at once; slurmctld is told
+    start NODE           bring a crashed node back
+    exec NODE CMD...     run a command on a node, outside any job
+
+Each node is a set of namespaces with its own host name, address, ports, processes, mounts and /dev/shm, so that what
+differs between nodes of a cluster differs here; other files are shared, like a network file system. slurmctld, slurmd
+and munged are Debian's (`apt-get install slurmctld slurmd slurm-client munge iproute2`). Nothing of the host changes
+but one network interface, and all state is in one directory.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+PACKAGES = "slurmctld slurmd slurm-client munge iproute2"
+PROGRAMS = ("slurmctld", "slurmd", "scontrol", "munged", "ip", "unshare", "nsenter")
+SUBNET, LINK = "10.217.93", "gppo-slurm"
+NAMESPACES = ("--net", "--uts", "--ipc", "--mount", "--pid")
+CONF = """\
+ClusterName=test
+SlurmctldHost={host}({subnet}.1)
+SlurmctldPort=6917
+SlurmdPort=6918
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+# A requeued job waits until its old credentials have expired, 120 s by default.
+AuthInfo=socket={dir}/munge/socket,cred_expire=5
+StateSaveLocation={dir}/ctld
+SlurmdSpoolDir={dir}/spool/%n
+SlurmctldPidFile={dir}/ctld/pid
+SlurmdPidFile={dir}/spool/%n.pid
+SlurmctldLogFile={dir}/log/slurmctld.log
+SlurmdLogFile={dir}/log/%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SwitchType=switch/none
+MpiDefault=none
+PropagateResourceLimits=NONE
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+DefMemPerNode=1000
+SlurmdParameters=config_overrides
+GresTypes=gpu
+SchedulerType=sched/backfill
+SchedulerParameters=bf_interval=1,sched_interval=2,sched_min_interval=0,batch_sched_delay=0
+ReturnToService=2
+# Short, so that tests see failures in seconds; a busy machine must still answer within SlurmdTimeout.
+SlurmdTimeout=20
+MessageTimeout=10
+BatchStartTimeout=10
+KillWait=5
+CompleteWait=0
+MinJobAge=86400
+"""
+
+
+def obstacle() -> str | None:
+    """Why no cluster can run here, or None. Installs nothing."""
+    if os.geteuid():
+        return "needs root for network namespaces: sudo .venv/bin/python -m pytest tests/e2e/slurm"
+    if missing := [name for name in PROGRAMS if shutil.which(name) is None]:
+        return f"{', '.join(missing)} not found: apt-get install {PACKAGES}"
+    probe = "ip link add gppo-probe0 type veth peer name gppo-probe1 && mount -t tmpfs none /mnt"
+    if subprocess.run(["unshare", *NAMESPACES, "--fork", "sh", "-c", probe], capture_output=True).returncode:
+        return "this container may not create network namespaces (docker run --privileged)"
+    return None
+
+
+def install() -> None:
+    """On Debian as root, fetch what is missing. A failure shows in :func:`obstacle`."""
+    if os.geteuid() or shutil.which("apt-get") is None or all(map(shutil.which, PROGRAMS)):
+        return
+    command = f"apt-get update -qq && apt-get install -y -qq --no-install-recommends {PACKAGES}"
+    # RUNLEVEL: the packages must not start services of their own.
+    subprocess.run(command, shell=True, capture_output=True, env=os.environ | {"RUNLEVEL": "1"}, timeout=300)
+
+
+def until(what: str, condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    """Wait for a condition. Raises TimeoutError naming it."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what}: not after {timeout_s:.0f} s")
+        time.sleep(0.05)
+
+
+class Cluster:
+    """The cluster whose state is in ``directory``; several objects, in several processes, can speak for it."""
+
+    def __init__(self, directory: Path = Path("/tmp/gppo-slurm")) -> None:
+        self.dir, self.conf = directory, directory / "etc" / "slurm.conf"
+        self.env = os.environ | {"SLURM_CONF": str(self.conf)}
+
+    # --- life -------------------------------------------------------------------------------------------------
+
+    def up(self, nodes: int = 3, gpus: int = 0) -> None:
+        """Start with ``nodes`` nodes called node1, node2, ... of 64 CPUs, and ``gpus`` device files in each."""
+        if (reason := obstacle()) is not None:
+            raise RuntimeError(reason)
+        self.down()
+        for name in ("etc", "munge", "ctld", "spool", "log", "run", "dev"):
+            (self.dir / name).mkdir(parents=True, exist_ok=True)
+        for path in (self.dir, self.dir / "munge"):
+            path.chmod(0o755)
+        (self.dir / "munge" / "key").write_bytes(os.urandom(1024))
+        (self.dir / "munge" / "key").chmod(0o400)
+        self._configure(nodes, gpus)
+        try:
+            self._start(nodes)
+        except BaseException:
+            self.down()
+            raise
+
+    def _configure(self, nodes: int, gpus: int) -> None:
+        host = socket.gethostname().split(".")[0]
+        lines = [CONF.format(host=host, subnet=SUBNET, dir=self.dir)]
+        hosts = ["127.0.0.1 localhost"]
+        for i in range(1, nodes + 1):
+            gres = f" Gres=gpu:{gpus}" if gpus else ""
+            address = f"NodeName=node{i} NodeAddr={SUBNET}.{10 + i}"
+            lines.append(f"{address} SocketsPerBoard=1 CoresPerSocket=64 RealMemory=64000{gres}")
+            hosts.append(f"{SUBNET}.{10 + i} node{i}")
+        lines.append("PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=60 State=UP")
+        self.conf.write_text("\n".join(lines) + "\n")
+        for i in range(gpus):  # slurmd wants device files, and asks nothing of them
+            subprocess.run(["mknod", str(self.dir / "dev" / f"gpu{i}"), "c", "1", "3"], check=True)
+        gres_file = f"Name=gpu File={self.dir}/dev/gpu[0-{gpus - 1}]\n" if gpus else ""
+        (self.dir / "etc" / "gres.conf").write_text(gres_file)
+        (self.dir / "etc" / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # unused; looking for v2 can be fatal
+        (self.dir / "etc" / "hosts").write_text("\n".join(hosts) + "\n")
+
+    def _start(self, nodes: int) -> None:
+        socket_file = self.dir / "munge" / "socket"
+        files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "seed-file": "seed", "log-file": "log"}
+        words = [f"--{option}={self.dir / 'munge' / name}" for option, name in files.items()]
+        self._spawn("munged", "munged", "--foreground", "--force", *words)
+        switch = self._spawn("switch", "unshare", "--net", "sleep", "infinity")
+        until("the switch's namespace", lambda: _own_network(switch))
+        _run("ip", "link", "add", LINK, "type", "veth", "peer", "name", "uplink", "netns", str(switch))
+        _run("ip", "addr", "add", f"{SUBNET}.1/24", "dev", LINK)
+        _run("ip", "link", "set", LINK, "up")
+        setup = "ip link add br0 type bridge && ip link set br0 up && ip link set uplink master br0 up"
+        _run("nsenter", "-t", str(switch), "--net", "sh", "-c", setup)
+        until("munged's socket", socket_file.exists)
+        self._spawn("slurmctld", "slurmctld", "-D", "-c", "-f", str(self.conf))
+        until("slurmctld", lambda: "is UP" in self._ask("scontrol", "ping"))
+        for i in range(1, nodes + 1):
+            self.start(f"node{i}")
+
+    def start(self, node: str) -> None:
+        """Boot a node and wait until it can take jobs."""
+        number, switch = int(node.removeprefix("node")), self._pid("switch")
+        ready, shared = self.dir / "run" / f"{node}.net", self.dir / "etc"
+        ready.unlink(missing_ok=True)
+        boot = (
+            f"hostname {node}; mount -t tmpfs -o mode=1777 none /dev/shm; mount --bind {shared}/hosts /etc/hosts; "
+            f"mkdir -p /etc/slurm; mount --bind {shared} /etc/slurm; until [ -e {ready} ]; do sleep 0.02; done; "
+            f"slurmd -D -f {self.conf} -N {node} & while :; do sleep 3600 & wait $!; done"
+        )
+        pid = self._spawn(node, "unshare", *NAMESPACES, "--fork", "--kill-child", "--mount-proc", "bash", "-c", boot)
+        until(f"the namespace of {node}", lambda: _own_network(pid))
+        port = f"port{number}"
+        plug = f"ip link add {port} type veth peer name eth0 netns {pid} && ip link set {port} master br0 up"
+        _run("nsenter", "-t", str(switch), "--net", "sh", "-c", f"ip link del {port} 2>/dev/null; {plug}")
+        address = f"ip link set lo up && ip addr add {SUBNET}.{10 + number}/24 dev eth0 && ip link set eth0 up"
+        # The route leads nowhere; programs use it to find their own address.
+        _run("nsenter", "-t", str(pid), "--net", "sh", "-c", f"{address} && ip route add default dev eth0")
+        ready.touch()
+        until(f"{node} idle", lambda: self._ask("sinfo", "-h", "-n", node, "-o", "%t") in ("idle", "mix", "alloc"), 40)
+
+    def crash(self, node: str) -> None:
+        self._stop(node)
+        _run("scontrol", "update", f"nodename={node}", "state=down", "reason=crash", env=self.env)
+
+    def down(self) -> None:
+        """Stop every process and drop the state. Logs stay until the next start."""
+        run = self.dir / "run"
+        names = [path.stem for path in run.glob("*.pid")] if run.is_dir() else []
+        for name in sorted(names, key=lambda name: not name.startswith("node")):  # nodes take their jobs along
+            self._stop(name)
+        subprocess.run(["ip", "link", "del", LINK], capture_output=True)
+        for name in ("etc", "munge", "ctld", "spool", "run", "dev"):
+            shutil.rmtree(self.dir / name, ignore_errors=True)
+
+    # --- use --------------------------------------------------------------------------------------------------
+
+    def inside(self, node: str, *command: str) -> subprocess.CompletedProcess[str]:
+        """Run a command on a node."""
+        pid = self._pid(node)
+        child = psutil.Process(pid).children()[0].pid  # `unshare` itself stays outside the process namespace
+        words = ["nsenter", "-t", str(child), *NAMESPACES, "--", *command]
+        return subprocess.run(words, capture_output=True, text=True, env=self.env)
+
+    def processes(self, node: str) -> list[str]:
+        """Command lines of the processes on a node that belong to jobs."""
+        root = psutil.Process(self._pid(node)).children()[0]
+        own = {"slurmd", "sleep", "bash", "unshare"}
+        found = [p for p in root.children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+        return [" ".join(p.cmdline()) or p.name() for p in found if not (p.parent() == root and p.name() in own)]
+
+    def _ask(self, *command: str) -> str:
+        return subprocess.run(command, capture_output=True, text=True, env=self.env, timeout=30).stdout.strip()
+
+    # --- processes, by recorded pid and start time only -----------------------------------------------------------
+
+    def _spawn(self, name: str, *command: str) -> int:
+        with (self.dir / "log" / f"{name}.out").open("ab") as log:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self.env, start_new_session=True
+            )
+        created = psutil.Process(process.pid).create_time()
+        (self.dir / "run" / f"{name}.pid").write_text(f"{process.pid} {created}")
+        return process.pid
+
+    def _pid(self, name: str) -> int:
+        return int((self.dir / "run" / f"{name}.pid").read_text().split()[0])
+
+    def _stop(self, name: str) -> None:
+        record = self.dir / "run" / f"{name}.pid"
+        pid, created = record.read_text().split()
+        try:
+            process = psutil.Process(int(pid))
+            if process.create_time() == float(created):
+                process.kill()
+                process.wait(10)
+        except psutil.NoSuchProcess:
+            pass
+        record.unlink()
+
+
+def _run(*command: str, env: dict[str, str] | None = None) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True, env=env)
+
+
+def _own_network(pid: int) -> bool:
+    return os.readlink(f"/proc/{pid}/ns/net") != os.readlink("/proc/self/ns/net")
+
+
+def main(argv: list[str]) -> int:
+    cluster = Cluster()
+    match argv:
+        case ["up", *numbers]:
+            install()
+            cluster.up(*map(int, numbers))
+            print(f"export SLURM_CONF={cluster.conf}")
+        case ["down"]:
+            cluster.down()
+        case ["crash", node]:
+            cluster.crash(node)
+        case ["start", node]:
+            cluster.start(node)
+        case ["exec", node, *command]:
+            done = cluster.inside(node, *command)
+            print(done.stdout, end="")
+            print(done.stderr, end="", file=sys.stderr)
+            return done.returncode
+        case _:
+            print(__doc__, file=sys.stderr)
+            return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
