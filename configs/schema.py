@@ -91,6 +91,7 @@ class RolloutConfig:
     max_model_len: int = 128
     max_num_seqs: int = 256
     timeout_s: float = 300.0  # for one generation call and for one weight update
+    sync_dir: str | None = None  # where weights are staged for the servers, who must see it; None: this host's memory
     replay: str | None = None  # run directory whose rollout journal is trained on, without any server
     agreement_limit: float = 0.01  # refuse to start when mean |p_rollout - p_learner| is above
 

@@ -66,6 +66,7 @@ class Collector:
             log_dir=run_dir / LOGS / LATEST,
             request_timeout_s=rollout.timeout_s,
             update_timeout_s=rollout.timeout_s,
+            sync_dir=Path(rollout.sync_dir).absolute() if rollout.sync_dir else None,
         )
         self.sampling = Sampling(
             max_tokens=rollout.max_tokens,

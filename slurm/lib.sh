@@ -126,7 +126,10 @@ serve() { # start the servers and wait until each has produced a token
 	say "servers ready: $URLS"
 }
 learn() { # the learner's exit status; requeue by force when a checkpoint was asked for and does not come
-	(learner_step ${URLS:+"rollout.urls=[$URLS]"}) & LEARNER=$!
+	local serving=()
+	[[ -z $URLS ]] || serving+=("rollout.urls=[$URLS]")
+	((SERVER_NODES == 1 && ROLLOUT_NODES == 0)) || serving+=("rollout.sync_dir=$RUN_DIR/sync") # other nodes see no /dev/shm
+	(learner_step "${serving[@]}") & LEARNER=$!
 	while kill -0 "$LEARNER" 2>/dev/null; do
 		[[ -n $CANCELLED ]] && return 1
 		[[ -z $STOPPING ]] || ((SECONDS < STOPPING)) || { say "no step boundary in time"; return 0; }
