@@ -120,6 +120,7 @@ def _check_algorithm(c: Config) -> None:
 
     from megatron_ext.rl.advantages import compute_advantages
     from megatron_ext.rl.aggregation import AGGREGATIONS
+    from megatron_ext.rl.losses.kl import KL_TYPES
     from megatron_ext.rl.schedules import build_controller
     from megatron_ext.rl.selection import build_selection
     from megatron_ext.rl.value import check_gae
@@ -133,6 +134,9 @@ def _check_algorithm(c: Config) -> None:
             raise ValueError(f"critic.warmup_steps={c.critic.warmup_steps} must be below train.steps={c.train.steps}")
     else:
         compute_advantages(c.advantage.name, torch.tensor([0.0, 1.0]), torch.tensor([0, 0]), **c.advantage.params)
+    _one_of("reference.kl_type", c.reference.kl_type, KL_TYPES)
+    if c.reference.path is not None and not c.reference.kl_coef:
+        raise ValueError(f"reference.path={c.reference.path} has no effect: set reference.kl_coef above 0 or unset it")
     _one_of("advantage.aggregation", c.advantage.aggregation, AGGREGATIONS)
     _one_of("advantage.overlong", c.advantage.overlong, ("none", "filter", "penalty"))
     _one_of("optim.optimizer", c.optim.optimizer, ("adam", "sgd"))
@@ -163,7 +167,7 @@ def _check_sizes(c: Config) -> None:
         _at_least(c, key, 1)
     for key in ("train.steps", "train.save_every", "eval.every", "train.loss_chunk_tokens", "optim.lr"):
         _at_least(c, key, 0)
-    for key in ("critic.lr", "critic.clip_grad", "critic.warmup_steps"):
+    for key in ("critic.lr", "critic.clip_grad", "critic.warmup_steps", "reference.kl_coef"):
         _at_least(c, key, 0)
     if c.critic.clip_range is not None and not c.critic.clip_range > 0:
         raise ValueError(f"critic.clip_range={c.critic.clip_range} must be above 0; null switches clipping off")
@@ -226,6 +230,10 @@ def _check_files(c: Config) -> None:
     if not generated and not (Path(c.model.path) / "config.json").is_file():
         raise ValueError(
             f"model.path={c.model.path}: no config.json there; give a Hugging Face model directory, 'tiny' or 'smollm2'"
+        )
+    if c.reference.path is not None and not (Path(c.reference.path) / "config.json").is_file():
+        raise ValueError(
+            f"reference.path={c.reference.path}: no config.json there; give a Hugging Face model directory"
         )
     for key, path in (("data.path", c.data.path), ("data.eval_path", c.data.eval_path)):
         if path is not None and not Path(path).is_file():

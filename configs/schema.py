@@ -136,6 +136,17 @@ class CriticConfig:
 
 
 @dataclass
+class ReferenceConfig:
+    """KL penalty to a fixed policy, a term of the objective beside the loss. Off in every recipe."""
+
+    kl_coef: float = 0.0  # its weight; 0: no reference
+    kl_type: str = "k3"  # "k1" | "k2" | "k3": see megatron_ext/rl/losses/kl.py
+    path: str | None = (
+        None  # a Hugging Face directory of the policy's architecture; None: the model training starts from
+    )
+
+
+@dataclass
 class OptimConfig:
     lr: float = 1e-4
     optimizer: str = "adam"  # "adam" (AdamW) | "sgd"
@@ -185,6 +196,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from configs import fp8
@@ -145,6 +145,13 @@ def check_model(config: Config, directory: Path) -> None:
             f"parallel.pp={p.pp} x parallel.vpp={p.vpp} does not divide the model's {hf.num_layers} layers"
         )
     fp8.check_model(config, hf)
+    if config.reference.path is not None:  # it runs in the policy's place: see megatron_ext/learner/reference.py
+        other = conversion.read_config(Path(config.reference.path))
+        if replace(other, raw=hf.raw, max_positions=hf.max_positions) != hf:
+            raise ValueError(
+                f"reference.path={config.reference.path} is another model than the policy ({other.architecture}, "
+                f"{hf.architecture}, or their sizes): give a checkpoint of the same model, or unset it"
+            )
     if config.rollout.max_model_len > hf.max_positions:
         raise ValueError(
             f"rollout.max_model_len={config.rollout.max_model_len} exceeds the model's {hf.max_positions} positions"

@@ -110,6 +110,9 @@ def train_step(
     limit = config.rollout.agreement_limit if step == 0 or config.rollout.replay is None else float("inf")
     metrics.agreement(samples, rollout_logp, stats, version=step, limit=limit)
     metrics.statistics(stats)
+    if learner.reference is not None:
+        with metrics.clock("reference"):
+            batch.ref_logp = learner.reference.logp(batch)
 
     total = config.train.steps
     entropy = float(stats.entropy.double().mean())

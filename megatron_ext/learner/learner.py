@@ -27,6 +27,7 @@ from megatron_ext.learner import weights
 from megatron_ext.learner.model import parallel_state
 from megatron_ext.learner.offload import Parking, model_tensors, optimizer_tensors
 from megatron_ext.learner.policy_head import put_hidden_states
+from megatron_ext.learner.reference import Reference
 from megatron_ext.learner.step import (
     DIAGNOSTIC,
     Loss,
@@ -245,6 +246,9 @@ class Learner(Trainable):
         put_hidden_states(self.chunks)
         padded = conversion.padded_vocab(self.hf.vocab_size, config.parallel.tp)
         self.shard = tensor_parallel_shard(self.hf.vocab_size, padded)
+        self.reference: Reference | None = None
+        if config.reference.kl_coef:
+            self.reference = Reference(self, Path(config.reference.path or model_dir))
 
     @torch.no_grad()
     def statistics(self, batch: TrainBatch, samples: Sequence[int] | None = None) -> TokenStats:
@@ -284,8 +288,10 @@ class Learner(Trainable):
         return statistics_step(iterator, model, device=self.device, shard=self.shard, chunk_tokens=chunk)
 
     def _training_step(self, iterator: Iterator[MicroBatch], model: Any, **kwargs: Any) -> Any:
-        chunk = self.config.train.loss_chunk_tokens
-        return training_step(iterator, model, device=self.device, shard=self.shard, chunk_tokens=chunk, **kwargs)
+        chunk, reference = self.config.train.loss_chunk_tokens, self.config.reference
+        return training_step(
+            iterator, model, device=self.device, shard=self.shard, chunk_tokens=chunk, reference=reference, **kwargs
+        )
 
 
 def sequence_multiple(config: Config) -> int:

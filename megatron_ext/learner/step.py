@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from configs.schema import ReferenceConfig
 from megatron_ext.kernels import VocabShard, linear_vocab_statistics
 from megatron_ext.learner import context_parallel
 from megatron_ext.learner.attention import packed_sequences
 from megatron_ext.learner.policy_head import output_weight
 from megatron_ext.rl import packing
 from megatron_ext.rl.entropy_theory import diagnostic_sums
+from megatron_ext.rl.losses.kl import kl_to_reference
 from megatron_ext.rl.types import LossInputs, LossOutputs, TokenStats
 
 Loss = Callable[[LossInputs], LossOutputs]
@@ -37,6 +39,7 @@ class TrainBatch:
     kl_coef: Tensor  # coefficient of |logp - old_logp|
     entropy_coef: Tensor  # coefficient of -H
     is_weight: Tensor  # importance weight that corrects rollout-learner mismatch, 1 when off
+    ref_logp: Tensor | None = None  # log p under the reference policy, when there is one
     seq_ids: Tensor = field(init=False)  # int64, index of the token's sample
     offsets: Tensor = field(init=False)  # (samples + 1,) int64: start of each sample in the flat tensors, and T
 
@@ -135,13 +138,15 @@ def training_step(
     device: torch.device,
     shard: VocabShard | None,
     chunk_tokens: int,
+    reference: ReferenceConfig,
 ) -> tuple[Tensor, Callable[..., Any]]:
     """Megatron ``forward_step_func`` of an optimizer step.
 
-    The objective is sum over response tokens of w (keep * loss + kl_coef |log r| - entropy_coef H) with w the
-    aggregation weight times the mismatch weight. All denominators are in w, so that gradients only need to be summed.
-    Megatron insists on dividing by a global token count, in float32; it is handed a count of exactly one
-    (``MicroBatch.counts_divisor`` is True for one micro-batch of one rank), which costs no precision.
+    The objective is sum over response tokens of w (keep * loss + kl_coef |log r| - entropy_coef H + reference.kl_coef
+    KL to the reference) with w the aggregation weight times the mismatch weight. All denominators are in w, so that
+    gradients only need to be summed. Megatron insists on dividing by a global token count, in float32; it is handed a
+    count of exactly one (``MicroBatch.counts_divisor`` is True for one micro-batch of one rank), which costs no
+    precision.
     """
     mb = next(iterator)
 
@@ -168,11 +173,17 @@ def training_step(
         per_token = torch.where(keep, out.loss, 0.0)
         per_token = per_token + at(batch.kl_coef) * (inputs.logp - inputs.old_logp).abs()
         per_token = per_token - at(batch.entropy_coef) * stats.entropy
+        to_reference = None
+        if batch.ref_logp is not None:
+            to_reference = kl_to_reference(reference.kl_type, inputs.logp, at(batch.ref_logp))
+            per_token = per_token + reference.kl_coef * to_reference
         assert mb.weight_R is not None
         weight = torch.where(inputs.mask, mb.weight_R.to(stats.logp) * at(batch.is_weight), 0.0)
         total = (weight * torch.where(inputs.mask, per_token, 0.0)).sum()
         sums = metric_sums(loss, out, inputs, stats)
         sums["pg_loss"] = total.detach().double()
+        if to_reference is not None:
+            sums["kl_ref"] = torch.where(inputs.mask, to_reference, 0.0).sum().detach().double()
         divisor = torch.tensor(int(mb.counts_divisor), dtype=torch.int, device=device)
         return total, divisor, sums
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -96,18 +98,38 @@ def test_mismatch_weights_are_truncated_and_detached() -> None:
 
 
 def test_kl_estimators_on_an_enumerated_distribution() -> None:
-    """In expectation under the policy k1 and k3 are the KL, and only k2 has its gradient."""
+    """In expectation under the policy: k1 and k3 are KL(pi || ref); k1 and k2 have its gradient, k3 KL(ref || pi)'s."""
     g = torch.Generator().manual_seed(3)
     z = torch.randn(6, generator=g, dtype=torch.float64, requires_grad=True)
     ref = torch.randn(6, generator=g, dtype=torch.float64).log_softmax(0)
     logp = z.log_softmax(0)
     kl = (logp.exp() * (logp - ref)).sum()
-    (want,) = torch.autograd.grad(kl, z, retain_graph=True)
+    (forward,) = torch.autograd.grad(kl, z, retain_graph=True)
+    (reverse,) = torch.autograd.grad((ref.exp() * (ref - logp)).sum(), z, retain_graph=True)
     p = logp.exp().detach()
-    for name in ("k1", "k2", "k3"):
+    for name, gradient in {"k1": forward, "k2": forward, "k3": reverse}.items():
         value = (p * kl_to_reference(name, logp, ref)).sum()
         (got,) = torch.autograd.grad(value, z, retain_graph=True)
         assert torch.allclose(value, kl, rtol=1e-12) == (name != "k2")
-        assert torch.allclose(got, want, rtol=1e-10) == (name == "k2")
-    with pytest.raises(ValueError, match="kl.name"):
+        torch.testing.assert_close(got, gradient, rtol=1e-10, atol=1e-14)
+    with pytest.raises(ValueError, match="reference.kl_type"):
         kl_to_reference("k4", logp, ref)
+
+
+def test_kl_values_and_gradients_token_by_token() -> None:
+    """The values, and F, by their formulas; far apart both stay finite."""
+    logp = torch.tensor([-1.0, -2.0, -0.5, -80.0], requires_grad=True)
+    ref = torch.tensor([-1.5, -1.0, -0.5, -1.0])
+    d = [0.5, -1.0, 0.0]
+    expected = {
+        "k1": (d, d),
+        "k2": ([x * x / 2 for x in d], d),
+        "k3": ([math.exp(-x) - 1 + x for x in d], [1 - math.exp(-x) for x in d]),
+    }
+    for name, (values, weights) in expected.items():
+        got = kl_to_reference(name, logp, ref)
+        (slope,) = torch.autograd.grad(got.sum(), logp)
+        assert got[:3].tolist() == pytest.approx(values, abs=1e-6) and slope[:3].tolist() == pytest.approx(
+            weights, abs=1e-6
+        )
+        assert bool(torch.isfinite(got).all() and torch.isfinite(slope).all()) and float(slope[3]) < -70

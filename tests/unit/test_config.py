@@ -103,6 +103,10 @@ def paper(tmp_path: Path) -> list[str]:
         ("advantage.name=grp", ["advantage.name='grp'", "'grpo'"]),
         ("advantage.params.delt=1", ["advantage.params.delt=1", "'delta'"]),
         ("model.dtype=float16", ["model.dtype=float16", "bfloat16"]),
+        ("reference.path=/tmp", ["reference.path=/tmp", "no effect", "reference.kl_coef"]),
+        ("reference.path=nowhere reference.kl_coef=1", ["reference.path=nowhere", "config.json"]),
+        ("reference.kl_type=k4", ["reference.kl_type=k4", "k3"]),
+        ("reference.kl_coef=-1", ["reference.kl_coef=-1", "at least 0"]),
     ],
 )
 def test_a_user_error_is_one_sentence_with_key_value_and_fix(arguments: str, said: list[str]) -> None:

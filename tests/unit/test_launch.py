@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -66,6 +67,18 @@ def test_user_errors_are_one_line_and_status_2(
     assert status([f"model.path={model}", *argv]) == (2, [])
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and sentence in error, error
+
+
+def test_a_reference_of_another_model_is_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((model / "config.json").read_text())
+    words = [f"model.path={model}", "reference.kl_coef=0.1", f"reference.path={tmp_path}"]
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 512}))
+    assert status(words) == (2, [])
+    assert f"reference.path={tmp_path} is another model than the policy" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
+    assert status(words)[0] == 0
 
 
 def test_errors_of_the_run(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

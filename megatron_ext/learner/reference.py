@@ -1,0 +1,68 @@
+"""The reference policy of a KL penalty: fixed weights that visit the learner's own model for one pass per batch.
+
+There is no second model. This rank's slices of the reference wait in host memory (page-locked beside a GPU); for its
+pass they change places with the policy's, bit for bit. So the reference has the policy's layout, kernels and packing
+whatever they are, and costs no memory on the device; it costs three copies of the weights over the bus per batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from megatron_ext.learner import weights
+from megatron_ext.learner.offload import model_tensors
+
+if TYPE_CHECKING:
+    from megatron_ext.learner.learner import Learner
+    from megatron_ext.learner.step import TrainBatch
+
+
+class Reference:
+    """Log-probabilities under the weights of a Hugging Face directory, through the learner's model."""
+
+    def __init__(self, learner: Learner, directory: Path) -> None:
+        """Reads this rank's slices of the weights; the learner's own are unchanged afterwards.
+
+        Raises ValueError for tensors that are missing, unknown or misshapen for the learner's model.
+        """
+        self._learner = learner
+        device = model_tensors(learner.chunks)
+        self._policy = [_host_like(tensor) for tensor in device]
+        self._reference = [_host_like(tensor) for tensor in device]
+        _copy(self._policy, device)
+        weights.import_hf(learner.hf, directory, learner.chunks)
+        _copy(self._reference, device)
+        _copy(device, self._policy)
+
+    def logp(self, batch: TrainBatch) -> Tensor:
+        """log p of every response token under the reference, (T,), on every rank."""
+        with self._in_place():
+            return self._learner.statistics(batch).logp
+
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        device = model_tensors(self._learner.chunks)
+        _copy(self._policy, device)
+        _copy(device, self._reference)
+        try:
+            yield
+        finally:
+            _copy(device, self._policy)
+
+
+def _host_like(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+
+
+@torch.no_grad()
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source, non_blocking=True)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # the host must not touch either side before
