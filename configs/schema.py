@@ -87,6 +87,8 @@ class RolloutConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     max_staleness: int = 0  # 0: synchronous; 1: step k+1 is generated while step k trains
+    colocated: bool = False  # learner and servers share the GPUs of this machine, in turns; see docs/gpu.md
+    gpu_memory_utilization: float = 0.85  # share of its GPU's memory that a server takes
     dtype: str = "float32"  # of the servers
     max_model_len: int = 128
     max_num_seqs: int = 256
