@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import gloo
 import learner_cases as cases
+import parity
 import pytest
 import torch
 from torch import Tensor
@@ -37,23 +38,6 @@ def _config(impl: str, *, sharded: bool = False, dtype: str = "float32", **model
         assert hasattr(config.model, key)
         setattr(config.model, key, value)
     return config
-
-
-def _model(directory: Path, architecture: str, **sizes: int) -> Path:
-    """A random model of any family; norms and biases are away from their initial values."""
-    from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config, Qwen3MoeConfig
-
-    config_class = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig}[architecture]
-    small = {"vocab_size": cases.VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    config = config_class(**{**small, **heads, "tie_word_embeddings": False, "dtype": "float32", **sizes})
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.ndim == 1 else 0.05))
-    model.save_pretrained(directory)
-    return directory
 
 
 def _update(learner: Learner, count: int) -> list[float]:
@@ -85,7 +69,7 @@ def _compare_layers(root: Path) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     for family, sizes in (("qwen2", {}), ("qwen3", {"head_dim": 16}), ("qwen3_moe", MOE_MODEL)):
-        directory = _model(root / family, family, **sizes)
+        directory = parity.random_model(root / family, family, **sizes)
         learners = {impl: Learner(_config(impl), directory, total_updates=20) for impl in (LOCAL, TE)}
         own_names = set(dict(learners[TE].chunks[0].module.named_parameters()))
         mapped = {conversion.local_name(name) for name in named_parameters(learners[TE].chunks)}
@@ -174,7 +158,7 @@ def _emulated_fp8(root: Path) -> dict[str, Any]:
     from megatron_ext.learner import checkpoint
     from megatron_ext.learner.learner import Learner
 
-    directory = _model(root / "fp8", "qwen2", **FP8_MODEL)
+    directory = parity.random_model(root / "fp8", "qwen2", **FP8_MODEL)
 
     def learner(**model: Any) -> Learner:
         return Learner(_config(TE, dtype="bfloat16", **model), directory, total_updates=20)
@@ -206,6 +190,19 @@ def _emulated_fp8(root: Path) -> dict[str, Any]:
     return found
 
 
+def _gpu_tests_on_cpu(root: Path) -> dict[str, Any]:
+    """The measurements of tests/gpu, with the stand-in: the code that will judge a GPU must itself work."""
+    directory = root / "fp8"
+    bf16 = parity.measure(parity.settings("bfloat16", TE), directory)
+    local = parity.measure(parity.settings("bfloat16", LOCAL), directory)
+    fp8 = parity.measure(parity.settings("bfloat16", TE, fp8="e4m3", fp8_recipe="blockwise"), directory)
+    return {
+        "layers": parity.differences(bf16, local),
+        "fp8": parity.differences(fp8, bf16),
+        "ratio": {"bfloat16": parity.ratio_at_rate_0(bf16), "fp8": parity.ratio_at_rate_0(fp8)},
+    }
+
+
 def _everything(rank: int, root: Path) -> None:
     sys.path.insert(0, str(Path(__file__).parent / "stand_in"))
     from megatron_ext.learner import model as megatron
@@ -217,6 +214,7 @@ def _everything(rank: int, root: Path) -> None:
             "checkpoints": _exchange_checkpoints(root),
             "adam": _other_adam(root),
             "fp8": _emulated_fp8(root),
+            "gpu tests": _gpu_tests_on_cpu(root),
         }
     (root / "found.json").write_text(json.dumps(found))
 
@@ -277,3 +275,14 @@ def test_an_fp8_run_resumes_bit_for_bit(found: dict[str, Any]) -> None:
         result = found["fp8"][scaling]
         assert result["at save"] == 0.0 and result["resumed"] == 0.0, scaling
         assert (result["extra states"] > 0) == (scaling == "delayed"), scaling
+
+
+def test_the_measurements_of_the_gpu_tests_work(found: dict[str, Any]) -> None:
+    """Both kinds of layers agree to bfloat16's rounding; FP8 differs by more, and its gradient points the same way."""
+    layers, fp8, ratio = (found["gpu tests"][key] for key in ("layers", "fp8", "ratio"))
+    assert layers["mean |dlogp|"] < 0.02 and layers["gradient cosine"] > 0.999
+    assert 2 * layers["mean |dlogp|"] < fp8["mean |dlogp|"] < 0.5 and 0.9 < fp8["gradient cosine"] < 0.9999
+    assert 1e-4 < abs(fp8["gradient norm"]) < 0.2 and abs(layers["gradient norm"]) < 0.01
+    assert fp8["mean |dH|"] > fp8["dH of the batch"] > 0
+    for precision in ("bfloat16", "fp8"):  # the same kernels on the same micro-batches
+        assert ratio[precision] == {"max |log r|": 0.0, "mean |log r|": 0.0, "clip fraction": 0.0}

@@ -1,0 +1,163 @@
+"""Learner speed on one GPU: `python -m benchmarks.gpu_learner [--layers 8] [--fp8 none blockwise tensorwise]`.
+
+Random weights of Qwen2.5-7B's shape with fewer layers, so that optimizer state fits one GPU; statistics pass and one
+CE-GPPO optimizer step over packed sequences. Writes benchmarks/results/gpu_learner_<card>_<date>.json: tokens/s,
+TFLOP/s and its share of the card's dense bfloat16 peak (MFU, also for FP8, so that figures compare), and peak memory.
+FLOPs are those of the model: 2 per weight and token, and 2 s per attention channel and token for a causal sequence of
+s tokens; times three with backward. What recomputation does again is not counted. `--tiny` tries the program out, also
+on a CPU. Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+import conversion
+from configs import fp8
+from configs.schema import Config, ModelConfig, OptimConfig, TrainConfig
+
+QWEN_7B = {
+    **{"architectures": ["Qwen2ForCausalLM"], "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28},
+    **{"num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 32768},
+    **{"rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": False},
+}
+TINY = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+# Dense bfloat16 TFLOP/s from NVIDIA's data sheets.
+PEAK = {"H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0, "B200": 2250.0}
+
+
+def flops(hf: conversion.HFConfig, lengths: list[int]) -> float:
+    """Floating-point operations of one forward pass over sequences of these lengths."""
+    weights = sum(
+        torch.Size(conversion.megatron_shape(hf, name)).numel()
+        for name in conversion.megatron_names(hf)
+        if not name.startswith("embedding.")
+    )
+    attention = hf.num_layers * hf.num_heads * hf.head_dim
+    return sum(2.0 * weights * n + 2.0 * attention * n * n for n in lengths)
+
+
+def fill(_hf: Any, _directory: Path, chunks: list[Any], **_: Any) -> None:
+    """Random weights in place of a checkpoint."""
+    with torch.no_grad():
+        for parameter in (p for chunk in chunks for p in chunk.parameters()):
+            parameter.fill_(1.0) if parameter.ndim == 1 else parameter.normal_(std=0.02)
+
+
+def seconds(call: Callable[[], object], repeats: int) -> float:
+    """The fastest of several calls, after one to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        _synchronize()
+        start = time.perf_counter()
+        call()
+        _synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def measure(config: Config, model_dir: Path, lengths: list[int], repeats: int) -> dict[str, Any]:
+    """One precision: figures of the statistics pass and of one optimizer step."""
+    from megatron_ext.learner import weights
+    from megatron_ext.learner.learner import Learner
+    from megatron_ext.learner.step import TrainBatch
+    from megatron_ext.rl.losses import build_loss
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with mock.patch.object(weights, "import_hf", fill):
+        learner = Learner(config, model_dir, total_updates=100)
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(learner.hf.vocab_size, (n + 1,), generator=generator).tolist() for n in lengths]
+    total = sum(lengths)
+    zeros, trained = torch.zeros(total), torch.ones(total, dtype=torch.bool)
+    batch = TrainBatch(
+        prompts=[row[:1] for row in tokens],
+        responses=[row[1:] for row in tokens],
+        old_logp=zeros,
+        advantages=torch.randn(total, generator=generator),
+        mask=trained,
+        keep=trained,
+        kl_coef=zeros,
+        entropy_coef=zeros,
+        is_weight=torch.ones(total),
+    )
+    batch.old_logp = learner.statistics(batch).logp
+    share, loss = torch.full((len(lengths),), 1.0 / total, dtype=torch.float64), build_loss("ce_gppo")
+    forward = flops(learner.hf, lengths)
+    timed = {
+        "statistics": (forward, seconds(lambda: learner.statistics(batch), repeats)),
+        "update": (3 * forward, seconds(lambda: learner.update(batch, range(len(lengths)), share, loss), repeats)),
+    }
+    peak = PEAK.get(next((name for name in PEAK if name in card()), ""))
+    result: dict[str, Any] = {"fp8": config.model.fp8 and f"{config.model.fp8}, {config.model.fp8_recipe}"}
+    for name, (work, taken) in timed.items():
+        rate = work / taken / 1e12
+        result[name] = {"tokens_per_s": round(total / taken, 1), "tflops": round(rate, 3)}
+        result[name] |= {"mfu": round(rate / peak, 3)} if peak else {}
+    if torch.cuda.is_available():
+        result["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return result
+
+
+def card() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def make_config(scaling: str, micro_batch_tokens: int, recompute: bool) -> Config:
+    """``scaling``: "none" for bfloat16."""
+    model = ModelConfig(dtype="bfloat16", recompute=recompute, fp8=None if scaling == "none" else "e4m3")
+    if scaling != "none":
+        model.fp8_recipe = scaling
+    return Config(model=model, optim=OptimConfig(lr=1e-6), train=TrainConfig(micro_batch_tokens=micro_batch_tokens))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--length", type=int, default=4096, help="tokens of a sequence")
+    parser.add_argument("--micro-batch-tokens", type=int, default=16384)
+    parser.add_argument("--fp8", nargs="+", default=["none"], choices=["none", *fp8.RECIPES])
+    parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--tiny", action="store_true", help="a tiny model and short sequences, nothing is written")
+    args = parser.parse_args()
+    from megatron_ext.learner.model import distributed, transformer_impl
+
+    shape = QWEN_7B | {"num_hidden_layers": args.layers} | (TINY if args.tiny else {})
+    lengths = [64 if args.tiny else args.length] * args.sequences
+    results = []
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_text(json.dumps(shape))
+        for scaling in args.fp8:
+            config = make_config(scaling, args.micro_batch_tokens, args.recompute)
+            layers = transformer_impl(config.model)
+            with distributed(config.parallel, 0, alone=True):
+                results.append({"layers": layers, **measure(config, Path(directory), lengths, args.repeats)})
+            print(json.dumps(results[-1]), flush=True)
+    if not args.tiny:
+        name = re.sub(r"\W+", "_", card()).lower()
+        path = Path(__file__).parent / "results" / f"gpu_learner_{name}_{datetime.date.today():%Y-%m-%d}.json"
+        about = {"card": card(), "torch": torch.__version__, "arguments": vars(args), "results": results}
+        path.write_text(json.dumps(about, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
