@@ -183,6 +183,8 @@ def _check_sizes(c: Config) -> None:
                 f"{key}={length} leaves no room for a prompt in rollout.max_model_len={c.rollout.max_model_len}; "
                 "raise rollout.max_model_len"
             )
+    if c.run.peak_tflops is not None and not c.run.peak_tflops > 0:
+        raise ValueError(f"run.peak_tflops={c.run.peak_tflops} must be above 0; null looks it up by the GPU's name")
     _check_refills(c)
     if c.rollout.max_staleness not in (0, 1):
         raise ValueError(f"rollout.max_staleness={c.rollout.max_staleness}: choose 0 (synchronous) or 1 (overlapped)")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +14,9 @@ from megatron_ext.rl.entropy_theory import diagnostics
 from megatron_ext.rl.types import Sample, TokenStats
 
 if TYPE_CHECKING:  # importing Megatron takes seconds
-    from megatron_ext.learner.learner import UpdateMetrics
+    from megatron_ext.learner.critic import Critic
+    from megatron_ext.learner.learner import Learner, UpdateMetrics
+    from megatron_ext.learner.work import WorkReport
 
 
 class StepMetrics:
@@ -32,6 +33,7 @@ class StepMetrics:
         self._seconds: dict[str, float] = {}
         self._begin = time.monotonic()
         self._tokens = self._prompt_tokens = 0
+        self._work: WorkReport | None = None
 
     @contextmanager
     def clock(self, phase: str) -> Iterator[None]:
@@ -99,6 +101,11 @@ class StepMetrics:
     def critic_update(self, result: dict[str, float]) -> None:
         self._critic.append(result)
 
+    def learner(self, learner: Learner, critic: Critic | None) -> None:
+        """What the learner computed in this step, and how evenly over its ranks. A collective of all ranks."""
+        self._work = learner.work_report(*(() if critic is None else (critic,)))
+        self._values |= learner.packing_report()
+
     def theory(self) -> dict[str, float]:
         """The diagnostics over all updates of the step."""
         if not self._updates:
@@ -124,20 +131,31 @@ class StepMetrics:
         for phase, value in timing.items():
             seconds.setdefault(phase, value)
         values |= {f"timing_s/{phase}": value for phase, value in sorted(seconds.items())}
-        learner_s = seconds.get("statistics", 0.0) + seconds.get("update", 0.0)
+        return values | self._performance(seconds)
+
+    def _performance(self, seconds: Mapping[str, float]) -> dict[str, float]:
+        """Speed and memory. Tokens are those of prompts and responses, each once, whatever passes are made of them."""
+        learner_s = max(sum(seconds.get(phase, 0.0) for phase in LEARNER_PHASES), 1e-9)
         both = self._tokens + self._prompt_tokens
-        values["perf/peak_memory_gib"] = peak_memory_gib()
-        values["perf/throughput"] = both / seconds["step"]
-        values["perf/rollout_tokens_per_s"] = self._tokens / max(seconds.get("generate", 0.0), 1e-9)
-        values["perf/learner_tokens_per_s"] = both / max(learner_s, 1e-9)
+        values = {
+            "perf/throughput": both / seconds["step"],
+            "perf/rollout_tokens_per_s": self._tokens / max(seconds.get("generate", 0.0), 1e-9),
+            "perf/learner_tokens_per_s": both / learner_s,
+        }
+        if (work := self._work) is not None:
+            tflops = work.flops / learner_s / work.ranks / 1e12
+            values |= {
+                "perf/throughput_per_rank": values["perf/throughput"] / work.ranks,
+                "perf/learner_tokens_per_s_per_rank": values["perf/learner_tokens_per_s"] / work.ranks,
+                "perf/tflops_per_rank": tflops,
+                "perf/time_imbalance": work.time_imbalance,
+                "perf/token_imbalance": work.token_imbalance,
+                "perf/peak_memory_gib": work.peak_memory_gib,
+            }
+            if work.peak_tflops is not None:
+                values["perf/mfu"] = tflops / work.peak_tflops
         return values
 
 
-def peak_memory_gib() -> float:
-    """Most memory this learner process has held: allocated on the GPU, or resident when there is none."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
-
-
+LEARNER_PHASES = ("statistics", "values", "update", "probe")  # when its models compute
 PER_UPDATE = ("pg_loss", "grad_norm", "lr", "skipped_updates")  # the rest are means over tokens

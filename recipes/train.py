@@ -61,6 +61,7 @@ def train(config: Config, model_dir: Path) -> None:
                 state["controller"] = train_step(
                     config, learner, critic, controller, selection, state["controller"], step, samples, metrics
                 )
+                metrics.learner(learner, critic)
                 state |= {"step": step + 1, "position": record["position"]}
                 last = step + 1 == config.train.steps
                 if last or (config.eval.every and (step + 1) % config.eval.every == 0):
@@ -102,6 +103,7 @@ def train_step(
     with metrics.clock("statistics"):
         batch, groups_B, include_B = make_batch(config, samples)
         stats = learner.statistics(batch)
+        batch.ref_logp = learner.reference_logp(batch)
     rollout_logp = torch.tensor([x for s in samples for x in s.rollout.logprobs], dtype=stats.logp.dtype)
     batch.old_logp = stats.logp if config.train.old_logprobs == "learner" else rollout_logp
     if config.train.tis_cap is not None:
@@ -110,9 +112,6 @@ def train_step(
     limit = config.rollout.agreement_limit if step == 0 or config.rollout.replay is None else float("inf")
     metrics.agreement(samples, rollout_logp, stats, version=step, limit=limit)
     metrics.statistics(stats)
-    if learner.reference is not None:
-        with metrics.clock("reference"):
-            batch.ref_logp = learner.reference.logp(batch)
 
     total = config.train.steps
     entropy = float(stats.entropy.double().mean())

@@ -22,8 +22,9 @@ from torch import Tensor
 import conversion
 from configs import fp8
 from configs.schema import Config
+from megatron_ext.flops import ForwardFlops
 from megatron_ext.learner import model as megatron
-from megatron_ext.learner import weights
+from megatron_ext.learner import weights, work
 from megatron_ext.learner.model import parallel_state
 from megatron_ext.learner.offload import Parking, model_tensors, optimizer_tensors
 from megatron_ext.learner.policy_head import put_hidden_states
@@ -39,6 +40,7 @@ from megatron_ext.learner.step import (
 )
 from megatron_ext.learner.value_head import WEIGHT
 from megatron_ext.learner.vocab_parallel import tensor_parallel_shard
+from megatron_ext.learner.work import Work, WorkReport
 from megatron_ext.rl import packing
 from megatron_ext.rl.types import LossInputs, TokenStats
 
@@ -85,7 +87,9 @@ class Trainable:
             and parallel_state.get_tensor_model_parallel_rank() == 0
             and parallel_state.get_context_parallel_rank() == 0
         )
-        self.forward_tokens = 0  # tokens this rank has pushed through the model, prompts included
+        self.work = Work(ForwardFlops(self.hf, outputs=1 if value_head else None))
+        transformer = self.chunks[0].config  # of all chunks
+        transformer.finalize_model_grads_func = partial(self._finalize, transformer.finalize_model_grads_func)
         self._packing = packing.PackingCost()
         self._state, self._weights = Parking(), Parking()  # what is on the host: optimizer state, weights
         self.rest()
@@ -181,11 +185,12 @@ class Trainable:
             )
             mb.counts_divisor = number == 0 and self._dp_rank == 0 and parallel_state.get_context_parallel_rank() == 0
             micro_batches.append(mb)
-            self.forward_tokens += len(mb.local_T)
         for chunk in self.chunks:
             chunk.train(not forward_only)
         schedule = get_forward_backward_func()
         iterators = [iter(micro_batches) for _ in self.chunks]
+        fed = ((packing.fed_length(len(batch.prompts[i]), n), n) for i in samples for n in (len(batch.responses[i]),))
+        self.work.begin(fed, sum(len(mb.local_T) for mb in micro_batches), forward_only=forward_only)
         with megatron.on_device():
             collected: list[Any] = schedule(
                 forward_step_func=step,
@@ -196,7 +201,14 @@ class Trainable:
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
+        if forward_only:
+            self.work.end()
         return collected
+
+    def _finalize(self, finalize: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """Megatron calls this after the last micro-batch; it reduces gradients, so from here on ranks wait."""
+        self.work.end()
+        finalize(*args, **kwargs)
 
     def _plan(self, batch: TrainBatch, samples: Sequence[int]) -> list[list[int]]:
         """Places in ``samples`` by micro-batch of this data-parallel rank."""
@@ -219,6 +231,10 @@ class Trainable:
         """What packing has cost since the last call, as `packing.PackingCost.report` says."""
         report, self._packing = self._packing.report(), packing.PackingCost()
         return report
+
+    def work_report(self, *others: Trainable) -> WorkReport:
+        """What this model and the others have computed since the last call. A collective of all ranks."""
+        return work.report([model.work for model in (self, *others)], self.config, self.device)
 
     def _reduce_sums(self, collected: list[dict[str, Tensor]]) -> dict[str, float]:
         """Global sums from those that the last pipeline stage collected per micro-batch.
@@ -278,6 +294,11 @@ class Learner(Trainable):
         sums = {k.removeprefix(DIAGNOSTIC): totals.pop(k) for k in list(totals) if k.startswith(DIAGNOSTIC)}
         means = {k: v / max(tokens, 1.0) for k, v in totals.items()} | {"pg_loss": objective} | about
         return UpdateMetrics(means, sums, tokens)
+
+    @torch.no_grad()
+    def reference_logp(self, batch: TrainBatch) -> Tensor | None:
+        """log p of every response token under the reference policy, (T,), on every rank; None when there is none."""
+        return None if self.reference is None else self.reference.logp(batch)
 
     def export(self, *, explicit_lm_head: bool = False) -> Iterator[tuple[str, Tensor]]:
         """All weights under Hugging Face names, full, on rank 0; a collective that every rank must exhaust."""

@@ -154,7 +154,7 @@ def _runs(root: Path) -> None:
 
     run("live")
     run("replay", f"rollout.replay={root / 'live'}")
-    shutil.copytree(root / "live", root / "again")
+    shutil.copytree(root / "live", root / "again", symlinks=True)
     (root / "again" / "checkpoints" / "latest").write_text("step_000001\n")
     run("again")
 

@@ -52,6 +52,7 @@ def _layout(layout: Layout, root: Path) -> dict[str, Tensor]:
 
     config = cases.make_config(layout, "float64", OptimConfig(optimizer="sgd", lr=LR, clip_grad=1e9))
     config.reference = ReferenceConfig(kl_coef=COEF, path=str(root / "reference"))
+    config.run.peak_tflops = 2.0
     learner = Learner(config, root / "model", total_updates=10)
     assert learner.reference is not None
     batch, samples = cases.make_batch(torch.float64), range(len(cases.LENGTHS))
@@ -72,7 +73,12 @@ def _layout(layout: Layout, root: Path) -> dict[str, Tensor]:
         means = learner.update(batch, samples, weights_B, build_loss("ppo")).means
         out |= {f"{kind}/{n}": torch.tensor(means[n], dtype=torch.float64) for n in ("kl_ref", "pg_loss", "grad_norm")}
         out |= {f"{kind}/gradient/{n}": (before[n] - t).double() / LR for n, t in learner.export()}
-    return out
+    work = learner.work_report()
+    assert (work.ranks, work.peak_tflops) == (layout.world, 2.0) and work.peak_memory_gib > 0.1
+    assert work.time_imbalance >= 0 and 0 <= work.token_imbalance < 0.5
+    assert (work.token_imbalance > 0) == (layout == DP2), "only data-parallel ranks have different tokens"
+    assert learner.work_report().flops == 0, "counted since the last report"
+    return out | {"flops": torch.tensor(work.flops, dtype=torch.float64)}
 
 
 def _runs(root: Path) -> None:
@@ -90,7 +96,7 @@ def _runs(root: Path) -> None:
 
     run("live")
     run("replay", f"rollout.replay={root / 'live'}")
-    shutil.copytree(root / "live", root / "again")
+    shutil.copytree(root / "live", root / "again", symlinks=True)
     (root / "again" / "checkpoints" / "latest").write_text("step_000001\n")
     run("again")
 
@@ -158,6 +164,20 @@ def test_one_process_is_what_transformers_and_autograd_say(root: Path) -> None:
         expected = float(said[batch.mask].mean().detach())
         assert float(results[f"{kind}/kl_ref"]) == pytest.approx(expected, rel=1e-4)
         assert float(results[f"{kind}/pg_loss"]) == pytest.approx(COEF * expected, rel=1e-4)
+
+
+def test_every_pass_is_counted_once(root: Path) -> None:
+    """Two statistics passes, one of the reference, three updates of thrice the work: 12 forward passes of the batch.
+
+    Two layers of query, output 32 x 32, key, value 16 x 32, three MLP matrices 48 x 32; four heads of 8; 37 tokens.
+    """
+    batch, expected = cases.make_batch(torch.float64), 0
+    for prompt, response in zip(batch.prompts, batch.responses, strict=True):
+        fed = len(prompt) + len(response) - 1
+        weights = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32) * fed + 37 * 32 * len(response)
+        attention = 2 * (4 * 8) * 2 * fed * (fed + 1) // 2
+        expected += 2 * (weights + attention)
+    assert float(load_file(root / "one")["flops"]) == 12 * expected
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)

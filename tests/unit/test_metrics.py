@@ -129,6 +129,39 @@ def test_timings_and_rates() -> None:
     assert row["perf/throughput"] == pytest.approx((40 + 2 * 3) / row["timing_s/step"])
 
 
+def learner(**work: Any) -> Any:
+    """What `StepMetrics.learner` asks of one."""
+    values = {"flops": 0.0, "ranks": 1, "peak_tflops": None, "time_imbalance": 0.0, "token_imbalance": 0.0}
+    report = SimpleNamespace(**{**values, "peak_memory_gib": 1.5, **work})
+    return SimpleNamespace(work_report=lambda *critics: report, packing_report=lambda: {"perf/padding_waste": 0.25})
+
+
+def test_speed_of_the_learner_by_hand() -> None:
+    """9e12 useful FLOPs on 4 ranks in 0.5 + 0.25 + 0.75 s: 1.5 TFLOP/s each, 3 % of 50."""
+    metrics = StepMetrics(1)
+    metrics.rollouts([sample(10), sample(30)])  # and two prompts of 3 tokens
+    metrics.learner(learner(flops=9e12, ranks=4, peak_tflops=50.0, time_imbalance=0.2, token_imbalance=0.1), None)
+    row = metrics.result({"statistics": 0.5, "values": 0.25, "update": 0.75, "generate": 3.0, "sync": 1.0})
+    assert row["perf/tflops_per_rank"] == pytest.approx(1.5) and row["perf/mfu"] == pytest.approx(0.03)
+    assert row["perf/learner_tokens_per_s"] == pytest.approx(46 / 1.5)
+    assert row["perf/learner_tokens_per_s_per_rank"] == pytest.approx(46 / 1.5 / 4)
+    assert row["perf/throughput_per_rank"] == pytest.approx(row["perf/throughput"] / 4)
+    assert (row["perf/time_imbalance"], row["perf/token_imbalance"], row["perf/peak_memory_gib"]) == (0.2, 0.1, 1.5)
+    assert row["perf/padding_waste"] == 0.25
+
+
+def test_no_mfu_without_a_peak_and_critics_are_counted() -> None:
+    seen: list[Any] = []
+    policy, critic = learner(), object()
+    report = policy.work_report
+    policy.work_report = lambda *critics: seen.append(critics) or report()
+    metrics = StepMetrics(1)
+    metrics.rollouts([sample(1)])
+    metrics.learner(policy, critic)  # type: ignore[arg-type]
+    row = metrics.result({})
+    assert seen == [(critic,)] and "perf/mfu" not in row and row["perf/tflops_per_rank"] == 0
+
+
 def test_whatever_depends_on_the_machine_is_named_so() -> None:
     """Replays are compared on everything but ``timing_s/`` and ``perf/``."""
 
