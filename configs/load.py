@@ -8,6 +8,7 @@ Hydra composes the groups, OmegaConf checks types against the schema, and the pa
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
@@ -20,7 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs import fp8
-from configs.schema import Config
+from configs.schema import Config, ParallelConfig
 
 GROUPS = ("recipe", "loss", "selection", "schedule")
 GROUP_CHOICE = tuple(f"{group}=" for group in GROUPS)
@@ -209,13 +210,22 @@ def _check_refills(c: Config) -> None:
             raise ValueError(f"{key}={value} has no effect: set advantage.drop_uniform_groups=true or unset it")
 
 
+def process_multiple(parallel: ParallelConfig) -> int:
+    """What the number of learner processes is a multiple of: dense layers lie over tp x pp x cp of them, experts over
+    ep x pp."""
+    return math.lcm(parallel.tp * parallel.pp * parallel.cp, parallel.ep * parallel.pp)
+
+
 def _check_layout(c: Config) -> None:
     p = c.parallel
     for key in ("tp", "pp", "vpp", "cp", "ep"):
         _at_least(c, f"parallel.{key}", 1)
-    model_size = p.tp * p.pp * p.cp
-    if p.nproc is not None and (p.nproc < 1 or p.nproc % model_size):
-        raise ValueError(f"parallel.nproc={p.nproc} is not a multiple of tp x pp x cp = {model_size}; choose one")
+    size = process_multiple(p)
+    if p.nproc is not None and (p.nproc < 1 or p.nproc % size):
+        experts = "" if p.ep == 1 else " and ep x pp"
+        raise ValueError(
+            f"parallel.nproc={p.nproc} is not a multiple of tp x pp x cp{experts}, so of {size}; choose one"
+        )
     if p.vpp > 1 and p.pp < 2:
         raise ValueError(f"parallel.vpp={p.vpp} needs pipeline parallelism: set parallel.pp >= 2 or parallel.vpp=1")
     if p.sp and p.tp < 2:

@@ -171,10 +171,14 @@ class ParallelConfig:
     tp: int = 1
     pp: int = 1
     vpp: int = 1  # virtual pipeline stages per rank
-    cp: int = 1
-    ep: int = 1
-    sp: bool = False
-    nproc: int | None = None  # learner processes; None: tp * pp * cp
+    cp: int = 1  # context parallelism: ranks over which every sequence is cut
+    ep: int = (
+        1  # expert parallelism: ranks over which the experts of a mixture are spread; each is whole on one of them
+    )
+    sp: bool = (
+        False  # sequence parallelism: norms and residuals hold 1/tp of the tokens; a mixture with tp > 1 needs it
+    )
+    nproc: int | None = None  # learner processes; None: the fewest, lcm(tp * pp * cp, ep * pp)
 
 
 @dataclass

@@ -11,11 +11,15 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from configs import fp8
-from configs.load import GROUPS, choices, load_config
-from configs.schema import Config
+from configs.load import GROUPS, choices, load_config, process_multiple
+from configs.schema import Config, ParallelConfig
 from recipes.rewards import make_verifier
+
+if TYPE_CHECKING:
+    from conversion import HFConfig
 
 HELP = """usage: python -m recipes.train [recipe=NAME] [key=value ...]
        make train [RECIPE=NAME] [ARGS="key=value ..."] [DRY_RUN=1]
@@ -62,11 +66,11 @@ def launch(train: Callable[[Config, Path], None], argv: Sequence[str] | None = N
         processes = learner_processes(config)
         if "WORLD_SIZE" not in os.environ and processes > 1:
             relaunch(processes, argv)
-        world, model_size = int(os.environ.get("WORLD_SIZE", "1")), _model_size(config)
-        if world % model_size or (config.parallel.nproc or world) != world:
+        world, unit = int(os.environ.get("WORLD_SIZE", "1")), process_multiple(config.parallel)
+        if world % unit or (config.parallel.nproc or world) != world:
             raise ValueError(
-                f"{world} processes were started, but parallel.tp x pp x cp = {model_size} must divide their number "
-                f"and parallel.nproc={config.parallel.nproc} must be it or unset"
+                f"{world} processes were started, but this layout (parallel.*) needs a multiple of {unit} "
+                f"and parallel.nproc={config.parallel.nproc} must be their number or unset"
             )
         train(config, model_dir)
     except (ValueError, FileNotFoundError) as error:
@@ -79,12 +83,8 @@ def launch(train: Callable[[Config, Path], None], argv: Sequence[str] | None = N
 
 
 def learner_processes(config: Config) -> int:
-    """parallel.nproc, or as many as the model needs."""
-    return config.parallel.nproc or _model_size(config)
-
-
-def _model_size(config: Config) -> int:
-    return config.parallel.tp * config.parallel.pp * config.parallel.cp
+    """parallel.nproc, or as many as the layout needs."""
+    return config.parallel.nproc or process_multiple(config.parallel)
 
 
 def relaunch(processes: int, argv: Sequence[str]) -> None:
@@ -137,13 +137,20 @@ def check_model(config: Config, directory: Path) -> None:
     import conversion
 
     hf, p = conversion.read_config(directory), config.parallel
-    for what, size in (("attention heads", hf.num_heads), ("key-value heads", hf.num_kv_heads)):
+    for what, size in (("attention heads", hf.num_heads), ("MLP columns", hf.ffn_hidden_size)):
         if size % p.tp:
             raise ValueError(f"parallel.tp={p.tp} does not divide the model's {size} {what}; choose a divisor")
+    if hf.num_kv_heads % p.tp and p.tp % hf.num_kv_heads:
+        raise ValueError(
+            f"parallel.tp={p.tp} is neither a divisor nor a multiple of the model's {hf.num_kv_heads} key-value heads; "
+            "choose one"
+        )
     if hf.num_layers % (p.pp * p.vpp):
         raise ValueError(
             f"parallel.pp={p.pp} x parallel.vpp={p.vpp} does not divide the model's {hf.num_layers} layers"
         )
+    _check_experts(hf, p)
+    _check_window(config, hf)
     fp8.check_model(config, hf)
     if config.reference.path is not None:  # it runs in the policy's place: see megatron_ext/learner/reference.py
         other = conversion.read_config(Path(config.reference.path))
@@ -155,4 +162,29 @@ def check_model(config: Config, directory: Path) -> None:
     if config.rollout.max_model_len > hf.max_positions:
         raise ValueError(
             f"rollout.max_model_len={config.rollout.max_model_len} exceeds the model's {hf.max_positions} positions"
+        )
+
+
+def _check_experts(hf: HFConfig, p: ParallelConfig) -> None:
+    if hf.experts is None:
+        if p.ep > 1:
+            raise ValueError(f"parallel.ep={p.ep}: the model has no experts; drop parallel.ep")
+        return
+    if hf.experts.count % p.ep:
+        raise ValueError(f"parallel.ep={p.ep} does not divide the model's {hf.experts.count} experts; choose a divisor")
+    if p.tp > 1 and not p.sp:
+        raise ValueError(f"parallel.tp={p.tp} with a mixture of experts needs sequence parallelism: parallel.sp=true")
+
+
+def _check_window(config: Config, hf: HFConfig) -> None:
+    """Without Transformer Engine there is no sliding window, which sequences that fit into one do not need."""
+    import torch
+
+    model, longest = config.model, config.rollout.max_model_len
+    has_te = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    local = model.transformer_impl == "local" or model.dtype != "bfloat16" or not has_te
+    if local and hf.window is not None and longest > hf.window:
+        raise ValueError(
+            f"rollout.max_model_len={longest} exceeds the model's sliding window of {hf.window} tokens, which needs "
+            f"Transformer Engine's attention (bfloat16, on a GPU): set rollout.max_model_len={hf.window} at most"
         )

@@ -93,9 +93,9 @@ def stage_parameters(hf: conversion.HFConfig, parallel: ParallelConfig) -> tuple
     layers = 0.0
     for name in conversion.megatron_names(hf):
         if name.startswith("decoder.layers."):
-            share = parallel.tp if conversion.layout(name) else 1
-            share *= parallel.ep if ".local_experts." in name else 1
-            layers += prod(conversion.megatron_shape(hf, name)) / share
+            expert = ".local_experts." in name
+            tp, ep = (1, parallel.ep) if expert else (parallel.tp, 1)
+            layers += prod(conversion.megatron_shape(hf, name)) / (ep * (tp if conversion.layout(name) else 1))
     first = round(layers / parallel.pp) + vocabulary
     last = round(layers / parallel.pp) + hf.hidden_size  # and the final norm
     if parallel.pp > 1:

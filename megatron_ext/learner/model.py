@@ -92,6 +92,7 @@ def distributed(
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
         expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=1,
     )
     with on_device():
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -175,6 +176,8 @@ def transformer_config(hf: conversion.HFConfig, parallel: ParallelConfig, model:
     if isinstance(architecture.get("activation_func"), str):
         architecture["activation_func"] = getattr(torch.nn.functional, architecture["activation_func"])
     torch_dtype = DTYPES[model.dtype]
+    if "moe_router_dtype" in architecture and torch_dtype is torch.float64:
+        architecture["moe_router_dtype"] = "fp64"
     recomputation: dict[str, Any] = {}
     if model.recompute:
         recomputation = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -187,6 +190,7 @@ def transformer_config(hf: conversion.HFConfig, parallel: ParallelConfig, model:
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
         expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=1,  # experts are spread, never cut: gloo cannot gather parts of different sizes
         sequence_parallel=parallel.sp,
         params_dtype=torch_dtype,
         pipeline_dtype=torch_dtype,
@@ -203,7 +207,10 @@ def transformer_config(hf: conversion.HFConfig, parallel: ParallelConfig, model:
         bias_dropout_fusion=ON_GPU,
         bias_activation_fusion=ON_GPU,
         persist_layer_norm=False,
-        batch_p2p_comm=True,
+        # With two ranks, interleaved stages send activations and gradients between the same two at once. Batched, they
+        # are told apart by nothing but their order, which differs on the two sides; overlapped calls are separate.
+        batch_p2p_comm=parallel.vpp == 1,
+        overlap_p2p_comm=parallel.vpp > 1,
     )
 
 

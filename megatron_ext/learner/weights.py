@@ -7,7 +7,8 @@ tensor at a time.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,14 @@ from conversion.hf_files import HFReader
 from conversion.hf_to_megatron import check_source
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"(.*\.local_experts\.)(\d+)(\..*)")
 
 
 def named_parameters(chunks: list[Any]) -> dict[str, torch.nn.Parameter]:
-    """Parameters of this rank under model-wide names (the layer number counted over all pipeline stages)."""
+    """Parameters of this rank under model-wide names, spelled as in the local layer spec.
+
+    Layers are counted over all pipeline stages, experts over all expert-parallel ranks.
+    """
     named: dict[str, torch.nn.Parameter] = {}
     for chunk in unwrap_model(chunks):
         # Megatron numbers layers from 1 over the whole model, parameters from 0 within the chunk.
@@ -33,8 +38,44 @@ def named_parameters(chunks: list[Any]) -> dict[str, torch.nn.Parameter]:
             match = _LAYER.match(name)
             if match:
                 name = f"decoder.layers.{numbers[match[1]]}.{name[match.end() :]}"
-            named[name] = parameter
+            named[_global_expert(conversion.local_name(name), chunk.config)] = parameter
     return named
+
+
+def _global_expert(name: str, config: Any) -> str:
+    """Megatron numbers the experts of a rank from 0; each expert-parallel rank has the next few."""
+    match = _EXPERT.fullmatch(name)
+    if match is None:
+        return name
+    here = config.num_moe_experts // parallel_state.get_expert_model_parallel_world_size()
+    return f"{match[1]}{parallel_state.get_expert_model_parallel_rank() * here + int(match[2])}{match[3]}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Slices:
+    """How this process takes part in the tensor-parallel slices of a tensor: experts have groups of their own."""
+
+    rank: int
+    size: int
+    group: torch.distributed.ProcessGroup
+    first_replica: bool  # of the data- and context-parallel ranks that hold the same slice
+
+
+def _slices() -> Callable[[str], _Slices]:
+    ps = parallel_state
+    dense = _Slices(
+        ps.get_tensor_model_parallel_rank(),
+        ps.get_tensor_model_parallel_world_size(),
+        ps.get_tensor_model_parallel_group(),
+        ps.get_data_parallel_rank(with_context_parallel=True) == 0,
+    )
+    expert = _Slices(
+        ps.get_expert_tensor_parallel_rank(),
+        ps.get_expert_tensor_parallel_world_size(),
+        ps.get_expert_tensor_parallel_group(),
+        ps.get_expert_data_parallel_rank() == 0,
+    )
+    return lambda name: expert if _EXPERT.fullmatch(name) else dense
 
 
 @torch.no_grad()
@@ -45,11 +86,11 @@ def import_hf(hf: conversion.HFConfig, directory: Path, chunks: list[Any], *, sk
     """
     reader = HFReader(directory)
     check_source(hf, reader)
-    rank, size = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    slices = _slices()
     for name, parameter in named_parameters(chunks).items():
         if name not in skip:
-            full = conversion.import_tensor(hf, name, reader)
-            parameter.copy_(conversion.shard(name, full, rank, size))
+            full, part = conversion.import_tensor(hf, name, reader), slices(name)
+            parameter.copy_(conversion.shard(name, full, part.rank, part.size))
     reader.close()
 
 
@@ -59,22 +100,21 @@ def export_hf(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every weight as a full Hugging Face tensor on global rank 0, one Megatron tensor at a time.
 
-    A collective: all ranks must exhaust the iterator, which yields nothing on ranks other than 0. The pipeline stage
-    that owns a tensor gathers its tensor-parallel slices and, when it is not the first stage, sends them to rank 0.
+    A collective: all ranks must exhaust the iterator, which yields nothing on ranks other than 0. The ranks that hold
+    the first replica of a tensor's slices gather them; when rank 0 is not the first of these, it is sent the result.
     """
-    mine = {conversion.local_name(name): parameter for name, parameter in named_parameters(chunks).items()}
+    mine, slices = named_parameters(chunks), _slices()
     rank = torch.distributed.get_rank()
-    first_replica = parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
-    tp_group = parallel_state.get_tensor_model_parallel_group()
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
-    leader = first_replica and parallel_state.get_tensor_model_parallel_rank() == 0
     names = conversion.megatron_names(hf)
-    for name, owner in zip(names, _owners(names, mine, leader), strict=True):
-        if name in mine and first_replica:
+    leading = [name in mine and slices(name).first_replica and slices(name).rank == 0 for name in names]
+    for name, owner in zip(names, _owners(names, leading, next(iter(mine.values())).device), strict=True):
+        part = slices(name)
+        if name in mine and part.first_replica:
             local = mine[name].detach().contiguous()
-            pieces = [torch.empty_like(local) for _ in range(tp_size)]
-            if tp_size > 1:
-                torch.distributed.all_gather(pieces, local, group=tp_group)
+            pieces = [torch.empty_like(local) for _ in range(part.size)]
+            if part.size > 1:
+                torch.distributed.all_gather(pieces, local, group=part.group)
             else:
                 pieces = [local]
             full = conversion.unshard(name, pieces)
@@ -84,18 +124,17 @@ def export_hf(
             if owner != 0:
                 some = next(iter(mine.values()))
                 shape = list(conversion.megatron_shape(hf, name))
-                if conversion.local_name(name) in ("embedding.word_embeddings.weight", "output_layer.weight"):
+                if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
                     shape[0] = conversion.padded_vocab(shape[0], tp_size)
                 full = torch.empty(shape, dtype=some.dtype, device=some.device)
                 torch.distributed.recv(full, src=owner)
             yield from conversion.export_tensors(hf, name, full, explicit_lm_head=explicit_lm_head)
 
 
-def _owners(names: list[str], mine: dict[str, Any], leader: bool) -> list[int]:
-    """For each tensor the global rank, lowest in tensor and data parallelism, whose pipeline stage holds it."""
+def _owners(names: list[str], leading: list[bool], device: torch.device) -> list[int]:
+    """For each tensor the lowest global rank of those that lead the gathering of its slices."""
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    some = next(iter(mine.values()))
-    candidates = torch.tensor([rank if leader and name in mine else world for name in names], device=some.device)
+    candidates = torch.tensor([rank if leads else world for leads in leading], device=device)
     torch.distributed.all_reduce(candidates, op=torch.distributed.ReduceOp.MIN)
     owners: list[int] = candidates.tolist()
     assert max(owners) < world, f"no rank holds {names[owners.index(world)]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing.forkserver
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -13,14 +14,20 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Processes are forked from a server that has imported what they need: importing Megatron eight times takes longer than
+# most tests.
+multiprocessing.forkserver.set_forkserver_preload(["megatron_ext.learner.checkpoint", "recipes.train"])
+
 
 def run(processes: int, function: Callable[..., None], *args: Any, timeout_s: float) -> None:
-    """``function(rank, *args)`` in that many fresh processes; a module-level function of an importable module.
+    """``function(rank, *args)`` in that many processes; a module-level function of an importable module.
 
     Raises what `torch.multiprocessing.spawn` raises for the first process that fails, and TimeoutError when not all
     have ended in time. No process is left in either case.
     """
-    context = mp.spawn(_entry, args=(function, *args), nprocs=processes, join=False)
+    context = mp.start_processes(
+        _entry, args=(function, *args), nprocs=processes, join=False, start_method="forkserver"
+    )
     deadline = time.monotonic() + timeout_s
     try:
         while not context.join(timeout=1.0):

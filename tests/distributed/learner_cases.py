@@ -38,25 +38,39 @@ TP2_PP2 = Layout("tp2-pp2", 4, {"tp": 2, "pp": 2})
 TP2_DP2_SHARDED = Layout("tp2-dp2-distributed-optimizer", 4, {"tp": 2}, distributed_optimizer=True)
 
 
-def make_model(directory: Path) -> Path:
+def make_model(directory: Path, *, layers: int = 2) -> Path:
     """Random Qwen2 (biases, grouped queries, tied embeddings) whose next-token distribution is far from uniform."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    config = Qwen2Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.25,
-        tie_word_embeddings=True,
-        dtype="float32",
-    )
+    return _save(Qwen2ForCausalLM, Qwen2Config(**_SHAPE, num_hidden_layers=layers, tie_word_embeddings=True), directory)
+
+
+def make_moe_model(directory: Path) -> Path:
+    """Random Qwen3-MoE: four experts of which a token visits two, norms on queries and keys, heads wider than
+    hidden / heads, an output layer of its own."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
+    config = Qwen3MoeConfig(**_SHAPE, **experts, head_dim=16, num_hidden_layers=2, tie_word_embeddings=False)
+    return _save(Qwen3MoeForCausalLM, config, directory)
+
+
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.25,
+    "dtype": "float32",
+}
+
+
+def _save(model_class: Any, config: Any, directory: Path) -> Path:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        model = Qwen2ForCausalLM(config)
+        model = model_class(config)
         for parameter in model.parameters():
             if parameter.ndim == 1:  # biases start at 0 and norms at 1, where mistakes cannot be seen
                 parameter.add_(torch.randn_like(parameter) * 0.2)

@@ -92,6 +92,7 @@ def paper(tmp_path: Path) -> list[str]:
         ("rollout.temperature=0.7", ["rollout.temperature=0.7", "train.tis_cap=2"]),
         ("rollout.max_staleness=3", ["rollout.max_staleness=3", "0", "1"]),
         ("parallel.tp=2 parallel.nproc=3", ["parallel.nproc=3", "multiple", "2"]),
+        ("parallel.ep=3 parallel.nproc=4", ["parallel.nproc=4", "ep x pp", "of 3"]),
         ("parallel.vpp=2", ["parallel.vpp=2", "parallel.pp >= 2"]),
         ("parallel.sp=true", ["parallel.sp=true", "parallel.tp >= 2"]),
         ("model.path=nowhere", ["model.path=nowhere", "config.json", "'tiny'"]),

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,7 +56,8 @@ def test_train_is_called_with_the_configuration(model: Path) -> None:
     [
         (["optim.lrr=1"], "there is no key 'optim.lrr' (did you mean 'optim.lr'?)"),
         (["loss=cegppo"], "loss=cegppo is unknown (did you mean 'ce_gppo'?)"),
-        (["parallel.tp=4"], "parallel.tp=4 does not divide the model's 2 key-value heads"),
+        (["parallel.tp=3"], "parallel.tp=3 does not divide the model's 4 attention heads"),
+        (["parallel.ep=2"], "parallel.ep=2: the model has no experts"),
         (["parallel.pp=3"], "parallel.pp=3 x parallel.vpp=1 does not divide the model's 2 layers"),
         (["rollout.max_model_len=4096"], "rollout.max_model_len=4096 exceeds the model's 1024 positions"),
         (["reward.params.nonsense=1"], "nonsense"),
@@ -67,6 +69,28 @@ def test_user_errors_are_one_line_and_status_2(
     assert status([f"model.path={model}", *argv]) == (2, [])
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and sentence in error, error
+
+
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+
+@pytest.mark.parametrize(
+    "architecture, changes, argv, sentence",
+    [
+        ("Qwen3MoeForCausalLM", MIXTURE, ["parallel.ep=3"], "parallel.ep=3 does not divide the model's 4 experts"),
+        ("Qwen3MoeForCausalLM", MIXTURE, ["parallel.tp=2"], "needs sequence parallelism: parallel.sp=true"),
+        ("MistralForCausalLM", {"sliding_window": 64}, [], "sliding window of 64 tokens"),
+        ("LlamaForCausalLM", {"num_attention_heads": 6, "num_key_value_heads": 2}, ["parallel.tp=3"], "multiple of"),
+    ],
+)
+def test_a_layout_or_length_that_the_model_does_not_allow(
+    model: Path, tmp_path: Path, architecture: str, changes: dict[str, Any], argv: list[str], sentence: str
+) -> None:
+    config = json.loads((model / "config.json").read_text())
+    config |= {"architectures": [architecture], "hidden_size": 96, "intermediate_size": 96, **changes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=sentence):
+        module.check_model(load_config([f"model.path={tmp_path}", *argv]), tmp_path)
 
 
 def test_a_reference_of_another_model_is_refused(
