@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class HFConfig:
     """What conversion and the learner need to know about a Hugging Face model. Sizes are element counts."""
 
     architecture: str
-    raw: Mapping[str, Any]  # config.json as read
+    raw: Mapping[str, Any] = field(hash=False)  # config.json as read
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int

@@ -7,7 +7,6 @@ in memory. Format: https://github.com/huggingface/safetensors#format.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -20,11 +19,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from conversion.digests import bulk_digest, text
+
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PIECE_BYTES = 256 << 10  # hashed and written at a time: what was hashed is still in the processor's cache
+WRITEBACK_BYTES = 16 << 20  # per file or tensor, until the disk is told to begin with them
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +163,8 @@ class HFWriter:
         self._fds: dict[Path, int] = {}
         self._where: dict[str, Located] = {}
         self._next_row = dict.fromkeys(shapes, 0)
-        self._digests = {name: hashlib.sha256() for name in shapes}
+        self._flushed = dict.fromkeys(shapes, 0)  # bytes of each tensor
+        self._digests = {name: bulk_digest() for name in shapes}
         sizes = {name: dtypes[name].itemsize * math.prod(shape) for name, shape in shapes.items()}
         shards = plan_shards(sizes, max_shard_size)
         files = (
@@ -183,14 +186,14 @@ class HFWriter:
         for name, (shape, dtype) in tensors.items():
             start, end = end, end + dtype.itemsize * math.prod(shape)
             header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # the data must begin at a multiple of 8
+        head = json.dumps(header, separators=(",", ":")).encode()
+        head += b" " * (-len(head) % 8)  # the data must begin at a multiple of 8
         for name, (shape, dtype) in tensors.items():
-            offset = 8 + len(text) + header[name]["data_offsets"][0]
+            offset = 8 + len(head) + header[name]["data_offsets"][0]
             self._where[name] = Located(path, offset, shape, dtype)
         fd = self._fds[path] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        os.posix_fallocate(fd, 0, 8 + len(text) + end)
-        _write_all(fd, memoryview(len(text).to_bytes(8, "little") + text), 0)
+        os.posix_fallocate(fd, 0, 8 + len(head) + end)
+        _write_all(fd, memoryview(len(head).to_bytes(8, "little") + head), 0)
 
     def write(self, name: str, row: int, rows: Tensor) -> None:
         """Write rows of a tensor, beginning where the last block of the same tensor ended; casts to its dtype."""
@@ -202,18 +205,21 @@ class HFWriter:
             piece = view[at : at + PIECE_BYTES]
             self._digests[name].update(piece)
             _write_all(self._fds[where.path], piece, offset + at)
-        start_writeback(self._fds[where.path], offset, len(view))
-        self._next_row[name] = row + rows.shape[0]
+        self._next_row[name] = end = row + rows.shape[0]
+        begun = self._flushed[name]
+        if end == where.shape[0] or end * where.row_bytes - begun >= WRITEBACK_BYTES:
+            self._flushed[name] = end * where.row_bytes
+            start_writeback(self._fds[where.path], where.offset + begun, self._flushed[name] - begun)
 
     def finish(self) -> dict[str, str]:
-        """Flush to disk; SHA-256 of every tensor's bytes. ValueError when a tensor was not written completely."""
+        """Flush to disk; checksums of every tensor's bytes. ValueError when a tensor was not written completely."""
         short = [name for name, rows in self._next_row.items() if rows != self._where[name].shape[0]]
         if short:
             raise ValueError(f"tensors not written completely: {', '.join(short[:8])}")
         for fd in self._fds.values():
             os.fsync(fd)
         self.close()
-        return {name: digest.hexdigest() for name, digest in self._digests.items()}
+        return {name: text(digest) for name, digest in self._digests.items()}
 
     def close(self) -> None:
         for fd in self._fds.values():

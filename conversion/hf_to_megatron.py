@@ -63,7 +63,7 @@ def convert(
             (partial / HF_FILES).mkdir()
             for path in side_files(hf_dir):
                 shutil.copyfile(path, partial / HF_FILES / path.name)
-            write_manifest(partial, known=digests, base_model=hf_dir.resolve().name)
+            write_manifest(partial, files=digests, base_model=hf_dir.resolve().name)
     finally:
         reader.close()
 

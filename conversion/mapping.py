@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, lru_cache
 
 from torch import Tensor
 
@@ -23,6 +23,7 @@ def _patterns(architecture: str) -> tuple[tuple[Rule, re.Pattern[str]], ...]:
     return tuple((rule, rule.pattern()) for rule in find_family(architecture).rules)
 
 
+@lru_cache(1 << 16)
 def _find(hf: HFConfig, megatron_name: str) -> tuple[Rule, dict[str, str]]:
     """The line of the table for a name, and the layer and expert numbers in it."""
     name = local_name(megatron_name)

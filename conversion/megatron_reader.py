@@ -6,9 +6,9 @@ it cannot run code wherever it comes from. `common.pt` is never opened. Tensors 
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
+import math
 import pickle
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -16,18 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
-from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from conversion.config import HFConfig, read_config
 from conversion.mapping import megatron_shape, row_unit
 from conversion.megatron_keys import Slot, find_slots
 from conversion.publish import check_manifest
 from conversion.sharding import VOCAB_TENSORS
+from conversion.stored_pieces import PieceReader
 
+BLOCK_BYTES = 1 << 22  # read, taken apart and written at a time: stays in a core's cache
 HF_FILES = "hf"  # directory inside a Megatron checkpoint with config.json, tokenizer and the like
 
 _CHECKPOINT = "torch.distributed.checkpoint."
@@ -71,37 +70,6 @@ class SafeUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"{module}.{name} is not part of a checkpoint's metadata: refused")
 
 
-class _IntoBlock(LoadPlanner):
-    """Gives torch's reader the part of `block` that a stored piece belongs to."""
-
-    def __init__(self, block: Tensor) -> None:
-        self._block = block
-
-    def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
-        raise NotImplementedError
-
-    def create_local_plan(self) -> LoadPlan:
-        raise NotImplementedError
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        raise NotImplementedError
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        raise NotImplementedError
-
-    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise NotImplementedError
-
-    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        part = self._block
-        for axis, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
-            part = part.narrow(axis, offset, length)
-        return part
-
-    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        pass
-
-
 class MegatronReader:
     """Parameters of a Megatron checkpoint by their local-spec names; safe to share between threads.
 
@@ -124,8 +92,7 @@ class MegatronReader:
         self.hf: HFConfig = read_config(self.hf_dir)
         self._slots = find_slots(self.hf, tensor_keys(self._metadata))
         self._pieces = _pieces(self._metadata, {slot.key: len(slot.lead) for slot in self._slots.values()})
-        self._reader = dcp.FileSystemReader(self.directory)
-        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        self._reader = PieceReader(self.directory, self._metadata)
         for name, slot in self._slots.items():
             self._check(name, slot)
 
@@ -152,7 +119,7 @@ class MegatronReader:
         return self._tensor(self._slots[name].key).properties.dtype
 
     def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows) that together are the full tensor, in order, cut where the stored pieces allow it.
+        """(first row, rows) that together are the full tensor, in order, in blocks of about BLOCK_BYTES.
 
         Vocabulary padding stays on. ValueError when a part was not stored or its bytes are damaged.
         """
@@ -160,28 +127,31 @@ class MegatronReader:
         stored = self._tensor(slot.key)
         pieces = self._pieces[slot.key, slot.lead]
         axis = len(slot.lead)
-        tail = stored.size[axis + 1 :]
-        end = 0
-        for start, stop in _row_ranges(pieces, axis, row_unit(self.hf, name)):
-            if start != end:
-                break
-            end = stop
-            box = ChunkStorageMetadata(
-                torch.Size((*slot.lead, start, *(0 for _ in tail))),
-                torch.Size((*(1 for _ in slot.lead), stop - start, *tail)),
-            )
-            block = torch.empty(box.sizes, dtype=stored.properties.dtype)
-            here = TensorStorageMetadata(stored.properties, stored.size, pieces)
-            items = create_read_items_for_chunk_list(slot.key, here, [box])
-            if sum(item.lengths.numel() for item in items) != block.numel():
+        rows, *tail = stored.size[axis:]
+        unit = row_unit(self.hf, name)
+        step = max(BLOCK_BYTES // (stored.properties.dtype.itemsize * math.prod(tail) * unit), 1) * unit
+        for start in range(0, rows, step):
+            block = torch.empty(min(step, rows - start), *tail, dtype=stored.properties.dtype)
+            if self._fill(slot, pieces, start, block) != block.numel():
                 raise ValueError(f"{slot.key} is not stored completely: {self.directory} was not written to its end")
-            try:
-                self._reader.read_data(LoadPlan(items), _IntoBlock(block))
-            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-                raise ValueError(f"a stored piece of {slot.key} is damaged ({error}): copy the checkpoint") from error
-            yield start, block.reshape(stop - start, *tail)
-        if end != stored.size[axis]:
-            raise ValueError(f"{slot.key} is not stored completely: rows from {end} on are missing")
+            yield start, block
+
+    def _fill(self, slot: Slot, pieces: Iterable[ChunkStorageMetadata], start: int, block: Tensor) -> int:
+        """Copy what the pieces hold of the rows from `start` on into `block`; how many numbers that were."""
+        axis, filled = len(slot.lead), 0
+        for piece in pieces:
+            top, *left = piece.offsets[axis:]
+            rows, *extents = piece.sizes[axis:]
+            low, high = max(start, top), min(start + len(block), top + rows)
+            if low >= high:
+                continue
+            part = block[low - start : high - start]
+            for dimension, (offset, extent) in enumerate(zip(left, extents, strict=True), start=1):
+                part = part.narrow(dimension, offset, extent)
+            lead = [own - first for own, first in zip(slot.lead, piece.offsets, strict=False)]
+            self._reader.read(slot.key, piece, lead, low - top, part)
+            filled += part.numel()
+        return filled
 
 
 def read_metadata(directory: Path) -> Metadata:
@@ -225,16 +195,3 @@ def _pieces(
             for lead in itertools.product(*(range(low, low + extent) for low, extent in spans)):
                 found[key, lead].append(piece)
     return found
-
-
-def _row_ranges(pieces: Iterable[ChunkStorageMetadata], axis: int, unit: int) -> Iterator[tuple[int, int]]:
-    """The finest row ranges that cut no piece in two and begin and end at multiples of `unit`."""
-    start = stop = 0
-    for low, high in sorted((piece.offsets[axis], piece.offsets[axis] + piece.sizes[axis]) for piece in pieces):
-        if low >= stop and low % unit == 0:
-            if stop > start:
-                yield start, stop
-            start = low
-        stop = max(stop, high)
-    if stop > start:
-        yield start, stop

@@ -143,7 +143,7 @@ def _card(hf: HFConfig, facts: Mapping[str, Any]) -> str:
     ]
     names = {"base_model": "Base model", "recipe": "Recipe", "step": "Step", "data": "Data", "commit": "Code commit"}
     lines += [f"- {label}: {facts[key]}" for key, label in names.items() if facts.get(key) is not None]
-    lines += [f"- Architecture: {hf.architecture}", "", "`manifest.json` holds the SHA-256 of every tensor."]
+    lines += [f"- Architecture: {hf.architecture}", "", "`manifest.json` holds a checksum of every tensor."]
     return "\n".join(lines) + "\n"
 
 

@@ -1,228 +1,232 @@
 """Megatron `dist_checkpointing` directories ("torch_dist" format), written block by block without Megatron.
 
 The format is torch's distributed checkpoint with keys of Megatron's choosing, a `metadata.json` that names it and a
-`common.pt` for what is not a tensor. Large tensors are stored as several blocks of rows; Megatron reads any blocks into
-any parallel layout.
+`common.pt` for what is not a tensor. Large tensors are stored as several pieces of whole rows, which Megatron reads
+into any parallel layout. A piece is byte for byte what `torch.save` would write, but its numbers are streamed: they are
+read, rearranged, hashed and written while they are in the processor's cache, and never all in memory.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import hashlib
 import io
 import itertools
 import json
 import math
 import os
-import warnings
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     StorageMeta,
     TensorProperties,
-)
-from torch.distributed.checkpoint.planner import (
-    SavePlan,
-    SavePlanner,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
+    TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
 
 from conversion.config import HFConfig
-from conversion.hf_files import PIECE_BYTES, HFReader, start_writeback
+from conversion.digests import bulk_digest, text
+from conversion.hf_files import PIECE_BYTES, WRITEBACK_BYTES, HFReader, start_writeback
 from conversion.mapping import hf_parts, import_rows, megatron_names, megatron_shape, row_unit
 from conversion.megatron_keys import extra_state_keys, stacked_slots
 
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 FORMAT |= {"common_backend": "torch", "common_backend_version": 1}
-BLOCK_BYTES = 4 << 20  # per thread, a few blocks are in memory at a time
-WRITEBACK_BYTES = 16 << 20
+STORED_BYTES = 16 << 20  # of a piece: what a reader who wants any of it must find and check
+BLOCK_BYTES = 1 << 22  # in memory at a time, a few per thread
 Progress = Callable[[int], object]  # called with a number of bytes done, from any thread
 
 
-def _blocks(hf: HFConfig, name: str, itemsize: int) -> Iterator[tuple[int, int]]:
-    """Row ranges of at most BLOCK_BYTES (or one unit) that cover a Megatron tensor.
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Rows [start, stop) of one Megatron tensor, to be stored under `index` as a tensor of shape `sizes`."""
 
-    Where parts are stacked, a block ends with its part: it is then read straight from one Hugging Face tensor.
+    index: MetadataIndex
+    name: str
+    start: int
+    stop: int
+    sizes: torch.Size
+    dtype: torch.dtype
+
+
+def _row_ranges(hf: HFConfig, name: str, itemsize: int) -> Iterator[tuple[int, int]]:
+    """Ranges of at most STORED_BYTES (or one unit) that cover a Megatron tensor.
+
+    Where parts are stacked, a range ends with its part: it is then read straight from one Hugging Face tensor.
     """
     rows, *rest = megatron_shape(hf, name)
     unit = row_unit(hf, name)
-    step = max(BLOCK_BYTES // (itemsize * math.prod(rest) * unit), 1) * unit
+    step = _step(STORED_BYTES, unit, itemsize * math.prod(rest))
     parts = [shape[0] for shape in hf_parts(hf, name).values()] if unit == 1 else [rows]
     for stop, count in zip(itertools.accumulate(parts), parts, strict=True):
         yield from ((start, min(start + step, stop)) for start in range(stop - count, stop, step))
 
 
-class _ImportPlanner(SavePlanner):
-    """Plans every block of the model and makes each only when it is about to be written."""
-
-    def __init__(self, hf: HFConfig, reader: HFReader, dtype: torch.dtype | None, progress: Progress) -> None:
-        self._hf, self._reader, self._progress = hf, reader, progress
-        self._sources: dict[tuple[str, torch.Size], tuple[str, int, int]] = {}
-        self._dtype = dtype
-        self._nothing = io.BytesIO()
-        torch.save([None], self._nothing)
-
-    def set_up_planner(
-        self, state_dict: Any, storage_meta: StorageMeta | None = None, is_coordinator: bool = False
-    ) -> None:
-        pass
-
-    def _dtype_of(self, name: str, key: str, seen: dict[str, torch.dtype]) -> torch.dtype:
-        found = {self._reader.tensors[part].dtype for part in hf_parts(self._hf, name)}
-        dtype = seen.setdefault(key, self._dtype or next(iter(found)))
-        if self._dtype is None and found != {dtype}:
-            raise ValueError(f"{key} would mix {', '.join(sorted(map(str, found | {dtype})))}: choose one with --dtype")
-        return dtype
-
-    def create_local_plan(self) -> SavePlan:
-        items: list[WriteItem] = []
-        seen: dict[str, torch.dtype] = {}
-        for name in megatron_names(self._hf):
-            shape = megatron_shape(self._hf, name)
-            for slot in stacked_slots(self._hf, name):
-                properties = TensorProperties(dtype=self._dtype_of(name, slot.key, seen))
-                for start, stop in _blocks(self._hf, name, properties.dtype.itemsize):
-                    offsets = torch.Size((*slot.lead, start, *(0 for _ in shape[1:])))
-                    sizes = torch.Size((*(1 for _ in slot.lead), stop - start, *shape[1:]))
-                    data = TensorWriteData(
-                        ChunkStorageMetadata(offsets, sizes), properties, torch.Size((*slot.extents, *shape))
-                    )
-                    items.append(WriteItem(MetadataIndex(slot.key, offsets), WriteItemType.SHARD, tensor_data=data))
-                    self._sources[slot.key, offsets] = name, start, stop
-        items += [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in extra_state_keys(self._hf)]
-        return SavePlan(items)
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        return create_default_global_save_plan(all_plans)
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        return new_plan
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        if write_item.tensor_data is None:
-            return self._nothing
-        offset = write_item.index.offset
-        assert offset is not None
-        name, start, stop = self._sources[write_item.index.fqn, offset]
-        block = import_rows(self._hf, name, start, stop, self._reader.rows)
-        block = block.to(write_item.tensor_data.properties.dtype).reshape(write_item.tensor_data.chunk.sizes)
-        self._progress(block.nbytes)
-        return block
+def _step(size: int, unit: int, row_bytes: int) -> int:
+    return max(size // (row_bytes * unit), 1) * unit
 
 
-class _Hashing(io.RawIOBase):
+def _plan(hf: HFConfig, reader: HFReader, dtype: torch.dtype | None) -> tuple[list[_Piece], Metadata]:
+    """All pieces in the order of a forward pass, and the checkpoint's index but for where the pieces will lie."""
+    pieces: list[_Piece] = []
+    tensors: dict[str, TensorStorageMetadata] = {}
+    for name in megatron_names(hf):
+        shape = megatron_shape(hf, name)
+        for slot in stacked_slots(hf, name):
+            found = {reader.tensors[part].dtype for part in hf_parts(hf, name)}
+            properties = TensorProperties(dtype=dtype or next(iter(found)))
+            whole = TensorStorageMetadata(properties, torch.Size((*slot.extents, *shape)), [])
+            entry = tensors.setdefault(slot.key, whole)
+            one = entry.properties.dtype
+            if dtype is None and found != {one}:
+                mixed = ", ".join(sorted(map(str, found | {one})))
+                raise ValueError(f"{slot.key} would mix {mixed}: choose one with --dtype")
+            for start, stop in _row_ranges(hf, name, one.itemsize):
+                offsets = torch.Size((*slot.lead, start, *(0 for _ in shape[1:])))
+                sizes = torch.Size((*(1 for _ in slot.lead), stop - start, *shape[1:]))
+                entry.chunks.append(ChunkStorageMetadata(offsets, sizes))
+                pieces.append(_Piece(MetadataIndex(slot.key, offsets), name, start, stop, sizes, one))
+    states = {key: BytesStorageMetadata() for key in extra_state_keys(hf)}
+    return pieces, Metadata({**tensors, **states})
+
+
+@cache
+def _frame(sizes: torch.Size, dtype: torch.dtype) -> tuple[bytes, bytes]:
+    """What `torch.save` writes before and after the numbers of a tensor; it depends on nothing else of it.
+
+    CRCs are switched off (they would depend on the numbers): the manifest has a checksum of every file.
+    """
+    buffer = io.BytesIO()
+    previous = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(torch.zeros(sizes, dtype=dtype), buffer)
+    finally:
+        torch.serialization.set_crc32_options(previous)
+    buffer.seek(0)
+    start = torch._C.PyTorchFileReader(buffer).get_record_offset("data/0")  # type: ignore[attr-defined]
+    data = buffer.getbuffer()
+    return bytes(data[:start]), bytes(data[start + sizes.numel() * dtype.itemsize :])
+
+
+class _File:
     """A file that is hashed while it is written."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("wb", buffering=0)
-        self.digest = hashlib.sha256()
-        self._at = self._flushed = 0
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        self.digest = bulk_digest()
+        self.size = self._flushed = 0
 
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data).cast("B")
-        done = 0
-        while done < len(view):
-            written = self._file.write(view[done : done + PIECE_BYTES]) or 0
-            self.digest.update(view[done : done + written])
-            done += written
-        self._at += done
-        if self._at - self._flushed >= WRITEBACK_BYTES:
-            start_writeback(self.fileno(), self._flushed, self._at - self._flushed)
-            self._flushed = self._at
-        return done
-
-    def tell(self) -> int:
-        return self._at
-
-    def fileno(self) -> int:
-        return self._file.fileno()
+    def write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        while view:
+            written = os.write(self._fd, view[:PIECE_BYTES])
+            self.digest.update(view[:written])
+            self.size += written
+            view = view[written:]
+        if self.size - self._flushed >= WRITEBACK_BYTES:
+            start_writeback(self._fd, self._flushed, self.size - self._flushed)
+            self._flushed = self.size
 
     def close(self) -> None:
-        self._file.close()
-        super().close()
+        os.close(self._fd)
 
 
-class _HashingFileSystem(FileSystem):
-    def __init__(self) -> None:
-        self.digests: dict[str, str] = {}
-
-    @contextlib.contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
-        if mode != "wb":
-            with super().create_stream(path, mode) as stream:
-                yield stream
-            return
-        with _Hashing(Path(path)) as hashing:
-            yield hashing
-        self.digests[Path(path).name] = hashing.digest.hexdigest()
-
-
-class _Writer(dcp.FileSystemWriter):
-    """torch's writer with a file per thread, whose errors are not lost, and without a path in its metadata."""
-
-    def __init__(self, path: Path, threads: int) -> None:
-        super().__init__(path, thread_count=1, per_thread_copy_ahead=0)
-        self.fs = self.hashing = _HashingFileSystem()
-        self._threads = threads
+class _IndexWriter(dcp.FileSystemWriter):
+    """Writes `.metadata` without the path of this machine's directory in it."""
 
     def storage_meta(self) -> StorageMeta | None:
         return StorageMeta()
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        with ThreadPoolExecutor(self._threads) as pool:
-            parts = pool.map(lambda number: self._write_part(number, plan, planner), range(self._threads))
-            results = list(itertools.chain.from_iterable(parts))
-        done: Future[list[WriteResult]] = Future()
-        done.set_result(results)
-        return done
 
-    def _write_part(self, number: int, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
-        part = dataclasses.replace(
-            plan,
-            items=plan.items[number :: self._threads],  # all threads read near the same place
-            storage_data=dataclasses.replace(plan.storage_data, prefix=f"__{number}_"),
-        )
-        return list(super().write_data(part, planner).wait())
+class _Importer:
+    """Writes pieces into one file per thread."""
+
+    def __init__(self, hf: HFConfig, reader: HFReader, out: Path, progress: Progress) -> None:
+        self._hf, self._reader, self._out, self._progress = hf, reader, out, progress
+        self._stop = threading.Event()
+        self.digests: dict[str, str] = {}
+
+    def write(self, pieces: list[_Piece], threads: int) -> list[WriteResult]:
+        """All pieces; the first error of any thread stops the others."""
+        with ThreadPoolExecutor(threads) as pool:
+            try:
+                # all threads read near the same place
+                parts = [pool.submit(self._write_file, i, pieces[i::threads]) for i in range(threads)]
+                return [result for part in parts for result in part.result()]
+            except BaseException:
+                self._stop.set()
+                raise
+
+    def _write_file(self, number: int, pieces: list[_Piece]) -> list[WriteResult]:
+        name = f"__{number}_0.distcp"
+        file, results = _File(self._out / name), []
+        try:
+            extra = self._extra_states(file, name) if number == 0 else []
+            for piece in pieces:
+                if self._stop.is_set():
+                    break
+                start = file.size
+                before, after = _frame(piece.sizes, piece.dtype)
+                file.write(before)
+                for block in self._blocks(piece):
+                    file.write(block.reshape(-1).view(torch.uint8).numpy().data)
+                file.write(after)
+                results.append(_result(piece.index, name, start, file.size))
+        except BaseException:
+            self._stop.set()
+            raise
+        finally:
+            file.close()
+        self.digests[name] = text(file.digest)
+        return extra + results
+
+    def _blocks(self, piece: _Piece) -> Iterator[Tensor]:
+        row_bytes = piece.dtype.itemsize * (piece.sizes.numel() // (piece.stop - piece.start))
+        step = _step(BLOCK_BYTES, row_unit(self._hf, piece.name), row_bytes)
+        for start in range(piece.start, piece.stop, step):
+            stop = min(start + step, piece.stop)
+            block = import_rows(self._hf, piece.name, start, stop, self._reader.rows).to(piece.dtype)
+            yield block
+            self._progress(block.nbytes)
+
+    def _extra_states(self, file: _File, name: str) -> list[WriteResult]:
+        nothing = io.BytesIO()
+        torch.save([None], nothing)
+        results = []
+        for key in extra_state_keys(self._hf):
+            start = file.size
+            file.write(nothing.getbuffer())
+            results.append(_result(MetadataIndex(key), name, start, file.size))
+        return results
+
+
+def _result(index: MetadataIndex, file: str, start: int, end: int) -> WriteResult:
+    return WriteResult(index, end - start, _StorageInfo(file, start, end - start))
 
 
 def write_megatron(
     hf: HFConfig, reader: HFReader, out: Path, *, dtype: torch.dtype | None, threads: int, progress: Progress
 ) -> dict[str, str]:
-    """Write a Hugging Face checkpoint as a Megatron one into an empty directory; SHA-256 by file name.
+    """Write a Hugging Face checkpoint as a Megatron one into an empty directory; checksums by file name.
 
     The vocabulary is stored without padding, so any tensor-parallel size can load it.
     """
-    writer = _Writer(out, threads)
-    previous = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)  # every file has a SHA-256 in the manifest
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # "torch.distributed is disabled": intended
-            dcp.save({}, storage_writer=writer, planner=_ImportPlanner(hf, reader, dtype, progress), no_dist=True)
-    except dcp.CheckpointException as wrapped:
-        (error, _), *_ = wrapped.failures.values()  # torch wraps what happened once more for every rank
-        raise error from wrapped
-    finally:
-        torch.serialization.set_crc32_options(previous)
+    pieces, metadata = _plan(hf, reader, dtype)
+    importer = _Importer(hf, reader, out, progress)
+    results = importer.write(pieces, threads)
+    _IndexWriter(out).finish(metadata, [results])
     torch.save({}, out / "common.pt")
     (out / "metadata.json").write_text(json.dumps(FORMAT), encoding="utf-8")
-    return {name.removesuffix(".tmp"): digest for name, digest in writer.hashing.digests.items()}
+    return importer.digests

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -13,8 +13,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from conversion.digests import file_digest, file_matches, known
+
 MANIFEST = "manifest.json"
 _PARTIAL, _OLD = ".partial", ".old"
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class ManifestError(ValueError):
@@ -26,7 +29,9 @@ def published(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A directory beside `out` to write into, renamed to `out` when the block succeeds.
 
     Whatever a killed conversion left under the temporary name is removed first; a failed one removes its own. Two
-    conversions to one place exclude each other.
+    conversions to one place exclude each other. Replacing a directory is one atomic exchange, except on file systems
+    that have none (NFS, Lustre): there the old one stands aside as `OUT.old` between two renames, and comes back at the
+    next attempt if the process dies right then.
 
     Raises:
         ValueError: `out` exists and `overwrite` is off, or another conversion is writing it.
@@ -45,14 +50,16 @@ def published(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield partial
         _sync_tree(partial)
-        if out.exists():  # a directory cannot be renamed over one with content, so the old one steps aside
+        if not out.exists():
+            partial.rename(out)
+        elif not _exchange(partial, out):  # a directory cannot be renamed over one with content
             shutil.rmtree(old, ignore_errors=True)
             out.rename(old)
-        partial.rename(out)
+            partial.rename(out)
         _sync(out.parent)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in _NO_SPACE:
             raise ValueError(f"no space left for {out}: free some or choose another file system") from error
         raise
     finally:
@@ -81,6 +88,19 @@ def _lock_directory(path: Path) -> int:
         os.close(fd)  # its owner published or removed it between open and flock
 
 
+def _exchange(a: Path, b: Path) -> bool:
+    """Let two directories change names in one step (Linux's renameat2); False where the file system cannot."""
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    if libc.renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0:
+        return True
+    if (code := ctypes.get_errno()) in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(b))
+
+
 def _sync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -96,30 +116,24 @@ def _sync_tree(root: Path) -> None:
         _sync(Path(directory))
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_manifest(
-    root: Path, *, known: Mapping[str, str] | None = None, tensors: Mapping[str, str] | None = None, **facts: Any
+    root: Path, *, files: Mapping[str, str] | None = None, tensors: Mapping[str, str] | None = None, **facts: Any
 ) -> None:
     """Describe every file below `root` in `root/manifest.json`.
 
     Args:
-        known: SHA-256 by file name, where it was computed while writing; other files are hashed here.
-        tensors: SHA-256 of the bytes of every tensor; files with tensors are then recorded by size alone.
+        files: checksums by file name, where they were computed while writing; other files are read for them here.
+        tensors: checksums of the bytes of every tensor; files with tensors are then recorded by size alone.
         facts: further JSON values, such as the source and its step. No absolute paths.
     """
-    files = {}
+    entries = {}
     for path in sorted(p for p in root.rglob("*") if p.is_file() and p.name != MANIFEST):
         name = path.relative_to(root).as_posix()
         entry: dict[str, Any] = {"size": path.stat().st_size}
         if not (tensors and path.suffix == ".safetensors"):
-            entry["sha256"] = (known or {}).get(name) or sha256(path)
-        files[name] = entry
-    manifest = {"format": 1, **facts, "files": files, **({"tensors": dict(tensors)} if tensors else {})}
+            entry["digest"] = (files or {}).get(name) or file_digest(path)
+        entries[name] = entry
+    manifest = {"format": 2, **facts, "files": entries, **({"tensors": dict(tensors)} if tensors else {})}
     (root / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
@@ -129,11 +143,24 @@ def read_manifest(root: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        assert manifest["format"] == 1 and isinstance(manifest["files"], dict)
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        manifest = dict(json.loads(path.read_text(encoding="utf-8")))
+        if manifest["format"] == 1:
+            _upgrade(manifest)
+        assert manifest["format"] == 2
+        checksums = [entry["digest"] for entry in manifest["files"].values() if "digest" in entry]
+        assert all(map(known, [*checksums, *manifest.get("tensors", {}).values()]))
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise ManifestError(f"{path} is not a manifest of a known format") from error
-    return dict(manifest)
+    return manifest
+
+
+def _upgrade(manifest: dict[str, Any]) -> None:
+    """Format 1 knew SHA-256 only, and did not say so in front of tensors' checksums."""
+    for entry in manifest["files"].values():
+        if "sha256" in entry:
+            entry["digest"] = "sha256:" + entry.pop("sha256")
+    manifest["tensors"] = {name: f"sha256:{digest}" for name, digest in manifest.get("tensors", {}).items()}
+    manifest["format"] = 2
 
 
 def check_manifest(root: Path, *, contents: bool) -> dict[str, Any] | None:
@@ -156,6 +183,6 @@ def check_manifest(root: Path, *, contents: bool) -> dict[str, Any] | None:
         if path.stat().st_size != entry["size"]:
             raise ManifestError(f"{path} has {path.stat().st_size} bytes but the manifest says {entry['size']}")
         small = entry["size"] < 16 << 20
-        if "sha256" in entry and (contents or small) and sha256(path) != entry["sha256"]:
+        if "digest" in entry and (contents or small) and not file_matches(path, entry["digest"]):
             raise ManifestError(f"{path} does not have the bytes that the manifest promises: copy it again")
     return manifest

@@ -1,0 +1,107 @@
+"""Pieces of tensors in a "torch_dist" checkpoint, read by rows.
+
+Every piece is what `torch.save` makes of one tensor. Where its numbers begin is asked of `torch.load` (onto the "meta"
+device, `weights_only=True`, so no code runs and no number is read), and any rows are then read straight from there:
+neither memory nor copies grow with the size of the pieces, which in a checkpoint saved by Megatron are whole shards.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.utils import _create_file_view
+
+
+class PieceReader:
+    """Reads rows of stored pieces; safe to share between threads."""
+
+    def __init__(self, directory: Path, metadata: Metadata) -> None:
+        self._directory = directory
+        self._places = metadata.storage_data or {}
+        self._data_start: dict[MetadataIndex, int | None] = {}  # bytes from the start of the file; None: ask torch
+        self._beginnings: dict[tuple[torch.Size, torch.dtype, int], bytes] = {}  # before the numbers, by kind of piece
+        self._last: tuple[MetadataIndex, Tensor] | None = None
+
+    def read(self, key: str, piece: ChunkStorageMetadata, lead: Sequence[int], first: int, target: Tensor) -> None:
+        """Fill `target` with rows of a piece.
+
+        Args:
+            lead: position on the leading axes, counted within the piece.
+            first: row at which to begin, counted within the piece.
+            target: (rows, …) of the piece's dtype and trailing extents; any strides.
+
+        Raises:
+            ValueError: the piece is missing or damaged; says which.
+        """
+        index = MetadataIndex(key, piece.offsets)
+        try:
+            if index not in self._data_start:
+                self._data_start[index] = self._locate(index, piece, target.dtype)
+            start = self._data_start[index]
+            if start is None:
+                target.copy_(self._whole(index)[tuple(lead)][first : first + len(target)])
+                return
+            row = math.prod(target.shape[1:])
+            before = 0
+            for position, extent in zip(lead, piece.sizes, strict=False):
+                before = before * extent + position
+            before = (before * piece.sizes[len(lead)] + first) * row
+            self._fill(index, start + before * target.element_size(), target)
+        except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+            raise ValueError(f"a stored piece of {key} is damaged ({error}): copy the checkpoint again") from error
+
+    def _load(self, index: MetadataIndex, device: str) -> Tensor:
+        place = self._places[index]
+        with (self._directory / place.relative_path).open("rb") as file:
+            view = cast(IO[bytes], _create_file_view(file, place.offset, place.length))
+            loaded = torch.load(view, map_location=device, weights_only=True)
+        if not isinstance(loaded, Tensor):
+            raise EOFError("not a tensor")
+        return loaded
+
+    def _locate(self, index: MetadataIndex, piece: ChunkStorageMetadata, dtype: torch.dtype) -> int | None:
+        place = self._places[index]
+        kind = piece.sizes, dtype, place.length
+        known = self._beginnings.get(kind)
+        if known and self._bytes(index, len(known)) == known:  # no need to ask again: most pieces begin alike
+            return int(place.offset + len(known))
+        tensor = self._load(index, "meta")
+        if tensor.shape != piece.sizes or tensor.dtype != dtype:
+            raise EOFError(f"{tensor.dtype} {tuple(tensor.shape)} instead of {dtype} {tuple(piece.sizes)}")
+        offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)  # older torch does not tell
+        if offset is None or not tensor.is_contiguous():
+            return None
+        if tensor.storage_offset() == 0:
+            self._beginnings[kind] = self._bytes(index, offset)
+        return int(place.offset + offset + tensor.storage_offset() * tensor.element_size())
+
+    def _bytes(self, index: MetadataIndex, count: int) -> bytes:
+        place = self._places[index]
+        with (self._directory / place.relative_path).open("rb", buffering=0) as file:
+            return os.pread(file.fileno(), count, place.offset)
+
+    def _whole(self, index: MetadataIndex) -> Tensor:
+        last = self._last
+        if last is None or last[0] != index:
+            self._last = last = index, self._load(index, "cpu")
+        return last[1]
+
+    def _fill(self, index: MetadataIndex, offset: int, target: Tensor) -> None:
+        rows = target if target.is_contiguous() else torch.empty(target.shape, dtype=target.dtype)
+        view = rows.reshape(-1).view(torch.uint8).numpy().data
+        with (self._directory / self._places[index].relative_path).open("rb", buffering=0) as file:
+            while view:
+                count = os.preadv(file.fileno(), [view], offset)
+                if count == 0:
+                    raise EOFError("the file ends inside it")
+                view, offset = view[count:], offset + count
+        if rows is not target:
+            target.copy_(rows)

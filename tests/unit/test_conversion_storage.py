@@ -1,0 +1,199 @@
+"""How tensors are stored: framed as torch.save frames them, read by rows, and described by checksums."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
+
+import conversion
+from conversion import hf_to_megatron, megatron_to_hf, megatron_writer
+from conversion.digests import BULK, SMALL
+from conversion.megatron_reader import MegatronReader, read_metadata
+from conversion.publish import MANIFEST, ManifestError, check_manifest
+from conversion.sources import open_source
+from conversion.stored_pieces import PieceReader
+from conversion.verify import check_own_manifest
+
+RAW = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 37,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture
+def hf_dir(tmp_path: Path) -> Path:
+    directory = tmp_path / "source"
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(RAW))
+    shapes = conversion.hf_shapes(conversion.parse_config(RAW))
+    save_file({n: torch.randn(shape).bfloat16() for n, shape in shapes.items()}, directory / "model.safetensors")
+    return directory
+
+
+def test_every_stored_piece_is_byte_for_byte_what_torch_saves(hf_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "megatron"
+    hf_to_megatron.convert(hf_dir, out, threads=2)
+    state = load_file(hf_dir / "model.safetensors")
+    places = read_metadata(out).storage_data
+    name = "decoder.layers.self_attention.linear_proj.weight"
+    place = places[MetadataIndex(name, torch.Size((1, 0, 0)))]
+    stored = (out / place.relative_path).read_bytes()[place.offset : place.offset + place.length]
+    expected = io.BytesIO()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state["model.layers.1.self_attn.o_proj.weight"][None], expected)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert stored == expected.getvalue()
+    assert sum(info.length for info in places.values()) == sum(path.stat().st_size for path in out.glob("*.distcp"))
+
+
+class _Directory:
+    """Pieces of one tensor "t", saved as somebody else might."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.places = root, {}
+
+    def add(self, saved: object, offsets: tuple[int, ...]) -> None:
+        file = self.root / f"{len(self.places)}.distcp"
+        buffer = io.BytesIO(b"before")
+        buffer.seek(6)
+        torch.save(saved, buffer)
+        file.write_bytes(buffer.getvalue() + b"after")
+        length = len(buffer.getvalue()) - 6
+        self.places[MetadataIndex("t", torch.Size(offsets))] = _StorageInfo(file.name, 6, length)
+
+    def reader(self) -> PieceReader:
+        return PieceReader(self.root, Metadata({}, storage_data=self.places))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "slice of a larger storage"])
+@pytest.mark.parametrize("known", [False, True])
+def test_rows_of_a_piece_are_read_whatever_its_strides(tmp_path: Path, layout: str, known: bool) -> None:
+    numbers = torch.randn(2, 6, 4)
+    saved = {
+        "contiguous": numbers,
+        "transposed": numbers.transpose(1, 2).contiguous().transpose(1, 2),
+        "slice of a larger storage": torch.cat([torch.zeros(1, 6, 4), numbers])[1:],
+    }[layout]
+    directory = _Directory(tmp_path)
+    directory.add(saved, (0, 3, 0))
+    directory.add(saved + 1, (0, 9, 0))  # begins like the first
+    reader, target = directory.reader(), torch.zeros(3, 5)
+    if known:
+        first = ChunkStorageMetadata(torch.Size((0, 3, 0)), torch.Size((2, 6, 4)))
+        reader.read("t", first, [0], 0, torch.empty(1, 4))
+    piece = ChunkStorageMetadata(torch.Size((0, 9, 0)), torch.Size((2, 6, 4)))
+    reader.read("t", piece, [1], 2, target[:, 1:])
+    assert torch.equal(target[:, 1:], numbers[1, 2:5] + 1) and not target[:, 0].any()
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, ...]:
+        return print, ("conversion ran this",)
+
+
+@pytest.mark.parametrize(
+    ("saved", "words"),
+    [
+        (torch.zeros(6, 5), r"\(6, 5\) instead of torch.float32 \(6, 4\)"),
+        (torch.zeros(6, 4, dtype=torch.float16), "torch.float16"),
+        ({"not": "a tensor"}, "not a tensor"),
+        (Evil(), "damaged"),
+    ],
+)
+def test_a_piece_that_is_not_what_the_index_says_is_refused(
+    tmp_path: Path, saved: object, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = _Directory(tmp_path)
+    directory.add(saved, (0, 0))
+    piece = ChunkStorageMetadata(torch.Size((0, 0)), torch.Size((6, 4)))
+    with pytest.raises(ValueError, match=words):
+        directory.reader().read("t", piece, [], 0, torch.empty(6, 4))
+    assert "conversion ran this" not in capsys.readouterr().out
+
+
+def test_a_file_cut_behind_the_index_is_noticed(hf_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "megatron"
+    hf_to_megatron.convert(hf_dir, out)
+    (out / MANIFEST).unlink()
+    path = out / "__0_0.distcp"
+    path.write_bytes(path.read_bytes()[:-2000])
+    reader = MegatronReader(out)
+    with pytest.raises(ValueError, match="a stored piece of .* is damaged"):
+        for name in reader.names():
+            list(reader.blocks(name))
+
+
+def test_large_files_have_a_fast_checksum_and_small_ones_sha256(hf_dir: Path, tmp_path: Path) -> None:
+    hf_to_megatron.convert(hf_dir, tmp_path / "megatron", threads=2)
+    megatron_to_hf.convert(tmp_path / "megatron", tmp_path / "hf")
+    manifest = json.loads((tmp_path / "megatron" / MANIFEST).read_text())
+    for name, entry in manifest["files"].items():
+        assert entry["digest"].startswith(f"{BULK if name.endswith('.distcp') else SMALL}:"), name
+    config = (tmp_path / "megatron" / "hf" / "config.json").read_bytes()
+    assert manifest["files"]["hf/config.json"]["digest"] == "sha256:" + hashlib.sha256(config).hexdigest()
+    assert "3 files, 27 tensors" in check_own_manifest(open_source(tmp_path / "hf"))
+    path = tmp_path / "hf" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(ValueError, match="does not have the bytes its manifest promises"):
+        check_own_manifest(open_source(tmp_path / "hf"))
+
+
+def test_manifests_of_the_first_format_are_still_read(hf_dir: Path) -> None:
+    def write(directory: Path, tensor_digest: str) -> None:
+        config = (directory / "config.json").read_bytes()
+        files = {
+            "config.json": {"size": len(config), "sha256": hashlib.sha256(config).hexdigest()},
+            "model.safetensors": {"size": (directory / "model.safetensors").stat().st_size},
+        }
+        manifest = {"format": 1, "files": files, "tensors": {**digests, "lm_head.weight": tensor_digest}}
+        (directory / MANIFEST).write_text(json.dumps(manifest))
+
+    state = load_file(hf_dir / "model.safetensors")
+    digests = {n: hashlib.sha256(t.view(torch.uint8).numpy().tobytes()).hexdigest() for n, t in state.items()}
+    write(hf_dir, digests["lm_head.weight"])
+    assert "27 tensors" in check_own_manifest(open_source(hf_dir))
+    write(hf_dir, digests["model.norm.weight"])
+    with pytest.raises(ValueError, match="'lm_head.weight' .* does not have the bytes"):
+        check_own_manifest(open_source(hf_dir))
+    (hf_dir / "config.json").write_text(json.dumps(RAW).replace("37", "38"))
+    with pytest.raises(ManifestError, match="config.json does not have the bytes"):
+        check_manifest(hf_dir, contents=True)
+
+
+@pytest.mark.parametrize("digest", ["md5:00", "sha256", 7, None])
+def test_an_unknown_checksum_is_an_error_not_a_pass(tmp_path: Path, digest: object) -> None:
+    (tmp_path / "file").write_text("x")
+    manifest = {"format": 2, "files": {"file": {"size": 1, "digest": digest}}}
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(ManifestError):
+        check_manifest(tmp_path, contents=True)
+
+
+def test_memory_does_not_follow_the_size_of_a_piece(hf_dir: Path, tmp_path: Path) -> None:
+    """However large the pieces that Megatron stored, they are read in blocks of rows."""
+    assert megatron_writer.BLOCK_BYTES < megatron_writer.STORED_BYTES
+    hf_to_megatron.convert(hf_dir, tmp_path / "megatron")
+    reader = MegatronReader(tmp_path / "megatron")
+    name = "embedding.word_embeddings.weight"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("conversion.megatron_reader.BLOCK_BYTES", 160)  # 5 rows of 16 bfloat16
+        blocks = list(reader.blocks(name))
+    assert [start for start, _ in blocks] == list(range(0, 37, 5)) and len(blocks[-1][1]) == 2
+    expected = load_file(hf_dir / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(torch.cat([block for _, block in blocks]), expected)
