@@ -193,6 +193,8 @@ def tiles(run: Run) -> list[dict[str, str]]:
         for part in ("rollout", "learner"):
             if alone := run.values(f"perf/{part}_tokens_per_s"):
                 small += f"; {part} alone {number(sorted(alone)[len(alone) // 2])}"
+        if mfu := run.values("perf/mfu"):
+            small += f"; MFU {sorted(mfu)[len(mfu) // 2]:.1%}"
         out.append({"label": "Throughput", "value": number(middle), "small": small})
     if values := run.values("timing_s/step"):
         small = f"mean of {len(values)} steps, {sum(values) / 60:.1f} min in all"

@@ -58,7 +58,22 @@ _LINES: list[tuple[str, str, dict[str, str], bool]] = [
     ("Policy KL", "Estimated KL from the rollout policy to the updated one, nats", {"": "actor/ppo_kl"}, False),
     ("Response length", "Mean, tokens", {"": "response_length/mean"}, False),
     ("Cut off", "Share of responses that hit the length limit", {"": "response_length/clip_ratio"}, True),
-    ("Throughput", "Tokens per second", {"": "perf/throughput"}, False),
+    ("KL to the reference", "Estimated, mean over response tokens, nats", {"": "actor/kl_ref"}, False),
+    ("Critic: value loss", "Mean over response tokens", {"": "critic/value_loss"}, False),
+    (
+        "Critic: explained variance",
+        "Share of the returns' variance that values account for before the step's updates; 0: none, 1: all",
+        {"": "critic/explained_variance"},
+        False,
+    ),
+    ("Throughput", "Tokens per second of a whole step", {"": "perf/throughput"}, False),
+    (
+        "Learner speed",
+        "TFLOP/s per rank while its models compute; recomputation and padding do not count",
+        {"": "perf/tflops_per_rank"},
+        False,
+    ),
+    ("MFU", "Model FLOPs utilisation of the learner while its models compute", {"": "perf/mfu"}, True),
     (
         "Rollout and learner",
         "Mean |Δp| between the rollout engine and the learner on the same tokens; above 0.01 something is wrong",

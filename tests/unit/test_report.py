@@ -237,6 +237,19 @@ def test_several_runs_are_overlaid(tmp_path: Path) -> None:
     assert "<h3>Clipped tokens, low</h3>" in html and "<h3>Clipped tokens, high</h3>" in html
 
 
+def test_a_critic_and_what_the_learner_computes_have_charts(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    extra = {"critic/value_loss": 0.5, "critic/explained_variance": -0.25, "perf/tflops_per_rank": 412.0}
+    rows = [{**json.loads(line), **extra} for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for share, row in enumerate(rows):
+        row["perf/mfu"] = 0.4 + share / 1000
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, page = page_of(run)
+    for title in ("Critic: value loss", "Critic: explained variance", "Learner speed", "MFU"):
+        assert title in page.text
+    assert "MFU 41.5%" in page.text, "the median of 31 rows from 40.0 % up"
+
+
 def test_samples_early_and_late_one_per_prompt(run: Path) -> None:
     blocks = report.pick_samples(load_run(run))
     assert [block["title"] for block in blocks] == ["Early: step 1", "Late: step 30"]
