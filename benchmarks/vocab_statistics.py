@@ -1,11 +1,13 @@
 """Vocabulary statistics beside log_softmax and F.cross_entropy: time and peak memory, same process, as ratios.
 
-    python -m benchmarks.vocab_statistics [--device cpu] [--dtype bfloat16] [--shapes 8192x64 1024x49152]
+    python -m benchmarks.vocab_statistics [--device cpu] [--dtype bfloat16] [--shapes 8192x64 1024x151936x896]
 
-Every contender runs forward and backward on the same logits, interleaved; the best of the repeats counts. ``ours``
-gives four statistics with gradients through log p and H; ``log_softmax`` gives the same by the textbook, in float32;
-``cross_entropy`` gives log p alone, in float32 (the least that a loss without entropy needs). Peak memory is what is
-allocated beyond the logits, the gradient included: at least 1.00 in units of the logits' size.
+Every contender runs forward and backward on the same input, interleaved; the best of the repeats counts. From logits
+(TOKENSxVOCAB): ``ours`` gives four statistics with gradients through log p and H; ``log_softmax`` gives the same by the
+textbook, in float32; ``cross_entropy`` gives log p alone, in float32 (the least that a loss without entropy needs).
+From hidden states (TOKENSxVOCABxHIDDEN): ``ours`` makes the logits block by block, ``whole_logits`` and
+``log_softmax`` are the two above behind a matrix product. Peak memory is what is allocated beyond the input, gradients
+included. Results of ours: benchmarks/results/vocab_statistics_*.jsonl.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from datetime import date
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_ext.kernels import vocab_statistics
+from megatron_ext.kernels import linear_vocab_statistics, vocab_statistics
 
 
 def ours(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
@@ -42,11 +46,21 @@ def cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     return -torch.nn.functional.cross_entropy(logits_TV.float(), targets_T, reduction="sum")
 
 
-CONTENDERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+def chunked(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
+    stats = linear_vocab_statistics(hidden_TH, weight_VH, targets_T)
+    return (stats.logp + 0.01 * stats.entropy).sum()
+
+
+def through_logits(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return lambda hidden_TH, weight_VH, targets_T: function(hidden_TH @ weight_VH.T, targets_T)
+
+
+LOGITS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "ours": ours,
     "log_softmax": log_softmax,
     "cross_entropy": cross_entropy,
 }
+HIDDEN = {"ours": chunked, "whole_logits": through_logits(ours), "log_softmax": through_logits(log_softmax)}
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
@@ -78,32 +92,60 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
-def measure(tokens: int, vocab: int, dtype: torch.dtype, device: torch.device, repeats: int) -> dict[str, object]:
-    """One shape: milliseconds, peak memory in units of the logits, and both relative to ours."""
+def compare(
+    calls: dict[str, Callable[[], object]], unit: int, device: torch.device, repeats: int
+) -> dict[str, dict[str, float]]:
+    """Seconds (best of the interleaved repeats) and peak bytes of each call, and both relative to the first.
+
+    ``unit``: bytes to which memory is also given as a multiple.
+    """
+    first = next(iter(calls))
+    memory = {name: peak_bytes(call, device) for name, call in calls.items()}  # also warms up
+    best = dict.fromkeys(calls, float("inf"))
+    for _ in range(repeats):
+        for name, call in calls.items():
+            best[name] = min(best[name], seconds(call, device))
+    return {
+        "milliseconds": {name: round(value * 1e3, 2) for name, value in best.items()},
+        "peak_memory_mib": {name: round(value / 2**20, 1) for name, value in memory.items()},
+        "peak_memory_in_logits": {name: round(value / unit, 2) for name, value in memory.items()},
+        f"time_relative_to_{first}": {name: round(value / best[first], 2) for name, value in best.items()},
+        f"memory_relative_to_{first}": {name: round(value / memory[first], 2) for name, value in memory.items()},
+    }
+
+
+def measure(
+    tokens: int, vocab: int, hidden: int | None, dtype: torch.dtype, device: torch.device, repeats: int
+) -> dict[str, object]:
+    """One shape, from logits, or with ``hidden`` from hidden states of that size and an output layer."""
     generator = torch.Generator(device=device).manual_seed(0)
-    logits = torch.randn(tokens, vocab, generator=generator, device=device).to(dtype).requires_grad_()
     targets = torch.randint(vocab, (tokens,), generator=generator, device=device)
 
-    def call(name: str) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(CONTENDERS[name](logits, targets), logits)
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device).to(dtype).requires_grad_()
 
-    size = logits.numel() * logits.element_size()
-    memory = {name: peak_bytes(call(name), device) / size for name in CONTENDERS}  # also warms up
-    best = dict.fromkeys(CONTENDERS, float("inf"))
-    for _ in range(repeats):
-        for name in CONTENDERS:
-            best[name] = min(best[name], seconds(call(name), device))
+    calls: dict[str, Callable[[], object]]
+    if hidden is None:
+        logits = leaf(tokens, vocab)
+        calls = {n: partial(lambda f: torch.autograd.grad(f(logits, targets), logits), f) for n, f in LOGITS.items()}
+    else:
+        states, weight = leaf(tokens, hidden), leaf(vocab, hidden).detach().mul_(hidden**-0.5).requires_grad_()
+        calls = {
+            n: partial(lambda f: torch.autograd.grad(f(states, weight, targets), [states, weight]), f)
+            for n, f in HIDDEN.items()
+        }
     return {
         "tokens": tokens,
         "vocab": vocab,
+        "hidden": hidden,
         "dtype": str(dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "milliseconds": {name: round(value * 1e3, 2) for name, value in best.items()},
-        "peak_memory_in_logits": {name: round(value, 2) for name, value in memory.items()},
-        "time_relative_to_ours": {name: round(value / best["ours"], 2) for name, value in best.items()},
-        "memory_relative_to_ours": {name: round(value / memory["ours"], 2) for name, value in memory.items()},
+        **compare(calls, tokens * vocab * dtype.itemsize, device, repeats),
     }
+
+
+SHAPES = ("8192x64", "1024x49152", "256x151936", "1024x151936x896")
 
 
 def main() -> None:
@@ -111,13 +153,18 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     dtypes = ["float32", "bfloat16", "float16"]
     parser.add_argument("--dtype", nargs="+", default=dtypes[:2], choices=dtypes)
-    parser.add_argument("--shapes", nargs="+", default=["8192x64", "1024x49152", "256x151936"], help="TOKENSxVOCAB")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="TOKENSxVOCAB or TOKENSxVOCABxHIDDEN")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--without", nargs="+", default=[], help="contenders to leave out, such as log_softmax")
     args = parser.parse_args()
+    for name in args.without:
+        LOGITS.pop(name, None), HIDDEN.pop(name, None)
     for shape in args.shapes:
-        tokens, vocab = (int(part) for part in shape.split("x"))
+        tokens, vocab, hidden = (*(int(part) for part in shape.split("x")), None)[:3]
+        assert tokens is not None and vocab is not None
         for dtype in args.dtype:
-            print(json.dumps(measure(tokens, vocab, getattr(torch, dtype), torch.device(args.device), args.repeats)))
+            row = measure(tokens, vocab, hidden, getattr(torch, dtype), torch.device(args.device), args.repeats)
+            print(json.dumps({"date": date.today().isoformat(), **row}), flush=True)
 
 
 if __name__ == "__main__":
