@@ -7,6 +7,7 @@ are computed in (up to float32 rounding of the logits, which batch shapes change
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from megatron_ext.rl.types import Rollout
 from megatron_ext.sync.base import WeightUpdateError
-from recipes.rollout import Activity, Sampling, check_request, stop_tokens
+from recipes.rollout import Sampling, check_request, stop_tokens
 
 
 class LocalEngine:
@@ -27,12 +28,12 @@ class LocalEngine:
     def __init__(self, model_dir: Path, *, max_model_len: int, max_num_seqs: int) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.version = 0
-        self.counters = {"requests": 0, "retries": 0, "server_failures": 0}
+        self.counters = {"requests": 0}
         self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).to(device).eval()
         self._device = device
         self._eos = stop_tokens(model_dir)
         self._max_model_len, self._max_num_seqs = max_model_len, max_num_seqs
-        self._activity = Activity()
+        self._lock = threading.Lock()  # an update waits for the responses being written, and they for it
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, n: int, sampling: Sampling, seeds: Sequence[int]
@@ -42,7 +43,7 @@ class LocalEngine:
         self.counters["requests"] += len(prompts)
         rows = [(index, sample) for index in range(len(prompts)) for sample in range(n)]
         done: list[Rollout] = []
-        with self._activity.generating(), torch.inference_mode():
+        with self._lock, torch.inference_mode():
             for start in range(0, len(rows), self._max_num_seqs):
                 part = rows[start : start + self._max_num_seqs]
                 uniforms = [uniform_numbers(seeds[index], sample, sampling.max_tokens) for index, sample in part]
@@ -102,7 +103,7 @@ class LocalEngine:
 
     def push(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """See `RolloutEngine`. Nothing is copied before names and shapes of the whole update are checked."""
-        with self._activity.updating(), torch.no_grad():
+        with self._lock, torch.no_grad():
             given: dict[str, Tensor] = {}
             for name, tensor in tensors:
                 if name in given:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,10 +54,13 @@ class Sampling:
 
 
 class RolloutEngine(Protocol):
-    """What the training loop knows of an engine. `generate` may run in a worker thread, `push` not meanwhile."""
+    """What the training loop knows of an engine. `generate` may run in several threads, also while `push` runs."""
 
     version: int  # of the weights it serves
-    counters: dict[str, int]  # since the start: "requests", "retries", "server_failures"
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Since the start, such as "requests", "retries", "server_failures"."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, n: int, sampling: Sampling, seeds: Sequence[int]
@@ -155,36 +156,3 @@ def check_request(prompts: Sequence[Sequence[int]], n: int, seeds: Sequence[int]
                 f"prompt {index} has {len(prompt)} tokens: need at least 1 and fewer than rollout.max_model_len="
                 f"{max_model_len}; filter long prompts or raise rollout.max_model_len"
             )
-
-
-class Activity:
-    """Keeps weight updates and generation apart: an update while responses are being written is refused."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._generating = 0
-        self._updating = False
-
-    @contextmanager
-    def generating(self) -> Iterator[None]:
-        with self._lock:
-            if self._updating:
-                raise RuntimeError("generate() during push(): wait for the weight update to finish first")
-            self._generating += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._generating -= 1
-
-    @contextmanager
-    def updating(self) -> Iterator[None]:
-        with self._lock:
-            if self._generating or self._updating:
-                raise RuntimeError("push() while generate() or another push() runs: wait for it to return first")
-            self._updating = True
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._updating = False

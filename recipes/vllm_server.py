@@ -38,7 +38,7 @@ class ServerOptions:
 class ServerProcess:
     """One server under a guard process that leaves nothing behind, however this process ends."""
 
-    def __init__(self, index: int, options: ServerOptions, *, token: str, log_dir: Path) -> None:
+    def __init__(self, index: int, options: ServerOptions, *, token: str, log_dir: Path, append: bool = False) -> None:
         log_dir.mkdir(parents=True, exist_ok=True)
         self.log_path = log_dir / f"server-{index}.log"
         # Held (bound, not listening) until the server listens: nobody else is given this port meanwhile, and vLLM,
@@ -49,7 +49,8 @@ class ServerProcess:
         port = self._placeholder.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, process_guard.__file__, str(os.getpid()), *server_command(options, port)]
-        descriptor = os.open(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        keep = os.O_APPEND if append else os.O_TRUNC  # a restarted server goes on in its log
+        descriptor = os.open(self.log_path, os.O_WRONLY | os.O_CREAT | keep | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "wb") as log:
             self._guard = subprocess.Popen(
                 command,
@@ -106,7 +107,7 @@ def server_command(options: ServerOptions, port: int, host: str = "127.0.0.1") -
         "--logprobs-mode": "processed_logprobs",
         "--generation-config": "vllm",  # else the model's file changes temperature, top-p, penalties in silence
         "--worker-extension-cls": "megatron_ext.sync.vllm_worker.WorkerExtension",
-        "--weight-transfer-config": json.dumps({"backend": "gppo_disk"}),
+        "--weight-transfer-config": json.dumps({"backend": "gppo"}),
         "--middleware": "megatron_ext.sync.auth.RequireToken",
     }
     switches = ["--enable-scale-out", "--disable-uvicorn-access-log", "--disable-log-stats"]

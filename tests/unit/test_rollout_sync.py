@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +22,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_ext.sync import disk, process_guard
+from megatron_ext.sync import base, broadcast, disk, process_guard
 from megatron_ext.sync.auth import RequireToken
-from megatron_ext.sync.base import WeightDigest, push_weights
+from megatron_ext.sync.base import WeightDigest, stage_weights
+from megatron_ext.sync.broadcast import BroadcastSync, Entry, Rendezvous, join_group, layout
+from megatron_ext.sync.broadcast import broadcast as broadcast_data
 from megatron_ext.sync.disk import DiskSync
 
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.tensor(3)}
@@ -55,6 +58,21 @@ def test_digest_ignores_order_and_layout_and_sees_everything_else() -> None:
         again.add("a", WEIGHTS["a"])
 
 
+def test_digest_of_large_tensors_sees_every_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "DIGEST_CHUNK_BYTES", 64)
+    tensor = torch.arange(100.0)
+    found = {
+        digest({"a": tensor}),
+        digest({"a": tensor.roll(16)}),
+        digest({"a": torch.cat([tensor[16:], tensor[:16]])}),
+    }
+    for index in (0, 15, 16, 99):
+        changed = tensor.clone()
+        changed[index] += 1
+        found.add(digest({"a": changed}))
+    assert len(found) == 7
+
+
 def test_small_shared_memory_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=64 << 20))
     monkeypatch.setattr(disk.os, "access", lambda path, mode: True)
@@ -62,109 +80,129 @@ def test_small_shared_memory_is_not_used(monkeypatch: pytest.MonkeyPatch) -> Non
     assert disk.default_parent(1 << 30) != Path("/dev/shm")
 
 
-class FakeServers:
-    """Reads the files as a worker would, at the moment it is told to."""
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-        self.received: dict[str, Tensor] = {}
-        self.modes: set[int] = set()
-        self.fail_at = ""
-
-    def _note(self, call: str) -> None:
-        self.calls.append(call)
-        if call == self.fail_at:
-            raise RuntimeError(f"{call} failed")
-
-    def start_update(self) -> None:
-        self._note("start")
-
-    def receive(self, info: dict[str, Any]) -> None:
-        directory = Path(info["directory"])
-        self.modes = {stat.S_IMODE(path.stat().st_mode) for path in (directory, directory.parent)}
-        for name in info["files"]:
-            self.received |= load_file(directory / name)
-        assert digest(self.received) == info["checksum"]
-        self._note("receive")
-
-    def finish_update(self, version: int, checksum: str) -> None:
-        self._note("finish")
-
-    def fail_update(self) -> None:
-        self.calls.append("fail")
-
-
 @pytest.fixture
-def servers() -> FakeServers:
-    return FakeServers()
-
-
-@pytest.fixture
-def sync(servers: FakeServers, tmp_path: Path) -> Iterator[DiskSync]:
-    result = DiskSync(servers, tmp_path)
+def sync(tmp_path: Path) -> Iterator[DiskSync]:
+    result = DiskSync(tmp_path)
     yield result
     result.close()
 
 
+def read(sync: DiskSync) -> dict[str, Tensor]:
+    """What a worker finds."""
+    assert sync.info is not None
+    directory = Path(sync.info["directory"])
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (directory, directory.parent)} == {0o700}
+    found: dict[str, Tensor] = {}
+    for name in sync.info["files"]:
+        found |= load_file(directory / name)
+    return found
+
+
 @pytest.mark.parametrize("shard_bytes", [1, 1 << 30])
-def test_disk_delivers_all_tensors_privately(
-    sync: DiskSync, servers: FakeServers, monkeypatch: pytest.MonkeyPatch, shard_bytes: int
-) -> None:
+def test_disk_holds_one_version_privately(sync: DiskSync, monkeypatch: pytest.MonkeyPatch, shard_bytes: int) -> None:
     monkeypatch.setattr(disk, "SHARD_BYTES", shard_bytes)
-    checksum = push_weights(sync, 3, WEIGHTS.items())
-    assert servers.calls == ["start", "receive", "finish"] and checksum == digest(WEIGHTS)
-    assert servers.received.keys() == WEIGHTS.keys()
-    assert all(torch.equal(servers.received[name], tensor) for name, tensor in WEIGHTS.items())
-    assert servers.modes == {0o700}
-    assert [path.name for path in sync.root.iterdir()] == ["lock"], "weights are gone once they are loaded"
+    for version in (3, 4):
+        checksum = stage_weights(sync, version, WEIGHTS.items())
+        received = read(sync)
+        assert checksum == digest(WEIGHTS) == digest(received)
+        assert all(torch.equal(received[name], tensor) for name, tensor in WEIGHTS.items())
+        assert sync.info is not None and (sync.info["version"], sync.info["checksum"]) == (version, checksum)
+        assert sorted(path.name for path in sync.root.iterdir()) == ["lock", f"v{version:06d}"], "the last one only"
+    sync.close()
+    assert not sync.root.exists()
 
 
-def test_sender_may_reuse_its_buffer(sync: DiskSync, servers: FakeServers) -> None:
+def test_sender_may_reuse_its_buffer(sync: DiskSync) -> None:
     buffer = torch.zeros(2)
 
     def stream() -> Iterator[tuple[str, Tensor]]:
         for value, name in enumerate("xyz"):
             yield name, buffer.fill_(value)
 
-    push_weights(sync, 1, stream())
-    assert [servers.received[name].tolist() for name in "xyz"] == [[0, 0], [1, 1], [2, 2]]
+    stage_weights(sync, 1, stream())
+    assert [read(sync)[name].tolist() for name in "xyz"] == [[0, 0], [1, 1], [2, 2]]
 
 
-@pytest.mark.parametrize("phase", ["start", "receive", "finish"])
-def test_failed_phase_reaches_caller_and_servers(sync: DiskSync, servers: FakeServers, phase: str) -> None:
-    servers.fail_at = phase
-    with pytest.raises(RuntimeError, match=f"{phase} failed"):
-        push_weights(sync, 1, WEIGHTS.items())
-    assert servers.calls[-2:] == [phase, "fail"]
-    servers.fail_at = ""
-    push_weights(sync, 1, WEIGHTS.items())  # the same version again, after the failure
-
-
-def test_failing_sender_never_reaches_the_servers(sync: DiskSync, servers: FakeServers) -> None:
+def test_failing_sender_leaves_nothing_staged(sync: DiskSync) -> None:
     def stream() -> Iterator[tuple[str, Tensor]]:
         yield "a", torch.ones(1)
         raise OSError("gone")
 
     with pytest.raises(OSError, match="gone"):
-        push_weights(sync, 1, stream())
-    assert servers.calls == [] and [path.name for path in sync.root.iterdir()] == ["lock"]
+        stage_weights(sync, 1, stream())
+    assert sync.info is None and [path.name for path in sync.root.iterdir()] == ["lock"]
+    stage_weights(sync, 1, WEIGHTS.items())  # the same version again, after the failure
 
 
-def test_leftovers_of_killed_runs_are_removed_those_of_living_ones_kept(servers: FakeServers, tmp_path: Path) -> None:
+def test_leftovers_of_killed_runs_are_removed_those_of_living_ones_kept(tmp_path: Path) -> None:
     def killed_run() -> None:
-        DiskSync(servers, tmp_path)
+        DiskSync(tmp_path)
         os.kill(os.getpid(), signal.SIGKILL)
 
     process = multiprocessing.get_context("fork").Process(target=killed_run)
     process.start()
     process.join()
     (left,) = tmp_path.iterdir()
-    living = DiskSync(servers, tmp_path)
-    third = DiskSync(servers, tmp_path)
+    living = DiskSync(tmp_path)
+    third = DiskSync(tmp_path)
     assert not left.exists() and living.root.exists() and third.root.exists()
     living.close()
     third.close()
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- broadcast -----------------------------------------------------------------------------------------------------
+
+
+def receiver(body: dict[str, Any], buckets: list[list[dict[str, Any]]], rounds: int) -> dict[str, Tensor]:
+    """What a worker does, without vLLM: join, and take in the buckets."""
+    group = join_group(Rendezvous(**body), body["rank"])
+    found: dict[str, Tensor] = {}
+    for _ in range(rounds):
+        for part in buckets:
+            entries = [Entry(**entry) for entry in part]
+            offsets, total = layout(entries)
+            data = torch.empty(total, dtype=torch.uint8)
+            broadcast_data(group, data, body["timeout_s"])
+            for offset, entry in zip(offsets, entries, strict=True):
+                raw = data[offset : offset + entry.nbytes]
+                found[entry.name] = raw.view(getattr(torch, entry.dtype)).reshape(entry.shape)
+    return found
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 1 << 20])
+def test_broadcast_reaches_all_and_tells_when_somebody_is_missing(
+    monkeypatch: pytest.MonkeyPatch, bucket_bytes: int
+) -> None:
+    """Two receivers take part in two rounds; in a third one of them is gone."""
+    monkeypatch.setattr(broadcast, "BUCKET_BYTES", bucket_bytes)
+    sync = BroadcastSync("gloo")
+    checksum = stage_weights(sync, 5, WEIGHTS.items())
+    assert sync.info is not None and (sync.info["version"], sync.info["checksum"]) == (5, checksum)
+    bodies = sync.connect(["http://127.0.0.1:80"] * 2, [1, 1], timeout_s=2.0)
+    assert [(body["rank"], body["host"], body["world_size"]) for body in bodies] == [
+        (1, "127.0.0.1", 3),
+        (2, "127.0.0.1", 3),
+    ]
+    with ThreadPoolExecutor(2) as threads:
+        futures = [threads.submit(receiver, body, sync.info["buckets"], 2) for body in bodies]
+        sync.join()
+        sync.feed()
+        sync.feed()
+        assert [digest(future.result()) for future in futures] == [checksum, checksum]
+    with pytest.raises(OSError, match="weight broadcast"):
+        sync.feed()
+    sync.close()
+
+
+def test_buckets_keep_every_dtype_aligned() -> None:
+    entries = [
+        Entry("a", "bfloat16", [3]),
+        Entry("b", "float32", [2, 2]),
+        Entry("c", "int64", []),
+        Entry("d", "int8", [0]),
+    ]
+    assert layout(entries) == ([0, 16, 32, 48], 48)
 
 
 # ---- authentication ------------------------------------------------------------------------------------------------

@@ -1,0 +1,242 @@
+"""Weight transport through a collective: the learner's rank 0 broadcasts packed buckets to the workers of all servers.
+
+The same code runs with NCCL between GPUs and with gloo over TCP; vLLM's control routes tell the workers when to take
+part. The group is made of torch's process-group classes directly: the learner belongs to Megatron's default group
+already, and `torch.distributed.init_process_group` allows one per process.
+
+The staged version stays in host memory, one copy: a broadcast that breaks off can be repeated to the servers that are
+left, and the checksum needs the bytes on the host anyway.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+BACKENDS = ("nccl", "gloo")
+BUCKET_BYTES = 256 << 20
+Group = Any  # dist.ProcessGroupGloo or dist.ProcessGroupNCCL, whose stubs lack half of what is used here
+ALIGN_BYTES = 16  # of every tensor in a bucket: a view as a wider type must not start in between
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a bucket. ``dtype`` as in ``torch.float32`` without the ``torch.``."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * int(getattr(torch, self.dtype).itemsize)
+
+
+@dataclass
+class Rendezvous:
+    """What a worker needs to join: the learner is rank 0, this server's workers are ``rank``, ``rank + 1``, ..."""
+
+    backend: str
+    host: str
+    port: int
+    group: str
+    rank: int
+    world_size: int
+    timeout_s: float  # for joining, and for each bucket
+
+
+class BroadcastSync:
+    """`WeightSync` by broadcast.
+
+    Args:
+        backend: "nccl" (learner and servers on GPUs) or "gloo" (any device, over TCP).
+        device: of the buckets on the wire; default the current GPU for NCCL, else the host's memory.
+    """
+
+    def __init__(self, backend: str, device: torch.device | None = None) -> None:
+        assert backend in BACKENDS
+        self._backend = backend
+        on_gpu = backend == "nccl" and torch.cuda.is_available()
+        self._device = device or torch.device(f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu")
+        self._store: dist.TCPStore | None = None
+        self._group: Group | None = None
+        self._rendezvous: Rendezvous | None = None
+        self._buckets: list[Tensor] = []
+        self._entries: list[list[Entry]] = []
+        self._pending: list[tuple[Entry, Tensor]] = []
+        self._pending_bytes = 0
+        self.info: dict[str, Any] | None = None
+
+    # ---- staging ------------------------------------------------------------------------------------------------
+
+    def begin(self, version: int) -> None:
+        self.discard()
+
+    def send(self, name: str, tensor: Tensor) -> None:
+        """Stage a copy of one tensor on the host."""
+        entry = Entry(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
+        flat = tensor.detach().to("cpu", copy=True).contiguous().reshape(-1).view(torch.uint8)
+        self._pending.append((entry, flat))
+        self._pending_bytes += flat.numel()
+        if self._pending_bytes >= BUCKET_BYTES:
+            self._flush()
+
+    def seal(self, version: int, checksum: str) -> None:
+        self._flush()
+        buckets = [[asdict(entry) for entry in entries] for entries in self._entries]
+        self.info = {"version": version, "checksum": checksum, "buckets": buckets}
+
+    def discard(self) -> None:
+        self.info, self._pending, self._pending_bytes = None, [], 0
+        self._buckets, self._entries = [], []
+
+    def _flush(self) -> None:
+        if self._pending:
+            entries = [entry for entry, _ in self._pending]
+            offsets, total = layout(entries)
+            bucket = torch.empty(total, dtype=torch.uint8)
+            for offset, (entry, flat) in zip(offsets, self._pending, strict=True):
+                bucket[offset : offset + entry.nbytes] = flat
+            self._buckets.append(bucket)
+            self._entries.append(entries)
+            self._pending, self._pending_bytes = [], 0
+
+    # ---- delivery -----------------------------------------------------------------------------------------------
+
+    def connect(self, urls: Sequence[str], workers: Sequence[int], timeout_s: float) -> list[dict[str, Any]]:
+        """A new group of the learner and ``workers[i]`` workers of server i; `join` completes it."""
+        self.disconnect()
+        if self._store is None:
+            self._store = open_store(local_address(urls))
+        name, size = secrets.token_hex(8), 1 + sum(workers)
+        common: dict[str, Any] = {"backend": self._backend, "host": self._store.host, "port": self._store.port}
+        common |= {"group": name, "world_size": size, "timeout_s": timeout_s}
+        self._rendezvous = Rendezvous(**common, rank=0)
+        return [common | {"rank": 1 + sum(workers[:index])} for index in range(len(workers))]
+
+    def join(self) -> None:
+        """Blocks until all are there, as far as the backend knows before the first broadcast. OSError if not."""
+        assert self._rendezvous is not None and self._store is not None, "join() before connect()"
+        self._group = join_group(self._rendezvous, self._rendezvous.rank, self._store)
+
+    def feed(self) -> None:
+        """Broadcast the staged version. OSError, with the group left, when the servers do not take it in in time."""
+        if problem := self._feed():
+            # Only now: the connections close with the last reference, one of which a traceback would hold, and the
+            # others learn from their closing that nothing more will come.
+            self.disconnect()
+            raise OSError(problem)
+
+    def _feed(self) -> str:
+        assert self._group is not None and self._rendezvous is not None and self.info is not None
+        try:
+            for bucket in self._buckets:
+                broadcast(self._group, bucket.to(self._device), self._rendezvous.timeout_s)
+        except OSError as error:
+            return str(error)
+        return ""
+
+    def disconnect(self) -> None:
+        """Leave the group, so that nobody in it waits for us."""
+        if self._group is not None:
+            self._group.abort()
+            self._group = None
+
+    def close(self) -> None:
+        self.disconnect()
+        self.discard()
+        self._store = None
+
+
+def layout(entries: Iterable[Entry]) -> tuple[list[int], int]:
+    """Byte offset of each tensor in its bucket, and the bucket's size."""
+    offsets, end = [], 0
+    for entry in entries:
+        offsets.append(end)
+        end += -(-entry.nbytes // ALIGN_BYTES) * ALIGN_BYTES
+    return offsets, end
+
+
+def open_store(host: str) -> dist.TCPStore:
+    """The rendezvous store, listening on one address only and on a free port."""
+    with socket.socket() as listener:
+        listener.bind((host, 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        timeout = timedelta(seconds=60)
+        return dist.TCPStore(
+            host, port, None, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+
+
+def join_group(rendezvous: Rendezvous, rank: int, store: dist.TCPStore | None = None) -> Group:
+    """Become ``rank`` of the group. OSError when the others do not come in time."""
+    timeout = timedelta(seconds=rendezvous.timeout_s)
+    try:
+        if store is None:
+            store = dist.TCPStore(rendezvous.host, rendezvous.port, None, False, timeout)
+        keys = dist.PrefixStore(rendezvous.group, store)
+        if rendezvous.backend == "nccl":
+            return _nccl_group(keys, rank, rendezvous.world_size, timeout)
+        gloo: Any = dist.ProcessGroupGloo
+        options = gloo._Options()
+        options._timeout = timeout
+        address = local_address([f"tcp://{rendezvous.host}:{rendezvous.port}"])
+        options._devices = [gloo.create_device(hostname=address)]
+        return gloo(keys, rank, rendezvous.world_size, options)
+    except RuntimeError as error:  # torch's DistError and gloo's own
+        raise OSError(f"weight broadcast: rank {rank} could not join the group: {error}") from error
+
+
+def _nccl_group(keys: dist.Store, rank: int, size: int, timeout: timedelta) -> Group:
+    """torch's default for a failed collective is to end the process; here it must end the update only."""
+    variable = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    before = os.environ.get(variable)
+    os.environ[variable] = "0"  # read by the constructor: this group only
+    try:
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        return dist.ProcessGroupNCCL(keys, rank, size, options)
+    finally:
+        os.environ.pop(variable) if before is None else os.environ.update({variable: before})
+
+
+def broadcast(group: Group, data: Tensor, timeout_s: float) -> None:
+    """From rank 0 to all, in place; returns when done here. OSError when that takes too long or a peer is gone."""
+    options = dist.BroadcastOptions()
+    options.rootRank = options.rootTensor = 0
+    deadline = time.monotonic() + timeout_s
+    try:
+        work = group.broadcast([data], options)
+        while not work.is_completed():
+            if time.monotonic() > deadline:
+                raise OSError(f"weight broadcast: not all servers took part within {timeout_s:.0f} s")
+            time.sleep(0.0005)
+        work.wait()
+    except RuntimeError as error:
+        raise OSError(f"weight broadcast: {error}") from error
+
+
+def local_address(urls: Sequence[str]) -> str:
+    """This host's address on the way to the first of ``urls`` that is not on this host; loopback if all are."""
+    found = "127.0.0.1"
+    for url in urls:
+        parts = urlsplit(url)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
+            probe.connect((parts.hostname, parts.port or 80))
+            found = probe.getsockname()[0]
+        if not found.startswith("127."):
+            return found
+    return found
