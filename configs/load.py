@@ -20,7 +20,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configs import fp8
+from configs import fp8, rollout
 from configs.schema import Config, ParallelConfig
 
 GROUPS = ("recipe", "loss", "selection", "schedule")
@@ -114,6 +114,7 @@ def check(config: Config) -> None:
     _check_layout(config)
     fp8.check_settings(config)
     _check_colocated(config)
+    rollout.check_settings(config)
     _check_files(config)
 
 
@@ -153,6 +154,8 @@ def _check_algorithm(c: Config) -> None:
     _one_of("train.old_logprobs", c.train.old_logprobs, ("learner", "rollout"))
     _one_of("rollout.engine", c.rollout.engine, ("auto", "vllm", "local"))
     _one_of("rollout.dtype", c.rollout.dtype, ("float32", "bfloat16", "auto"))
+    _one_of("rollout.weight_sync", c.rollout.weight_sync, ("disk", "nccl", "gloo"))
+    _one_of("rollout.in_flight", c.rollout.in_flight, ("wait", "keep", "abort"))
     _one_of("reward.name", c.reward.name, REWARDS)
     off_policy = c.rollout.temperature != 1.0 or c.rollout.top_p != 1.0
     if off_policy and c.train.tis_cap is None:
@@ -187,8 +190,6 @@ def _check_sizes(c: Config) -> None:
     if c.run.peak_tflops is not None and not c.run.peak_tflops > 0:
         raise ValueError(f"run.peak_tflops={c.run.peak_tflops} must be above 0; null looks it up by the GPU's name")
     _check_refills(c)
-    if c.rollout.max_staleness not in (0, 1):
-        raise ValueError(f"rollout.max_staleness={c.rollout.max_staleness}: choose 0 (synchronous) or 1 (overlapped)")
     if bad := [k for k in c.eval.k if not 1 <= k <= c.eval.n]:
         raise ValueError(f"eval.k={c.eval.k}: pass@{bad[0]} needs eval.n >= {bad[0]}, not {c.eval.n}")
 

@@ -87,14 +87,18 @@ class RolloutConfig:
     max_tokens: int = 24  # of a response
     temperature: float = 1.0
     top_p: float = 1.0
-    max_staleness: int = 0  # 0: synchronous; 1: step k+1 is generated while step k trains
+    max_staleness: int = 0  # 0: synchronous; k: the next k steps are generated while a step trains
+    in_flight: str = "wait"  # at an update, requests "wait" (are waited for) | "keep" (run on) | "abort" (begin anew)
+    weight_sync: str = "disk"  # how weights reach the servers: "disk" | "nccl" | "gloo" (broadcasts; gloo over TCP)
+    sync_dir: str | None = None  # where weights are staged for the servers, who must see it; None: this host's memory
     colocated: bool = False  # learner and servers share the GPUs of this machine, in turns; see docs/gpu.md
     gpu_memory_utilization: float = 0.85  # share of its GPU's memory that a server takes
     dtype: str = "float32"  # of the servers
     max_model_len: int = 128
     max_num_seqs: int = 256
-    timeout_s: float = 300.0  # for one generation call and for one weight update
-    sync_dir: str | None = None  # where weights are staged for the servers, who must see it; None: this host's memory
+    timeout_s: float = 300.0  # for one generation request, and for one phase of a weight update
+    probe_s: float = 30.0  # a server whose engine answers nothing for so long has failed
+    revive_timeout_s: float = 300.0  # how long to wait for a server to come back when none is left
     replay: str | None = None  # run directory whose rollout journal is trained on, without any server
     agreement_limit: float = 0.01  # refuse to start when mean |p_rollout - p_learner| is above
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,7 @@ import torch
 from transformers import AutoTokenizer
 
 from configs.schema import Config
+from conversion.hf_files import HFReader
 from megatron_ext.rl.advantages import informative_groups
 from megatron_ext.rl.types import Problem, Rollout, Sample
 from recipes.attempt import LATEST, LOGS
@@ -67,6 +69,10 @@ class Collector:
             request_timeout_s=rollout.timeout_s,
             update_timeout_s=rollout.timeout_s,
             sync_dir=Path(rollout.sync_dir).absolute() if rollout.sync_dir else None,
+            probe_s=rollout.probe_s,
+            revive_timeout_s=rollout.revive_timeout_s,
+            weight_sync=rollout.weight_sync,
+            in_flight=rollout.in_flight,
         )
         self.sampling = Sampling(
             max_tokens=rollout.max_tokens,
@@ -74,39 +80,42 @@ class Collector:
             top_p=rollout.top_p,
             allow_off_policy_sampling=config.train.tis_cap is not None,
         )
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
-        self._pending: tuple[int, Future[dict[str, Any]]] | None = None
+        self._executor = ThreadPoolExecutor(1 + rollout.max_staleness, thread_name_prefix="rollouts")
+        self._pending: dict[int, Future[dict[str, Any]]] = {}  # by step
+        self._text = threading.Lock()  # batches share the tokenizer
 
     # --- training batches -----------------------------------------------------------------------------------------
 
-    def start(self, step: int, position: int) -> None:
-        """Begin to collect a step's batch in the background, with the weights the engine has now."""
-        assert self._pending is None
-        self._pending = (step, self._executor.submit(self._collect, step, position))
+    def begin(self, step: int, position: int, count: int) -> None:
+        """Begin to collect the batches of ``count`` steps in the background, but those begun already.
 
-    def finish(self) -> dict[str, Any] | None:
-        """The batch begun with :meth:`start`, once it is there; None when none was begun."""
-        if self._pending is None:
-            return None
-        future = self._pending[1]
-        self._pending = None
-        return future.result()
+        ``position``: of the first problem of ``step``. Where refills decide how many problems a batch takes, each
+        batch waits for the one before; else they are all asked for at once, and served in this order.
+        """
+        rollout, refills = self.config.rollout, self._refills()
+        asked = rollout.generated_prompts or rollout.prompts_per_step
+        for index, now in enumerate(range(step, min(step + count, self.config.train.steps))):
+            if now not in self._pending:
+                start = self._pending[now - 1] if refills and index else position + index * asked
+                self._pending[now] = self._executor.submit(self._collect, now, start)
 
-    def put_back(self, record: dict[str, Any]) -> None:
-        """Keep a finished batch for the next :meth:`finish`."""
-        assert self._pending is None
-        future: Future[dict[str, Any]] = Future()
-        future.set_result(record)
-        self._pending = (record["step"], future)
+    def finish(self, step: int) -> dict[str, Any] | None:
+        """The batch of a step that was begun, once it is there; None when it was not."""
+        future = self._pending.pop(step, None)
+        return future.result() if future is not None else None
 
-    def _collect(self, step: int, position: int) -> dict[str, Any]:
+    def _refills(self) -> int:
+        return self.config.advantage.max_refills if self.config.advantage.drop_uniform_groups else 0
+
+    def _collect(self, step: int, start: int | Future[dict[str, Any]]) -> dict[str, Any]:
         """Generate and judge a batch; with dynamic sampling keep going until it is full or the refills are spent."""
         config = self.config
+        position: int = start if isinstance(start, int) else start.result()["position"]
         wanted = config.rollout.prompts_per_step
         asked = config.rollout.generated_prompts or wanted  # more than wanted where a filter will drop some
         groups: list[dict[str, Any]] = []
         generate_s = reward_s = 0.0
-        for attempt in range(1 + (config.advantage.max_refills if config.advantage.drop_uniform_groups else 0)):
+        for attempt in range(1 + self._refills()):
             problems = self.source.problems(position, asked)
             position += asked
             begin = time.monotonic()
@@ -128,20 +137,23 @@ class Collector:
             "position": position,  # of the next problem
             "groups": groups[:wanted],
             "timing": {"generate": generate_s, "reward": reward_s},
+            "counters": dict(self.engine.counters),
         }
 
     def _generate(self, problems: Sequence[Problem], n: int, sampling: Sampling, key: tuple[Any, ...]) -> list[Rollout]:
-        prompts = [encode_prompt(self.tokenizer, problem, self.config.data.template) for problem in problems]
+        with self._text:
+            prompts = [encode_prompt(self.tokenizer, problem, self.config.data.template) for problem in problems]
         seeds = [request_seed(self.config.seed, *key, index) for index in range(len(prompts))]
         return self.engine.generate(prompts, n=n, sampling=sampling, seeds=seeds)
 
     def _judge(self, problems: Sequence[Problem], rollouts: Sequence[Rollout], n: int, step: int) -> list[Sample]:
-        texts = [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
+        with self._text:
+            texts = [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
         items = [
             RewardItem(text, problems[i // n].answer, rollout.finish_reason == "length", key=request_seed(step, i))
             for i, (text, rollout) in enumerate(zip(texts, rollouts, strict=True))
         ]
-        results = self.scorer.score(items)
+        results = self.scorer.score(items)  # one batch at a time, by itself
         return [
             Sample(
                 rollout,
@@ -180,14 +192,21 @@ class Collector:
             metrics[f"{config.data.name}/{name}/high"] = estimate.high
         return {"kind": "eval", "step": step, "metrics": metrics}
 
+    def serve(self, model_dir: Path) -> None:
+        """Give servers that run already the weights in ``model_dir``, as version 0: they may hold any others."""
+        if self.config.rollout.urls:
+            reader = HFReader(model_dir)
+            try:
+                self.engine.push(0, ((name, reader(name)) for name in reader.tensors))
+            finally:
+                reader.close()
+
     def close(self) -> None:
-        try:
-            if self._pending is not None:
-                self._pending[1].cancel()
-        finally:
-            self.engine.close()
-            self._executor.shutdown(wait=False, cancel_futures=True)
-            self.scorer.close()
+        for future in self._pending.values():
+            future.cancel()
+        self.engine.close()
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        self.scorer.close()
 
 
 def _informative(samples: Sequence[Sample]) -> bool:

@@ -105,6 +105,7 @@ def main(argv: Sequence[str]) -> int:
         with tempfile.TemporaryDirectory() as logs:
             collector = Collector(config, model_dir, Path(logs))
             try:
+                collector.serve(model_dir)
                 metrics = collector.evaluate(0)["metrics"]
             finally:
                 collector.close()

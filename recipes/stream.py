@@ -42,8 +42,10 @@ class RolloutStream:
     def next(self, step: int, position: int, metrics: StepMetrics) -> tuple[dict[str, Any], list[Sample]]:
         """The record and samples of a step; before live ones the engine gets the learner's present weights.
 
-        With ``rollout.max_staleness`` 1 the following step's collection begins here, to run beside the training.
+        With ``rollout.max_staleness`` k the collection of the k steps that follow begins here, to run beside the
+        training: a batch is begun with the weights of k steps before its own, and so never older.
         """
+        ahead = self._config.rollout.max_staleness
         record: bytes = b""
         if self._available("rollouts", step):
             if self._first:
@@ -51,19 +53,20 @@ class RolloutStream:
                 record = self._journal.copy("rollouts", step)
         else:
             with metrics.clock("wait"):
-                found = self._live().finish() if self._first else None
+                found = self._live().finish(step) if self._first else None
             with metrics.clock("sync"):
                 self._push(step)
             if self._first:
-                with metrics.clock("wait"):
-                    if found is None:
-                        self._live().start(step, position)
-                        found = self._live().finish()
+                if found is None:
+                    with metrics.clock("wait"):
+                        self._live().begin(step, position, 1 + ahead)
+                        found = self._live().finish(step)
                 assert found is not None and self._journal is not None
+                check_staleness(found, ahead)
                 record = self._journal.put(found)
-                if self._config.rollout.max_staleness and step + 1 < self._config.train.steps:
-                    self._live().start(step + 1, found["position"])
+                self._live().begin(step + 1, found["position"], ahead)
         decoded: dict[str, Any] = json.loads(broadcast_bytes(record, src=0, device=self._learner.device))
+        metrics.add({f"rollout/{name}": float(value) for name, value in decoded.get("counters", {}).items()})
         first_seq_id = step * self._config.rollout.prompts_per_step * self._config.rollout.n
         return decoded, journal.decode_samples(decoded, first_seq_id)
 
@@ -75,13 +78,10 @@ class RolloutStream:
                 assert self._journal is not None
                 line = self._journal.copy("eval", step)
         elif not self._replay:
-            waiting = self._live().finish() if self._first else None
-            self._push(step)
+            self._push(step)  # what is in flight for later steps goes on under these weights
             if self._first:
                 assert self._journal is not None
                 line = self._journal.put(self._live().evaluate(step))
-                if waiting is not None:  # rollouts begun ahead of time are kept for the next step
-                    self._live().put_back(waiting)
         decoded = json.loads(broadcast_bytes(line, src=0, device=self._learner.device))
         return dict(decoded.get("metrics", {}))
 
@@ -108,7 +108,7 @@ class RolloutStream:
 
     def _push(self, version: int) -> None:
         """Give the engine the learner's weights as ``version``. A collective. Weights it has already are not sent."""
-        if self._served < 0 and version == 0:
+        if self._served < 0 and version == 0 and not self._config.rollout.urls:
             self._served = 0  # the engine starts from the directory that the learner was loaded from
             if self._first:
                 self._live()
@@ -120,3 +120,14 @@ class RolloutStream:
         for _ in tensors:  # other ranks take part in every gather
             pass
         self._served = version
+
+
+def check_staleness(record: dict[str, Any], most: int) -> None:
+    """RuntimeError when a token was written by weights more than ``most`` steps older than the step it trains."""
+    versions = (v for group in record["groups"] for response in group["responses"] for v in response["versions"])
+    oldest = min(versions, default=record["step"])
+    if oldest < record["step"] - most:
+        raise RuntimeError(
+            f"rollouts of step {record['step'] + 1} hold tokens of weight version {oldest}, older than "
+            f"rollout.max_staleness={most} allows: this is a defect, please report it"
+        )

@@ -179,7 +179,7 @@ def test_killed_at_any_moment(model: Path, tmp_path: Path) -> None:
 
 def test_a_signal_ends_the_run_with_a_checkpoint(model: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "run.log"
-    words = arguments(model, run, *SETTINGS, "train.save_every=0", "rollout.max_staleness=1")
+    words = arguments(model, run, *SETTINGS, "train.save_every=0", "rollout.max_staleness=1", "train.tis_cap=2")
     for number, after, saved in ((signal.SIGTERM, 1, 2), (signal.SIGUSR1, 4, 5)):
         assert _run(words, log, partial(signals_itself, number, after)) == 0, log.read_text()
         assert (run / "checkpoints" / "latest").read_text() == f"step_{saved:06d}\n"

@@ -87,12 +87,13 @@ def test_staleness_labels_every_token(model: Path, tmp_path: Path) -> None:
     """With max_staleness=1 step k is sampled with the weights of step k - 1, which its logprobs prove."""
     from transformers import AutoModelForCausalLM
 
-    live = run_here(model, tmp_path / "live", "rollout.max_staleness=1", "eval.every=0")
+    stale = ("rollout.max_staleness=1", "train.tis_cap=2", "eval.every=0")
+    live = run_here(model, tmp_path / "live", *stale)
     groups = {record["step"]: record["groups"] for record in journal(live) if record["kind"] == "rollouts"}
     for step, members in groups.items():
         assert {v for g in members for r in g["responses"] for v in r["versions"]} == {max(step - 1, 0)}
     assert [row["rollout/staleness"] for row in metrics(live)] == [0, 1, 1, 1]
-    replay = run_here(model, tmp_path / "replay", f"rollout.replay={live}", "rollout.max_staleness=1", "eval.every=0")
+    replay = run_here(model, tmp_path / "replay", f"rollout.replay={live}", *stale)
     assert_same_run(replay, live)
 
     one = run_here(model, tmp_path / "one", f"rollout.replay={live}", "train.steps=1", "eval.every=0")

@@ -1,0 +1,38 @@
+"""Checks of what belongs together in generation: asynchrony, its correction, and how weights travel."""
+
+from __future__ import annotations
+
+from configs.schema import Config
+
+
+def check_settings(c: Config) -> None:
+    """Raises ValueError, in one sentence that names the key, for settings that contradict each other."""
+    rollout, train = c.rollout, c.train
+    for key, value in (("probe_s", rollout.probe_s), ("revive_timeout_s", rollout.revive_timeout_s)):
+        if not value > 0:
+            raise ValueError(f"rollout.{key}={value} must be above 0 seconds")
+    if rollout.max_staleness < 0:
+        raise ValueError(f"rollout.max_staleness={rollout.max_staleness} must be 0 (synchronous) or more steps")
+    if rollout.max_staleness and train.tis_cap is None and train.old_logprobs == "learner":
+        raise ValueError(
+            f"rollout.max_staleness={rollout.max_staleness} trains on tokens of older weights, and nothing corrects "
+            "for that: set train.tis_cap=2, or train.old_logprobs=rollout"
+        )
+    if train.tis_cap is not None and train.old_logprobs == "rollout":
+        raise ValueError(
+            f"train.tis_cap={train.tis_cap} with train.old_logprobs=rollout corrects for the same difference twice: "
+            "set train.tis_cap=null or train.old_logprobs=learner"
+        )
+    if rollout.in_flight != "wait" and not rollout.max_staleness:
+        raise ValueError(
+            f"rollout.in_flight={rollout.in_flight} has no effect with rollout.max_staleness=0, where no request is in "
+            "flight at an update: set rollout.max_staleness to 1 or more, or leave it out"
+        )
+    if rollout.sync_dir is not None and rollout.weight_sync != "disk":
+        raise ValueError(f"rollout.sync_dir={rollout.sync_dir} has no effect with weight_sync={rollout.weight_sync}")
+    if rollout.engine == "local":
+        for key, usual in (("in_flight", "wait"), ("weight_sync", "disk")):
+            if getattr(rollout, key) != usual:
+                raise ValueError(
+                    f"rollout.{key}={getattr(rollout, key)} has no effect with rollout.engine=local: set it to vllm"
+                )
