@@ -3,9 +3,7 @@
 Random weights of Qwen2.5-7B's shape with fewer layers, so that optimizer state fits one GPU; statistics pass and one
 CE-GPPO optimizer step over packed sequences. Writes benchmarks/results/gpu_learner_<card>_<date>.json: tokens/s,
 TFLOP/s and its share of the card's dense bfloat16 peak (MFU, also for FP8, so that figures compare), and peak memory.
-FLOPs are those of the model: 2 per weight and token, and 2 s per attention channel and token for a causal sequence of
-s tokens; times three with backward. What recomputation does again is not counted. `--tiny` tries the program out, also
-on a CPU. Not yet run on a GPU.
+FLOPs are counted as in `megatron_ext.flops`. `--tiny` tries the program out, also on a CPU. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -23,9 +21,9 @@ from unittest import mock
 
 import torch
 
-import conversion
 from configs import fp8
 from configs.schema import Config, ModelConfig, OptimConfig, TrainConfig
+from megatron_ext.flops import ForwardFlops, peak_tflops
 
 QWEN_7B = {
     **{"architectures": ["Qwen2ForCausalLM"], "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28},
@@ -33,19 +31,6 @@ QWEN_7B = {
     **{"rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": False},
 }
 TINY = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
-# Dense bfloat16 TFLOP/s from NVIDIA's data sheets.
-PEAK = {"H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0, "B200": 2250.0}
-
-
-def flops(hf: conversion.HFConfig, lengths: list[int]) -> float:
-    """Floating-point operations of one forward pass over sequences of these lengths."""
-    weights = sum(
-        torch.Size(conversion.megatron_shape(hf, name)).numel()
-        for name in conversion.megatron_names(hf)
-        if not name.startswith("embedding.")
-    )
-    attention = hf.num_layers * hf.num_heads * hf.head_dim
-    return sum(2.0 * weights * n + 2.0 * attention * n * n for n in lengths)
 
 
 def fill(_hf: Any, _directory: Path, chunks: list[Any], **_: Any) -> None:
@@ -100,12 +85,12 @@ def measure(config: Config, model_dir: Path, lengths: list[int], repeats: int) -
     )
     batch.old_logp = learner.statistics(batch).logp
     share, loss = torch.full((len(lengths),), 1.0 / total, dtype=torch.float64), build_loss("ce_gppo")
-    forward = flops(learner.hf, lengths)
+    forward = ForwardFlops(learner.hf)((n, n) for n in lengths)
     timed = {
         "statistics": (forward, seconds(lambda: learner.statistics(batch), repeats)),
         "update": (3 * forward, seconds(lambda: learner.update(batch, range(len(lengths)), share, loss), repeats)),
     }
-    peak = PEAK.get(next((name for name in PEAK if name in card()), ""))
+    peak = peak_tflops(card())
     result: dict[str, Any] = {"fp8": config.model.fp8 and f"{config.model.fp8}, {config.model.fp8_recipe}"}
     for name, (work, taken) in timed.items():
         rate = work / taken / 1e12

