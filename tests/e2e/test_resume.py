@@ -22,7 +22,7 @@ STEPS = 10
 SETTINGS = (
     *(f"train.steps={STEPS}", "train.save_every=2", "eval.every=4", "loss=ce_gppo", "schedule=entropy_target"),
     *("optim.warmup_steps=4", "optim.decay=linear", "selection=clip_cov", "selection.frac=0.1"),
-    *("selection.cov_low=-1", "selection.cov_high=5"),
+    *("selection.cov_low=-1", "selection.cov_high=5", "train.tis_cap=2"),
 )
 TIMEOUT_S = 240.0  # of one start, on a machine busy with other things
 
@@ -141,7 +141,7 @@ def _replay(model: Path, run: Path, to: Path) -> Path:
 
 def test_killed_at_any_moment(model: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "run.log"
-    words = arguments(model, run, *SETTINGS)
+    words = arguments(model, run, *SETTINGS, "rollout.max_staleness=2")  # batches in flight are lost with the process
     rng = random.Random(5)
     faults: list[Any] = [
         partial(torn_journal, 2),  # before any checkpoint: the evaluation is there, the first rollouts are torn
@@ -164,6 +164,7 @@ def test_killed_at_any_moment(model: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in metrics(run)] == list(range(1, STEPS + 1))
     assert {record["step"] for record in journal(run) if record["kind"] == "rollouts"} == set(range(STEPS))
     assert len(journal(run)) == STEPS + 4, "no record twice"
+    assert max(row["rollout/staleness"] for row in metrics(run)) > 0
     assert not list((run / "checkpoints").glob("*.partial"))
     assert_same_run(run, _replay(model, run, tmp_path / "replay"))
 
@@ -179,7 +180,7 @@ def test_killed_at_any_moment(model: Path, tmp_path: Path) -> None:
 
 def test_a_signal_ends_the_run_with_a_checkpoint(model: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "run.log"
-    words = arguments(model, run, *SETTINGS, "train.save_every=0", "rollout.max_staleness=1", "train.tis_cap=2")
+    words = arguments(model, run, *SETTINGS, "train.save_every=0", "rollout.max_staleness=1")
     for number, after, saved in ((signal.SIGTERM, 1, 2), (signal.SIGUSR1, 4, 5)):
         assert _run(words, log, partial(signals_itself, number, after)) == 0, log.read_text()
         assert (run / "checkpoints" / "latest").read_text() == f"step_{saved:06d}\n"
