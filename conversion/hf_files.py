@@ -47,6 +47,26 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
+def read_index(path: Path, suffix: str) -> dict[str, str]:
+    """File by tensor name from an index of shards; empty when there is no index.
+
+    Raises ValueError when it is damaged or names anything but existing files with that suffix in its own directory.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        files = set(weight_map.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a valid index ({error!r}): download the file again") from error
+    for file in files:
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(suffix):
+            raise ValueError(f"{path} names {file!r}, which is not a plain *{suffix} file name: refused")
+        if not (path.parent / file).is_file():
+            raise ValueError(f"{path} names {file!r}, which does not exist: download it")
+    return dict(weight_map)
+
+
 class HFReader:
     """Tensors of a Hugging Face directory by name; safe to share between threads.
 
@@ -59,31 +79,15 @@ class HFReader:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.tensors: dict[str, Located] = {}
-        expected = self._index()
+        expected = read_index(self.directory / INDEX, ".safetensors")
         paths = {self.directory / file for file in expected.values()} or set(self.directory.glob("*.safetensors"))
         if not paths:
-            raise ValueError(f"{self.directory} has no *.safetensors files; pickled weights are not read")
+            raise ValueError(f"{self.directory} has no *.safetensors files")
         self._fds: dict[Path, int] = {}
         for path in sorted(paths):
             self._open(path)
         if missing := sorted(set(expected) - set(self.tensors)):
             raise ValueError(f"{INDEX} lists tensors that no file contains: {', '.join(missing[:8])}")
-
-    def _index(self) -> dict[str, str]:
-        path = self.directory / INDEX
-        if not path.is_file():
-            return {}
-        try:
-            weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            files = set(weight_map.values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a valid index ({error!r}): download the file again") from error
-        for file in files:
-            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-                raise ValueError(f"{path} names {file!r}, which is not a plain *.safetensors file name: refused")
-            if not (self.directory / file).is_file():
-                raise ValueError(f"{path} names {file!r}, which does not exist: download it")
-        return dict(weight_map)
 
     def _open(self, path: Path) -> None:
         try:
@@ -113,7 +117,10 @@ class HFReader:
         tensor = torch.empty(stop - start, *where.shape[1:], dtype=where.dtype)
         view, offset = _bytes_of(tensor), where.offset + start * where.row_bytes
         while view:
-            count = os.preadv(self._fds[where.path], [view], offset)
+            try:
+                count = os.preadv(self._fds[where.path], [view], offset)
+            except OSError as error:
+                raise ValueError(f"{where.path} cannot be read ({error.strerror}): copy the file again") from error
             if count == 0:
                 raise ValueError(f"{where.path} ended inside tensor {name!r}: the file was cut while being read")
             view, offset = view[count:], offset + count

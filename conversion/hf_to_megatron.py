@@ -17,10 +17,11 @@ from conversion.hf_files import HFReader, side_files
 from conversion.mapping import HF_OUTPUT, hf_shapes, unconsumed
 from conversion.megatron_reader import HF_FILES
 from conversion.megatron_writer import Progress, write_megatron
+from conversion.pickled import PickledReader, open_hf
 from conversion.publish import published, require_space, write_manifest
 
 
-def check_source(hf: HFConfig, reader: HFReader) -> None:
+def check_source(hf: HFConfig, reader: HFReader | PickledReader) -> None:
     """ValueError when the tensors are not exactly those that config.json implies; says which, and how they differ."""
     where = reader.directory
     shapes = hf_shapes(hf)
@@ -29,7 +30,7 @@ def check_source(hf: HFConfig, reader: HFReader) -> None:
     if extra := unconsumed(hf, reader.tensors):
         raise ValueError(f"{where} has tensors that nothing in {hf.architecture} uses: {', '.join(extra[:8])}")
     for name, shape in shapes.items():
-        if (found := reader.tensors[name].shape) != shape:
+        if (found := tuple(reader.tensors[name].shape)) != shape:
             raise ValueError(f"tensor {name!r} in {where} has shape {found} but config.json implies {shape}")
     if hf.tied and HF_OUTPUT in reader.tensors:
         embedding = "model.embed_tokens.weight"
@@ -49,12 +50,16 @@ def convert(
     dtype: torch.dtype | None = None,
     threads: int = 1,
     overwrite: bool = False,
+    allow_pickle: bool = False,
     progress: Progress = lambda count: None,
 ) -> None:
-    """Write `out` completely or not at all. ValueError, OSError: what is wrong with the source or the destination."""
+    """Write `out` completely or not at all; `allow_pickle` reads `pytorch_model.bin` where there are no safetensors.
+
+    ValueError, OSError: what is wrong with the source or the destination.
+    """
     hf_dir = Path(hf_dir)
     hf = read_config(hf_dir)
-    reader = HFReader(hf_dir)
+    reader = open_hf(hf_dir, allow_pickle=allow_pickle)
     try:
         check_source(hf, reader)
         with published(out, overwrite) as partial:
@@ -68,7 +73,7 @@ def convert(
         reader.close()
 
 
-def total_bytes(hf: HFConfig, reader: HFReader, dtype: torch.dtype | None) -> int:
+def total_bytes(hf: HFConfig, reader: HFReader | PickledReader, dtype: torch.dtype | None) -> int:
     """Bytes of all tensors of the model in the dtype that they will have."""
     total = 0
     for name in hf_shapes(hf):
@@ -81,14 +86,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m conversion.hf_to_megatron", description=(__doc__ or "").strip())
     parser.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face model directory (safetensors)")
     parser.add_argument("--out", required=True, metavar="DIR", help="Megatron checkpoint to write")
+    parser.add_argument("--allow-pickle", action="store_true", help="read *.bin weights, with weights_only=True")
     cli.add_common(parser)
     args = parser.parse_args()
     dtype = cli.DTYPES.get(args.dtype)
-    reader = HFReader(args.hf)
+    reader = open_hf(args.hf, allow_pickle=args.allow_pickle)
     total = sum(torch.Size(where.shape).numel() * (dtype or where.dtype).itemsize for where in reader.tensors.values())
     reader.close()
     with cli.progress("Hugging Face -> Megatron", total) as advance:
-        convert(args.hf, args.out, dtype=dtype, threads=args.threads, overwrite=args.overwrite, progress=advance)
+        convert(
+            args.hf,
+            args.out,
+            dtype=dtype,
+            threads=args.threads,
+            overwrite=args.overwrite,
+            allow_pickle=args.allow_pickle,
+            progress=advance,
+        )
     return 0
 
 

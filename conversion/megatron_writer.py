@@ -40,11 +40,13 @@ from conversion.digests import bulk_digest, text
 from conversion.hf_files import PIECE_BYTES, WRITEBACK_BYTES, HFReader, start_writeback
 from conversion.mapping import hf_parts, import_rows, megatron_names, megatron_shape, row_unit
 from conversion.megatron_keys import extra_state_keys, stacked_slots
+from conversion.pickled import PickledReader
 
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 FORMAT |= {"common_backend": "torch", "common_backend_version": 1}
 STORED_BYTES = 16 << 20  # of a piece: what a reader who wants any of it must find and check
 BLOCK_BYTES = 1 << 22  # in memory at a time, a few per thread
+Reader = HFReader | PickledReader
 Progress = Callable[[int], object]  # called with a number of bytes done, from any thread
 
 
@@ -77,7 +79,7 @@ def _step(size: int, unit: int, row_bytes: int) -> int:
     return max(size // (row_bytes * unit), 1) * unit
 
 
-def _plan(hf: HFConfig, reader: HFReader, dtype: torch.dtype | None) -> tuple[list[_Piece], Metadata]:
+def _plan(hf: HFConfig, reader: Reader, dtype: torch.dtype | None) -> tuple[list[_Piece], Metadata]:
     """All pieces in the order of a forward pass, and the checkpoint's index but for where the pieces will lie."""
     pieces: list[_Piece] = []
     tensors: dict[str, TensorStorageMetadata] = {}
@@ -153,7 +155,7 @@ class _IndexWriter(dcp.FileSystemWriter):
 class _Importer:
     """Writes pieces into one file per thread."""
 
-    def __init__(self, hf: HFConfig, reader: HFReader, out: Path, progress: Progress) -> None:
+    def __init__(self, hf: HFConfig, reader: Reader, out: Path, progress: Progress) -> None:
         self._hf, self._reader, self._out, self._progress = hf, reader, out, progress
         self._stop = threading.Event()
         self.digests: dict[str, str] = {}
@@ -217,7 +219,7 @@ def _result(index: MetadataIndex, file: str, start: int, end: int) -> WriteResul
 
 
 def write_megatron(
-    hf: HFConfig, reader: HFReader, out: Path, *, dtype: torch.dtype | None, threads: int, progress: Progress
+    hf: HFConfig, reader: Reader, out: Path, *, dtype: torch.dtype | None, threads: int, progress: Progress
 ) -> dict[str, str]:
     """Write a Hugging Face checkpoint as a Megatron one into an empty directory; checksums by file name.
 

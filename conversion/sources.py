@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from conversion.config import HFConfig, read_config
-from conversion.hf_files import HFReader
 from conversion.mapping import export_tensors, hf_parts, hf_shapes, unconsumed
 from conversion.megatron_reader import MegatronReader
+from conversion.pickled import open_hf
 
 
 class Source(Protocol):
@@ -31,10 +31,10 @@ class Source(Protocol):
 class HFSource:
     kind = "Hugging Face"
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, allow_pickle: bool = False) -> None:
         self.directory = directory
         self.hf = read_config(directory)
-        self._reader = HFReader(directory)
+        self._reader = open_hf(directory, allow_pickle=allow_pickle)
         names = self._reader.tensors
         if odd := sorted(set(hf_shapes(self.hf)) - set(names)) + unconsumed(self.hf, names):
             raise ValueError(f"{directory}: missing or unknown tensors: {', '.join(odd[:8])}")
@@ -62,11 +62,11 @@ class MegatronSource:
         return {p: self.reader.dtype(name) for name in self.reader.names() for p in hf_parts(self.hf, name)}
 
 
-def open_source(directory: str | Path, hf_config: str | Path | None = None) -> Source:
+def open_source(directory: str | Path, hf_config: str | Path | None = None, *, allow_pickle: bool = False) -> Source:
     """Open a directory of either kind; FileNotFoundError when it is neither, ValueError when it is damaged."""
     directory = Path(directory)
     if (directory / "metadata.json").is_file():
         return MegatronSource(directory, Path(hf_config) if hf_config else None)
     if (directory / "config.json").is_file():
-        return HFSource(directory)
+        return HFSource(directory, allow_pickle)
     raise FileNotFoundError(f"{directory} has neither config.json (Hugging Face) nor metadata.json (Megatron)")

@@ -39,7 +39,7 @@ class PieceReader:
             target: (rows, …) of the piece's dtype and trailing extents; any strides.
 
         Raises:
-            ValueError: the piece is missing or damaged; says which.
+            ValueError: the piece is missing, damaged or cannot be read; says which.
         """
         index = MetadataIndex(key, piece.offsets)
         try:
@@ -55,8 +55,10 @@ class PieceReader:
                 before = before * extent + position
             before = (before * piece.sizes[len(lead)] + first) * row
             self._fill(index, start + before * target.element_size(), target)
-        except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-            raise ValueError(f"a stored piece of {key} is damaged ({error}): copy the checkpoint again") from error
+        except (RuntimeError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"a stored piece of {key} is damaged or cannot be read ({error}): copy the checkpoint again"
+            ) from error
 
     def _load(self, index: MetadataIndex, device: str) -> Tensor:
         place = self._places[index]

@@ -83,10 +83,11 @@ def main() -> int:
     parser.add_argument("a", help="Hugging Face or Megatron directory")
     parser.add_argument("b", nargs="?", help="directory to compare it with")
     parser.add_argument("--hf-config", metavar="DIR", help="config.json for Megatron checkpoints that have none")
+    parser.add_argument("--allow-pickle", action="store_true", help="read *.bin weights, with weights_only=True")
     parser.add_argument("--no-logits", action="store_true", help="compare weights only")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of a logit (%(default)s)")
     args = parser.parse_args()
-    sources = [open_source(path, args.hf_config) for path in (args.a, args.b) if path]
+    sources = [open_source(path, args.hf_config, allow_pickle=args.allow_pickle) for path in (args.a, args.b) if path]
     for source in sources:
         print(f"{source.directory}: {source.kind}, {source.hf.architecture}, {check_own_manifest(source)}")
     if len(sources) == 1:

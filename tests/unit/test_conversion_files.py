@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import json
 import os
@@ -215,6 +216,23 @@ def test_full_disk_is_one_sentence_and_leaves_nothing(hf_dir: Path, tmp_path: Pa
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.partial"))
     assert snapshot(source) == before
+
+
+@pytest.mark.parametrize("direction", ["to megatron", "to hf"])
+def test_a_shard_that_cannot_be_read_is_named(
+    hf_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direction: str
+) -> None:
+    def broken(*_: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    hf_to_megatron.convert(hf_dir, tmp_path / "megatron")
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(ValueError, match=r"(model-0000\d-of-00002|a stored piece of ).*cannot be read .*Input/output"):
+        if direction == "to megatron":
+            hf_to_megatron.convert(hf_dir, tmp_path / "out")
+        else:
+            megatron_to_hf.convert(tmp_path / "megatron", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_replacing_keeps_the_old_directory_until_the_new_one_is_complete(tmp_path: Path) -> None:
