@@ -113,7 +113,6 @@ def check(config: Config) -> None:
     _check_sizes(config)
     _check_layout(config)
     fp8.check_settings(config)
-    _check_colocated(config)
     rollout.check_settings(config)
     _check_files(config)
 
@@ -231,20 +230,6 @@ def _check_layout(c: Config) -> None:
         raise ValueError(f"parallel.vpp={p.vpp} needs pipeline parallelism: set parallel.pp >= 2 or parallel.vpp=1")
     if p.sp and p.tp < 2:
         raise ValueError("parallel.sp=true splits tokens over tensor-parallel ranks: set parallel.tp >= 2 or drop it")
-
-
-def _check_colocated(c: Config) -> None:
-    r = c.rollout
-    if not 0 < r.gpu_memory_utilization <= 1:
-        raise ValueError(f"rollout.gpu_memory_utilization={r.gpu_memory_utilization} must be above 0 and at most 1")
-    unfit = {
-        f"rollout.max_staleness={r.max_staleness} generates while the learner trains": r.max_staleness > 0,
-        f"rollout.engine={r.engine} has no servers": r.engine == "local",
-        f"rollout.urls={r.urls} names servers that are not ours to put to sleep": bool(r.urls),
-    }
-    for why, applies in unfit.items():
-        if r.colocated and applies:
-            raise ValueError(f"rollout.colocated=true takes turns with servers, but {why}: set rollout.colocated=false")
 
 
 def _check_files(c: Config) -> None:

@@ -30,9 +30,25 @@ def check_settings(c: Config) -> None:
         )
     if rollout.sync_dir is not None and rollout.weight_sync != "disk":
         raise ValueError(f"rollout.sync_dir={rollout.sync_dir} has no effect with weight_sync={rollout.weight_sync}")
+    _check_colocated(c)
     if rollout.engine == "local":
         for key, usual in (("in_flight", "wait"), ("weight_sync", "disk")):
             if getattr(rollout, key) != usual:
                 raise ValueError(
                     f"rollout.{key}={getattr(rollout, key)} has no effect with rollout.engine=local: set it to vllm"
                 )
+
+
+def _check_colocated(c: Config) -> None:
+    r = c.rollout
+    if not 0 < r.gpu_memory_utilization <= 1:
+        raise ValueError(f"rollout.gpu_memory_utilization={r.gpu_memory_utilization} must be above 0 and at most 1")
+    unfit = {
+        f"rollout.max_staleness={r.max_staleness} generates while the learner trains": r.max_staleness > 0,
+        f"rollout.engine={r.engine} has no servers": r.engine == "local",
+        f"rollout.urls={r.urls} names servers that are not ours to put to sleep": bool(r.urls),
+        "rollout.weight_sync=nccl cannot connect two processes on one GPU": r.weight_sync == "nccl",
+    }
+    for why, applies in unfit.items():
+        if r.colocated and applies:
+            raise ValueError(f"rollout.colocated=true takes turns with servers, but {why}: set rollout.colocated=false")

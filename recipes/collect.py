@@ -73,6 +73,8 @@ class Collector:
             revive_timeout_s=rollout.revive_timeout_s,
             weight_sync=rollout.weight_sync,
             in_flight=rollout.in_flight,
+            gpu_memory_utilization=rollout.gpu_memory_utilization,
+            sleep_mode=rollout.colocated,
         )
         self.sampling = Sampling(
             max_tokens=rollout.max_tokens,

@@ -93,7 +93,13 @@ def begin(words: Sequence[str]) -> dict[str, str | int]:
 def server_options(config: Config, model_dir: Path) -> dict[str, object]:
     """`ServerOptions` of the run as JSON, for the supervisors; the device is found where the server runs."""
     rollout = config.rollout
-    options = ServerOptions(model_dir.absolute(), rollout.max_model_len, rollout.max_num_seqs, rollout.dtype)
+    options = ServerOptions(
+        model_dir.absolute(),
+        rollout.max_model_len,
+        rollout.max_num_seqs,
+        rollout.dtype,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+    )
     return dataclasses.asdict(options) | {"model_dir": str(options.model_dir)}
 
 

@@ -97,7 +97,7 @@ def make_engine(
         max_num_seqs: sequences that one server, or the local engine, decodes at a time.
         dtype: "float32", "bfloat16" or "auto" (as in the checkpoint). The local engine computes in float32.
         log_dir: gets one log file per server.
-        options: the rest of `recipes.vllm_pool.PoolOptions`, ignored by the local engine.
+        options: of `PoolOptions` and `ServerOptions` (recipes.vllm_pool, .vllm_server), ignored by the local engine.
 
     Raises:
         ValueError: for settings that cannot work. RuntimeError: when a server does not start, with its log's end.
@@ -118,10 +118,14 @@ def make_engine(
     if not have_vllm and not urls:
         raise ValueError("rollout.engine=vllm: vLLM is not installed; install it, or set rollout.engine=local")
     from recipes.vllm_pool import PoolOptions, VLLMPool
-    from recipes.vllm_server import ServerOptions
+    from recipes.vllm_server import ServerOptions, server_gpus
 
     pool = {key: options.pop(key) for key in list(options) if key in PoolOptions.__dataclass_fields__}
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        learner = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        options["gpus"] = server_gpus(visible.split(","), learner, colocated=options.get("sleep_mode", False))
     server = ServerOptions(model_dir, max_model_len, max_num_seqs, dtype, device, **options)
     return VLLMPool(server, PoolOptions(**pool), num_servers=num_servers, urls=urls, log_dir=log_dir)
 

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from configs.schema import Config
+from megatron_ext.learner.critic import Critic
 from megatron_ext.learner.learner import Learner, broadcast_bytes
 from megatron_ext.rl.types import Sample
 from recipes import journal
 from recipes.collect import Collector
+from recipes.colocated import Sleeper, Turns
 from recipes.metrics import StepMetrics
 
 
 class RolloutStream:
     """Context manager. Rank 0 starts the engine when the first live rollouts are needed: a replay never does."""
 
-    def __init__(self, config: Config, model_dir: Path, run_dir: Path, learner: Learner) -> None:
+    def __init__(
+        self, config: Config, model_dir: Path, run_dir: Path, learner: Learner, critic: Critic | None = None
+    ) -> None:
         self._config, self._model_dir, self._run_dir, self._learner = config, model_dir, run_dir, learner
         self._first = torch.distributed.get_rank() == 0
         self._replay = config.rollout.replay is not None
         self._collector: Collector | None = None
         self._journal: journal.Journal | None = None
         self._served = -1  # weight version that the engine serves
+        self._turns: Turns | None = None
+        if config.rollout.colocated:
+            models = [model for model in (learner, critic) if model is not None]
+            self._turns = Turns(models, self._sleeper if self._first else None)
 
     def __enter__(self) -> RolloutStream:
         if self._first:
@@ -53,18 +63,19 @@ class RolloutStream:
                 record = self._journal.copy("rollouts", step)
         else:
             with metrics.clock("wait"):
-                found = self._live().finish(step) if self._first else None
-            with metrics.clock("sync"):
-                self._push(step)
-            if self._first:
-                if found is None:
-                    with metrics.clock("wait"):
-                        self._live().begin(step, position, 1 + ahead)
-                        found = self._live().finish(step)
-                assert found is not None and self._journal is not None
-                check_staleness(found, ahead)
-                record = self._journal.put(found)
-                self._live().begin(step + 1, found["position"], ahead)
+                found = self._live().finish(step) if self._first and ahead else None
+            with contextlib.ExitStack() as served:
+                with metrics.clock("sync"):
+                    served.enter_context(self._serving(step))
+                if self._first:
+                    if found is None:
+                        with metrics.clock("wait"):
+                            self._live().begin(step, position, 1 + ahead)
+                            found = self._live().finish(step)
+                    assert found is not None and self._journal is not None
+                    check_staleness(found, ahead)
+                    record = self._journal.put(found)
+                    self._live().begin(step + 1, found["position"], ahead)
         decoded: dict[str, Any] = json.loads(broadcast_bytes(record, src=0, device=self._learner.device))
         metrics.add({f"rollout/{name}": float(value) for name, value in decoded.get("counters", {}).items()})
         first_seq_id = step * self._config.rollout.prompts_per_step * self._config.rollout.n
@@ -78,10 +89,10 @@ class RolloutStream:
                 assert self._journal is not None
                 line = self._journal.copy("eval", step)
         elif not self._replay:
-            self._push(step)  # what is in flight for later steps goes on under these weights
-            if self._first:
-                assert self._journal is not None
-                line = self._journal.put(self._live().evaluate(step))
+            with self._serving(step):  # what is in flight for later steps goes on under these weights
+                if self._first:
+                    assert self._journal is not None
+                    line = self._journal.put(self._live().evaluate(step))
         decoded = json.loads(broadcast_bytes(line, src=0, device=self._learner.device))
         return dict(decoded.get("metrics", {}))
 
@@ -106,14 +117,29 @@ class RolloutStream:
             self._collector = Collector(self._config, self._model_dir, self._run_dir)
         return self._collector
 
+    def _sleeper(self) -> Sleeper:
+        return cast(Sleeper, self._live().engine)  # configs.load refuses other engines in colocated mode
+
+    @contextlib.contextmanager
+    def _serving(self, version: int) -> Iterator[None]:
+        """Inside, the engine serves the learner's present weights as ``version``. A collective."""
+        if self._turns is None:
+            self._push(version)
+            yield
+        else:
+            with self._turns.rollout(lambda: self._send(version)):
+                yield
+
     def _push(self, version: int) -> None:
         """Give the engine the learner's weights as ``version``. A collective. Weights it has already are not sent."""
         if self._served < 0 and version == 0 and not self._config.rollout.urls:
             self._served = 0  # the engine starts from the directory that the learner was loaded from
             if self._first:
                 self._live()
-        if self._served == version:
-            return
+        if self._served != version:
+            self._send(version)
+
+    def _send(self, version: int) -> None:
         tensors = self._learner.export(explicit_lm_head=True)
         if self._first:
             self._live().engine.push(version, tensors)

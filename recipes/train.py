@@ -52,7 +52,7 @@ def train(config: Config, model_dir: Path) -> None:
             state = checkpoint.load(learner, found, critic=critic)
         run.begin(state["step"])
         stop = StopSignal(run.stop_file)
-        with RolloutStream(config, model_dir, run.path, learner) as stream:
+        with RolloutStream(config, model_dir, run.path, learner, critic) as stream:
             if state["step"] == 0:
                 run.evaluated(stream.evaluate(0), before=True)
             metrics = StepMetrics(state["step"] + 1)

@@ -301,6 +301,35 @@ class VLLMPool:
                 if not await self._deliver([server], self._label):
                     self.fleet.serve(server)
 
+    # ---- turns on a GPU (`recipes.colocated.Sleeper`) ----------------------------------------------------------------
+
+    def sleep(self) -> None:
+        """All servers give back the memory of weights and KV cache, whose contents are lost. No request may run.
+
+        WeightUpdateError when one cannot, or is just being restarted and would take memory later.
+        """
+        self._run(self._put_to_sleep())
+
+    def wake(self, tag: str) -> None:
+        """All servers take the memory of "weights" or "kv_cache" again; `push` comes between the two."""
+        self._run(self._on_all([server for server in self.servers if server.state != "gone"], f"/wake_up?tags={tag}"))
+
+    async def _put_to_sleep(self) -> None:
+        servers = [server for server in self.servers if server.state != "gone"]
+        if down := [server.url for server in servers if server.state == "down"]:
+            raise WeightUpdateError(f"{down[0]} is down and cannot be put to sleep: its memory is in an unknown state")
+        for server in servers:
+            server.updating = True  # no probe finds a sleeping server dead, and restarts it in the learner's memory
+        await self._on_all(servers, "/sleep?level=2&mode=wait")
+        for server in servers:
+            server.state = "stale"
+
+    async def _on_all(self, servers: Sequence[Server], path: str) -> None:
+        calls = [self.fleet.post(server, path, None, self._options.update_timeout_s) for server in servers]
+        for answer in await asyncio.gather(*calls, return_exceptions=True):
+            if isinstance(answer, BaseException):
+                raise WeightUpdateError(f"sleep or wake-up failed: {answer}") from answer
+
     # ---- inside -----------------------------------------------------------------------------------------------------
 
     @property

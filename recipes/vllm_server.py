@@ -32,6 +32,9 @@ class ServerOptions:
     dtype: str  # "float32" | "bfloat16" | "auto"
     device: str = "cpu"  # "cpu" | "cuda"
     kv_cache_bytes: int | None = None  # None: what `max_num_seqs` full sequences need, at most 1 GiB (CPU only)
+    gpu_memory_utilization: float | None = None  # share of its GPU's memory that a server takes; None: vLLM's default
+    sleep_mode: bool = False  # its memory can be taken back and forth (`VLLMPool.sleep`)
+    gpus: Sequence[str] = ()  # GPU of each server; empty: all that are visible
     extra_args: Sequence[str] = ()  # appended to vLLM's command line
 
 
@@ -57,7 +60,7 @@ class ServerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=server_environment(os.environ, index, token),
+                env=server_environment(os.environ, index, token) | gpu_environment(options, index),
             )
 
     @property
@@ -119,6 +122,11 @@ def server_command(options: ServerOptions, port: int, host: str = "127.0.0.1") -
         # The model in the engine's own process: one import less (7 of 24 s), 250 MiB less. vLLM wants a worker process
         # on CPUs to bind its threads; a server has one thread here. The short name "uni" would be overruled.
         flags["--distributed-executor-backend"] = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+    else:
+        if options.gpu_memory_utilization is not None:
+            flags["--gpu-memory-utilization"] = str(options.gpu_memory_utilization)
+        if options.sleep_mode:  # on a CPU vLLM refuses the flag, though it answers the calls
+            switches.append("--enable-sleep-mode")
     words = [word for flag in flags.items() for word in flag]
     # -P: the current directory must not shadow modules; ours come by PYTHONPATH.
     vllm = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
@@ -145,6 +153,20 @@ def server_environment(base: Mapping[str, str], index: int, token: str) -> dict[
         "VLLM_CPU_OMP_THREADS_BIND": str(cores[-1 - index % len(cores)]),
         "OMP_NUM_THREADS": "1",
     }
+
+
+def gpu_environment(options: ServerOptions, index: int) -> dict[str, str]:
+    """The GPU that server ``index`` sees, when it is told."""
+    return {"CUDA_VISIBLE_DEVICES": options.gpus[index % len(options.gpus)]} if options.gpus else {}
+
+
+def server_gpus(visible: Sequence[str], learner: int, *, colocated: bool) -> list[str]:
+    """GPUs of the servers started by a learner that has the first ``learner`` of the ``visible`` ones.
+
+    Colocated, server i has the GPU of rank i. Else the servers have what the learner leaves, and share its GPUs side by
+    side when it leaves none: room for both is then a matter of ``rollout.gpu_memory_utilization``.
+    """
+    return list(visible[:learner] if colocated else visible[learner:] or visible)
 
 
 def kv_cache_need(options: ServerOptions) -> int:

@@ -27,6 +27,7 @@ from megatron_ext.rl.types import Rollout
 from megatron_ext.sync.base import WeightUpdateError
 from megatron_ext.sync.broadcast import BroadcastSync
 from megatron_ext.sync.disk import DiskSync
+from recipes.colocated import Turns
 from recipes.rollout import Sampling, make_engine
 from recipes.vllm_client import Server
 from recipes.vllm_update import Updater
@@ -261,6 +262,41 @@ def test_responses_that_an_update_cuts_through(
         torch.testing.assert_close(found[:old], by_old[:old], rtol=0, atol=2e-4)
         by_new = logprobs(new_model, rollout)
         torch.testing.assert_close(found[old:], by_new[old:], rtol=0, atol=2e-4)
+
+
+def asleep(pool: VLLMPool) -> list[bool]:
+    return [pool._run(pool.fleet.get(server, "/is_sleeping"))["is_sleeping"] for server in pool.servers]
+
+
+def test_learner_and_servers_take_turns(pool: VLLMPool, tiny_model: Path, weights: dict[str, Tensor]) -> None:
+    """Colocated mode's turns with real servers. On a CPU vLLM's sleep frees nothing, but it stops the scheduler."""
+
+    class Model:
+        calls: list[str] = []
+
+        def offload(self, *, weights: bool = False) -> None:
+            self.calls.append(f"offload {weights}")
+
+        def reload(self, *, optimizer: bool | None = None) -> None:
+            self.calls.append(f"reload {optimizer}")
+
+    turns = Turns([Model()], lambda: pool)
+    for version in (20, 20, 21):
+        new = changed(weights, version)
+        with turns.rollout(lambda version=version, new=new: pool.push(version, new.items())):  # type: ignore[misc]
+            assert asleep(pool) == [False, False]
+            rollouts = generate(pool)
+            mean, worst = worst_difference(tiny_model, new, rollouts)
+            assert mean < 1e-5 and worst < 2e-4
+            assert {v for r in rollouts for v in r.weight_versions} == {version}
+        assert asleep(pool) == [True, True]
+        assert not any(server.usable for server in pool.servers)
+    first, turn = ["offload True", "reload False"], ["offload True", "reload None"]
+    assert Model.calls == [*first, *turn, *["offload False", *turn] * 2]
+    pool.wake("weights")
+    pool.push(22, weights.items())
+    pool.wake("kv_cache")
+    assert all(server.usable for server in pool.servers), "as other tests expect them"
 
 
 def test_every_post_without_the_token_is_401(pool: VLLMPool) -> None:

@@ -152,7 +152,8 @@ def test_after_a_failure_nothing_goes_on(where: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["rollout.max_staleness=1"], "rollout.max_staleness=1"),
+        (["rollout.max_staleness=1", "train.tis_cap=2"], "rollout.max_staleness=1"),
+        (["rollout.weight_sync=nccl"], "rollout.weight_sync=nccl"),
         (["rollout.engine=local"], "rollout.engine=local"),
         (["rollout.urls=[http://a:1]"], "rollout.urls"),
     ],

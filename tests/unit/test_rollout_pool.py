@@ -20,7 +20,14 @@ from recipes import vllm_fleet
 from recipes.rollout import Sampling
 from recipes.vllm_client import ServerError, parse_choice, request_seed
 from recipes.vllm_pool import PoolOptions, VLLMPool
-from recipes.vllm_server import ServerOptions, kv_cache_need, server_command, server_environment
+from recipes.vllm_server import (
+    ServerOptions,
+    gpu_environment,
+    kv_cache_need,
+    server_command,
+    server_environment,
+    server_gpus,
+)
 
 WEIGHTS = {"w": torch.arange(6.0)}
 
@@ -464,3 +471,54 @@ def test_kv_cache_holds_all_sequences(model_dir: Path) -> None:
     assert kv_cache_need(ServerOptions(model_dir, 1000, 256, "float32")) == 1024 * 1000 * 256
     assert kv_cache_need(ServerOptions(model_dir, 1000, 1, "float32")) == 64 << 20
     assert kv_cache_need(ServerOptions(model_dir, 100000, 256, "float32")) == 1 << 30
+
+
+def test_sleep_and_wake_go_to_all_servers_and_failures_come_through(pool: VLLMPool, stand_ins: list[StandIn]) -> None:
+    pool.sleep()
+    pool.wake("weights")
+    assert not any(server.usable for server in pool.servers)
+    pool.push(1, WEIGHTS.items())
+    pool.wake("kv_cache")
+    assert all(server.usable for server in pool.servers)
+    for stand_in in stand_ins:
+        assert [path for path in stand_in.calls if path in ("/sleep", "/wake_up")] == ["/sleep", "/wake_up", "/wake_up"]
+        assert stand_in.calls.index("/wake_up") < stand_in.calls.index("/update_weights")
+    stand_ins[1].fault["/wake_up"] = "500"
+    pool.sleep()
+    with pytest.raises(WeightUpdateError, match="sleep or wake-up failed: .*/wake_up.* HTTP 500"):
+        pool.wake("weights")
+
+
+def test_a_sleeping_server_is_not_probed_and_a_lost_one_cannot_be_put_to_sleep(
+    pool: VLLMPool, stand_ins: list[StandIn]
+) -> None:
+    pool.sleep()
+    stand_ins[0].fault["/is_paused"] = "500"
+    time.sleep(0.3)  # three probes would have come
+    assert [server.state for server in pool.servers] == ["stale", "stale"]
+    stand_ins[0].fault.clear()
+    pool.wake("weights")
+    pool.push(1, WEIGHTS.items())
+    pool.wake("kv_cache")
+    stand_ins[0].fault["*"] = "500"
+    wait_until(lambda: pool.servers[0].state == "down", "the server is not found to have failed")
+    with pytest.raises(WeightUpdateError, match="is down and cannot be put to sleep"):
+        pool.sleep()
+
+
+def test_servers_get_the_gpus_that_are_theirs(model_dir: Path) -> None:
+    visible = ["0", "1", "2", "3"]
+    assert server_gpus(visible, 2, colocated=False) == ["2", "3"]
+    assert server_gpus(visible, 2, colocated=True) == ["0", "1"]
+    assert server_gpus(visible, 4, colocated=False) == visible, "side by side when none is left"
+    options = ServerOptions(model_dir, 32, 8, "auto", "cuda", gpu_memory_utilization=0.8, sleep_mode=True, gpus=["2"])
+    assert gpu_environment(options, 1) == {"CUDA_VISIBLE_DEVICES": "2"}
+    command = " ".join(server_command(options, 4711))
+    assert "--gpu-memory-utilization 0.8" in command and "--enable-sleep-mode" in command
+    on_cpu = ServerOptions(
+        model_dir, 32, 8, "auto", gpu_memory_utilization=0.8, sleep_mode=True, kv_cache_bytes=1 << 26
+    )
+    assert gpu_environment(on_cpu, 1) == {}
+    assert "--gpu-memory" not in " ".join(server_command(on_cpu, 1)) and "--enable-sleep" not in server_command(
+        on_cpu, 1
+    )
