@@ -34,8 +34,6 @@ class Layout:
 ONE = Layout("one", 1)
 TP2, PP2 = Layout("tp2", 2, {"tp": 2}), Layout("pp2", 2, {"pp": 2})
 DP2, DP2_SHARDED = Layout("dp2", 2), Layout("dp2-distributed-optimizer", 2, distributed_optimizer=True)
-TP2_PP2 = Layout("tp2-pp2", 4, {"tp": 2, "pp": 2})
-TP2_DP2_SHARDED = Layout("tp2-dp2-distributed-optimizer", 4, {"tp": 2}, distributed_optimizer=True)
 
 
 def make_model(directory: Path, *, layers: int = 2) -> Path:

@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.rl import packing
-from megatron_ext.rl.packing import collate, fed_length, plan, response_offsets, response_slots, to_packed, to_samples
+from megatron_ext.rl.packing import (
+    collate,
+    fed_length,
+    plan,
+    response_offsets,
+    response_slots,
+    to_packed,
+    to_samples,
+    zigzag,
+)
 
 PAIRS = st.lists(
     st.tuples(
@@ -206,3 +215,70 @@ def test_slots_keep_gradients_on_their_tokens() -> None:
     (packed * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], dtype=torch.float64)).sum().backward()
     assert values_R.grad is not None
     assert values_R.grad.tolist() == [4.0, 5.0, 0.0, 1.0, 2.0, 3.0]
+
+
+def test_zigzag_by_hand() -> None:
+    """Segments of 8, 0 and 4 tokens on two ranks: chunks 0 and 3 of each, and chunks 1 and 2."""
+    cu_seqlens = torch.tensor([0, 8, 8, 12], dtype=torch.int32)
+    assert zigzag(cu_seqlens, 0, 2).tolist() == [0, 1, 6, 7, 8, 11]
+    assert zigzag(cu_seqlens, 1, 2).tolist() == [2, 3, 4, 5, 9, 10]
+    assert zigzag(cu_seqlens, 0, 1).tolist() == list(range(12))
+    with pytest.raises(ValueError, match=r"segments of \[8, 0, 4\] tokens cannot be cut into 8 chunks"):
+        zigzag(cu_seqlens, 0, 4)
+
+
+def test_collate_pads_sequences_by_hand() -> None:
+    """Sequences to multiples of 4 for context parallelism, the whole to a multiple of 10, hence of 20."""
+    batch = collate([([1, 2, 3], [11, 12, 13]), ([4], [25])], pad_to_multiple=10, pad_sequences_to=4, pad_id=9)
+    assert batch.tokens_T.tolist() == [1, 2, 3, 11, 12, 9, 9, 9, 4, 9, 9, 9] + [9] * 8
+    assert batch.targets_T.tolist() == [2, 3, 11, 12, 13, 9, 9, 9, 25, 9, 9, 9] + [9] * 8
+    assert batch.position_ids_T.tolist() == [*range(8), *range(4), *range(8)]
+    assert batch.cu_seqlens.tolist() == [0, 8, 12, 20] and batch.max_seqlen == 8
+    assert batch.response_mask_T.nonzero()[:, 0].tolist() == [2, 3, 4, 8]
+    assert batch.seq_index_T.tolist() == [0] * 5 + [-1] * 3 + [1] + [-1] * 11
+    assert collate([], pad_to_multiple=3, pad_sequences_to=4).cu_seqlens.tolist() == [0, 12]
+
+
+@settings(deadline=None, max_examples=100)
+@given(pairs=PAIRS, size=st.sampled_from([1, 2, 3, 4]), total=st.integers(1, 24))
+def test_padding_hides_nothing_and_the_shares_are_equal(
+    pairs: list[tuple[list[int], list[int]]], size: int, total: int
+) -> None:
+    multiple = 2 * size if size > 1 else 1
+    batch = collate(pairs, pad_to_multiple=total, pad_sequences_to=multiple)
+    plain = collate(pairs)
+    real, was_real = batch.seq_index_T >= 0, plain.seq_index_T >= 0
+    for name in ("tokens_T", "targets_T", "position_ids_T", "response_mask_T", "seq_index_T", "response_pos_T"):
+        assert torch.equal(getattr(batch, name)[real], getattr(plain, name)[was_real]), name
+    lengths = [fed_length(len(p), len(r)) for p, r in pairs]
+    assert len(batch.tokens_T) == packing.packed_length(lengths, total, multiple)
+    assert len(batch.tokens_T) % total == 0 and not (batch.cu_seqlens.diff() % multiple).any()
+    shares = [zigzag(batch.cu_seqlens, rank, size) for rank in range(size)]
+    assert {len(share) for share in shares} == {len(batch.tokens_T) // size}
+    assert torch.equal(torch.cat(shares).sort().values, torch.arange(len(batch.tokens_T)))
+
+
+def test_what_packing_costs() -> None:
+    """Two ranks of 12 and 8 real tokens in three micro-batches of 8 and one of 4 after padding to multiples of 4."""
+    planned, lengths = [[[0], [1, 2]], [[3], [4]]], [7, 3, 2, 6, 2]
+    cost = packing.packing_cost(planned, lengths, pad_sequences_to=4, cost=float)
+    assert (cost.tokens, cost.padded_tokens) == (20, 8 + 8 + 8 + 4)
+    report = (cost + cost).report()
+    assert report == {
+        "perf/padding_waste": pytest.approx(1 - 20 / 28),
+        "perf/dp_imbalance": pytest.approx(12 / 10 - 1),
+    }
+    assert packing.PackingCost().report() == {"perf/padding_waste": 0.0, "perf/dp_imbalance": 0.0}
+
+
+def test_responses_of_32k_tokens_under_context_parallelism() -> None:
+    """A long-tailed batch up to 32,768 tokens, four ranks to a sequence: little is padding, and ranks are balanced."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [int(n) for n in (torch.randn(256, generator=generator) * 1.2 + 8).exp().clamp(200, 32768)]
+    assert max(lengths) == 32768
+    cost = packing.attention_cost(2048)
+    planned = plan([packing.padded_length(n, 8) for n in lengths], dp_size=4, token_budget=65536, cost=cost)
+    report = packing.packing_cost(planned, lengths, pad_to_multiple=64, pad_sequences_to=8, cost=cost).report()
+    assert report["perf/padding_waste"] < 0.002 and report["perf/dp_imbalance"] < 0.02
+    longest = collate([([1] * 100, [2] * (lengths[i] - 99)) for i in planned[0][0]], pad_sequences_to=8)
+    assert len(longest.tokens_T) <= 65536 and len(zigzag(longest.cu_seqlens, 3, 4)) == len(longest.tokens_T) // 4
