@@ -23,6 +23,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from recipes import attempt
 from recipes import report_charts as charts
 
 Series = dict[str, list[tuple[float, float]]]
@@ -92,6 +93,12 @@ def series_of(rows: Iterable[dict[str, Any]]) -> Series:
     return {key: sorted(pairs.items()) for key, pairs in table.items()}
 
 
+def resumed_after(run_dir: Path) -> list[int]:
+    """Steps after which later starts of the run continued."""
+    starts = [e for a in attempt.attempts(run_dir) for e in attempt.events(a) if e.name == "started"]
+    return [e.details["step"] for e in starts if e.role == "learner" and e.details.get("step")]
+
+
 def load_run(run_dir: Path) -> Run:
     """Read a run directory. Only ``metrics.jsonl`` must exist.
 
@@ -109,6 +116,8 @@ def load_run(run_dir: Path) -> Run:
     if (run_dir / "samples.jsonl").is_file():
         samples, note = read_jsonl(run_dir / "samples.jsonl")
         notes += [note] if note else []
+    if resumed := resumed_after(run_dir):
+        notes.append(f"Interrupted, and continued after step {', '.join(map(str, resumed))}.")
     config_file = run_dir / "config.yaml"
     config = yaml.safe_load(config_file.read_text()) if config_file.is_file() else {}
     series = series_of(row for row in rows if "step" in row)

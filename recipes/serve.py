@@ -159,7 +159,7 @@ class Supervisor:
         try:
             while not self._answers_generation():
                 if self._guard.poll() is not None:
-                    return f"ended with status {self._guard.returncode} while starting"
+                    return f"{_ended(self._guard.returncode)} while starting"
                 if time.monotonic() - begin > start_s:
                     return f"not ready after {start_s:.0f} s"
                 time.sleep(0.5)
@@ -167,7 +167,7 @@ class Supervisor:
             while True:
                 self._check_engine()
                 try:
-                    return f"ended with status {self._guard.wait(PROBE_S)}"
+                    return _ended(self._guard.wait(PROBE_S))
                 except subprocess.TimeoutExpired:
                     continue
         except Hung as error:
@@ -186,7 +186,7 @@ class Supervisor:
     def _answers_generation(self) -> bool:
         body = {"token_ids": [0], "sampling_params": {"max_tokens": 1, "temperature": 0.0}}
         try:
-            self._post("/inference/v1/generate", body, self._hang_s)
+            self._ask("/inference/v1/generate", body, self._hang_s)
         except OSError:
             return False
         return True
@@ -198,15 +198,17 @@ class Supervisor:
         refused connection is left to the guard, which ends when the server has.
         """
         try:
-            self._post("/collective_rpc", {"method": "loaded_weights"}, self._hang_s)
+            self._ask("/is_paused", None, self._hang_s)
         except TimeoutError as error:
             raise Hung(f"the engine did not answer for {self._hang_s:.0f} s") from error
         except OSError:
             pass
 
-    def _post(self, path: str, body: dict[str, Any], timeout_s: float) -> None:
+    def _ask(self, path: str, body: dict[str, Any] | None, timeout_s: float) -> None:
+        """GET, or POST of a body. Raises TimeoutError, or another OSError for any other failure."""
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._token}"}
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, headers)
         try:
             # Straight to the server: a proxy of the site's environment has no business here.
             opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -223,6 +225,11 @@ class Supervisor:
             self._guard.terminate()
             self._guard.wait(CLOSE_S)
         self._guard = None
+
+
+def _ended(status: int) -> str:
+    """The guard passes a signal that ended vLLM on as 256 less its number."""
+    return f"ended by signal {256 - status}" if 192 < status < 256 else f"ended with status {status}"
 
 
 def main(argv: list[str] | None = None) -> int:

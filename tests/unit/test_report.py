@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from recipes import report
+from recipes import attempt, report
 from recipes.report import load_run, read_jsonl, scrub, visible, write_report
 
 HOSTILE = (
@@ -174,6 +174,15 @@ def test_secrets_are_masked(key: str) -> None:
 @pytest.mark.parametrize("key", ["max_tokens", "eos_token_id", "tokenizer", "keyed_by"])
 def test_what_only_looks_like_a_secret_is_kept(key: str) -> None:
     assert scrub({key: "value"}) == {key: "value"}
+
+
+def test_all_attempts_are_one_run(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    assert load_run(run).notes == []
+    for step in (0, 4, 12):
+        attempt.record(attempt.new_attempt(run), "learner", "started", step=step)
+    assert load_run(run).notes == ["Interrupted, and continued after step 4, 12."]
+    assert "continued after step 4, 12" in report.render([load_run(run)])
 
 
 def test_a_torn_last_line_is_noted(tmp_path: Path, page: Page) -> None:

@@ -160,7 +160,7 @@ class Cluster:
         _run("nsenter", "-t", str(switch), "--net", "sh", "-c", setup)
         until("munged's socket", socket_file.exists)
         self._spawn("slurmctld", "slurmctld", "-D", "-c", "-f", str(self.conf))
-        until("slurmctld", lambda: "is UP" in self._ask("scontrol", "ping"))
+        until("slurmctld", lambda: "is UP" in self.ask("scontrol", "ping"))
         for i in range(1, nodes + 1):
             self.start(f"node{i}")
 
@@ -183,7 +183,7 @@ class Cluster:
         # The route leads nowhere; programs use it to find their own address.
         _run("nsenter", "-t", str(pid), "--net", "sh", "-c", f"{address} && ip route add default dev eth0")
         ready.touch()
-        until(f"{node} idle", lambda: self._ask("sinfo", "-h", "-n", node, "-o", "%t") in ("idle", "mix", "alloc"), 40)
+        until(f"{node} idle", lambda: self.ask("sinfo", "-h", "-n", node, "-o", "%t") in ("idle", "mix", "alloc"), 40)
 
     def crash(self, node: str) -> None:
         self._stop(node)
@@ -215,7 +215,7 @@ class Cluster:
         found = [p for p in root.children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
         return [" ".join(p.cmdline()) or p.name() for p in found if not (p.parent() == root and p.name() in own)]
 
-    def _ask(self, *command: str) -> str:
+    def ask(self, *command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, env=self.env, timeout=30).stdout.strip()
 
     # --- processes, by recorded pid and start time only -----------------------------------------------------------

@@ -1,0 +1,122 @@
+"""Jobs of slurm/smoke_cpu.sbatch on a real Slurm: killed, signalled, requeued, refused. The local engine generates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Job, Site
+from training import SETTINGS, assert_same_run, run_here
+
+from recipes.attempt import attempts, checkpoint_step, events
+from recipes.status import first_error
+
+LOCAL = (*SETTINGS, "eval.every=0", "train.entropy_probe_every=0")
+LONG = (*LOCAL, "train.steps=30", "train.save_every=2")
+
+
+def steps(run: Path) -> int:
+    """Lines of metrics.jsonl."""
+    file = run / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def jobs(site: Site) -> Iterator[dict[str, Job]]:
+    """All submitted at once, so that they wait and compute beside each other on three nodes."""
+    hidden = site.folder / "hidden"
+    hidden.mkdir()
+    site.cluster.inside("node3", "mount", "-t", "tmpfs", "none", str(hidden))
+    small = site.folder / "small"
+    small.mkdir()
+    site.cluster.inside("node2", "mount", "-t", "tmpfs", "-o", "size=4m", "none", str(small))
+    yield {
+        "long": site.submit("long", *LONG, options=("--job-name=chain",)),
+        "next": site.submit(
+            "long", *LONG, options=("--job-name=chain", "--dependency=singleton", "--output=/dev/null")
+        ),
+        "beside": site.submit("beside", *LOCAL, "train.steps=2"),
+        "typo": site.submit("typo", "optim.lrr=1"),
+        "crashing": site.submit("crashing", *LOCAL, nodes="node2", PROGRAM="no.such.module", MAX_REQUEUES="1"),
+        "hidden": site.submit("hidden/run", *LOCAL, nodes="node2,node3"),
+        "small": site.submit("small/run", *LOCAL, nodes="node2"),
+    }
+    site.cluster.inside("node3", "umount", str(hidden))
+    site.cluster.inside("node2", "umount", str(small))
+
+
+def test_user_errors_are_not_requeued(jobs: dict[str, Job]) -> None:
+    job = jobs["typo"]
+    assert job.until_ended() == ("FAILED", "2")
+    assert "error: optim.lrr=1: there is no key 'optim.lrr'" in job.printed() and job.show("Restarts") == "0"
+
+
+def test_a_run_survives_a_kill_and_the_time_limit(jobs: dict[str, Job], site: Site) -> None:
+    """Killed, requeued, stopped by the time limit's signal, requeued, finished: equal to a run without any of it."""
+    job = jobs["long"]
+    job.until("step 5", lambda: steps(job.run) >= 5)
+    (learner,) = job.processes("recipes.train")
+    learner.kill()
+    seconds = job.until_state("PENDING", "COMPLETING")
+    back = job.until("the next attempt", lambda: len(attempts(job.run)) == 2)
+    print(f"learner killed: job step ended and requeued after {seconds:.1f} s, new attempt {back:.1f} s later")
+    assert seconds < 60
+    error = first_error(attempts(job.run)[0])
+    assert error is not None and error.role == "learner-rank0" and error.what == "ended with status 137 (signal 9)"
+
+    job.until("step 12", lambda: steps(job.run) >= 12 and len(events(attempts(job.run)[1])) > 1)
+    job.cluster.ask("scancel", "--batch", "--signal=USR1", job.number)
+    at = steps(job.run)
+    seconds = job.until("stopped", lambda: any(e.name == "stopped" for e in events(attempts(job.run)[1])))
+    stopped = next(e for e in events(attempts(job.run)[1]) if e.name == "stopped").details["step"]
+    assert stopped == checkpoint_step(job.run) <= at + 2, "the next step boundary"
+    print(f"time limit's signal: checkpoint after {seconds:.1f} s")
+    assert job.until_ended() == ("COMPLETED", "0"), job.printed()
+    assert len(attempts(job.run)) == 3 and job.show("Restarts") == "2"
+    log = (attempts(job.run)[2] / "learner-rank0.log").read_text()
+    assert f"after step {stopped}" in log, "nothing was done twice"
+
+    replay = run_here(site.model, site.folder / "replay", *LONG, f"rollout.replay={job.run}")
+    assert_same_run(replay, job.run)
+
+
+def test_a_finished_run_ends_the_chain_at_once(jobs: dict[str, Job]) -> None:
+    job = jobs["next"]
+    assert job.until_ended() == ("COMPLETED", "0")
+    assert len(attempts(job.run)) == 3, "no further attempt"
+
+
+def test_two_jobs_share_a_node(jobs: dict[str, Job]) -> None:
+    job, other = jobs["beside"], jobs["long"]
+    assert job.until_ended() == ("COMPLETED", "0") and steps(job.run) == 2
+    mine, first = events(attempts(job.run)[0]), events(attempts(other.run)[0])
+    assert mine[0].details["nodes"] == first[0].details["nodes"] == "node1"
+    assert max(mine[0].time, first[0].time) < min(mine[-1].time, first[-1].time), "at the same time"
+
+
+def test_requeueing_without_progress_ends(jobs: dict[str, Job]) -> None:
+    job = jobs["crashing"]
+    assert job.until_ended() == ("FAILED", "1")
+    assert job.show("Restarts") == "1" and len(attempts(job.run)) == 2
+    assert "2 attempts in a row ended without a newer checkpoint: not requeued" in job.printed()
+    assert "No module named 'no'" in job.printed(), "the first error is shown"
+
+
+def test_a_node_without_the_shared_directory_is_refused(jobs: dict[str, Job]) -> None:
+    job = jobs["hidden"]
+    assert job.until_ended() == ("FAILED", "3") and job.show("Restarts") == "0"
+    assert "error: node3: does not see the run directory (No such file or directory)" in job.printed()
+
+
+def test_a_full_disk_is_refused(jobs: dict[str, Job]) -> None:
+    job = jobs["small"]
+    assert job.until_ended() == ("FAILED", "3")
+    assert "error: node2: 0.0 GiB free for the run directory, 1 needed" in job.printed()
+
+
+def test_no_process_is_left(jobs: dict[str, Job], site: Site) -> None:
+    for job in jobs.values():
+        job.until_ended()
+    for node in ("node1", "node2", "node3"):
+        jobs["long"].until(f"{node} is empty", lambda node=node: not site.cluster.processes(node), 30)  # type: ignore[misc]
