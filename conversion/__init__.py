@@ -3,7 +3,7 @@
 The names below are the pure core (torch only), which weight sync and the learner use too. See docs/conversion.md.
 """
 
-from conversion.config import HFConfig, gpt_model_kwargs, parse_config, read_config, transformer_config
+from conversion.config import HFConfig, gpt_model_kwargs, parse_config, read_config, transformer_config, yarn_attributes
 from conversion.families import FAMILIES
 from conversion.mapping import (
     export_rows,
@@ -45,4 +45,5 @@ __all__ = [
     "transformer_config",
     "unconsumed",
     "unshard",
+    "yarn_attributes",
 ]

@@ -7,6 +7,7 @@ kept in `HFConfig.raw`, so that exporting a checkpoint can give back exactly the
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +21,20 @@ class Rope:
     """Rotary embedding: base frequency and scaling, in the terms of transformers' `rope_parameters`."""
 
     theta: float
-    kind: str = "default"  # "default" | "linear" | "dynamic" | "llama3"
+    kind: str = "default"  # "default" | "linear" | "dynamic" | "llama3" | "yarn"
     factor: float = 1.0
+    yarn: Yarn | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Yarn:
+    """What else YaRN needs; `Rope.factor` is how much longer sequences became."""
+
+    original_positions: int  # trained length before the extension
+    beta_fast: float  # rotations within it above which a frequency stays as it is
+    beta_slow: float  # and below which it is divided by the factor
+    truncate: bool  # the range between the two is rounded outwards to whole dimensions
+    attention_factor: float  # multiplies cosine and sine
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +149,9 @@ def _rope(config: Mapping[str, Any]) -> Rope:
     old_dialect = config.get("rope_scaling") or {}
     rope = {"rope_theta": config.get("rope_theta", 10000.0), **old_dialect, **(config.get("rope_parameters") or {})}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear", "dynamic", "llama3"):
+    if kind not in ("default", "linear", "dynamic", "llama3", "yarn"):
         raise ValueError(
-            f"rope_type={kind!r} is not supported: use default, linear, dynamic or llama3, or remove the scaling "
+            f"rope_type={kind!r} is not supported: use default, linear, dynamic, llama3 or yarn, or remove the scaling "
             "from config.json if sequences stay within the original length"
         )
     if kind == "llama3":
@@ -154,7 +167,34 @@ def _rope(config: Mapping[str, Any]) -> Rope:
     theta, factor = float(rope["rope_theta"]), float(rope.get("factor", 1.0))
     if theta <= 0 or factor < 1:
         raise ValueError(f"rope_theta={theta} must be positive and rope factor={factor} at least 1")
-    return Rope(theta, kind, factor)
+    return Rope(theta, kind, factor, _yarn(rope, factor, config["max_position_embeddings"]) if kind == "yarn" else None)
+
+
+_YARN_KEYS = {"rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings", "partial_rotary_factor"}
+_YARN_KEYS |= {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
+
+
+def _yarn(rope: Mapping[str, Any], factor: float, positions: int) -> Yarn:
+    """As transformers' `_compute_yarn_parameters` reads it (modeling_rope_utils.py)."""
+    if unknown := sorted(set(rope) - _YARN_KEYS):
+        raise ValueError(f"rope parameters {', '.join(unknown)} are not known together with YaRN: remove them")
+    attention = rope.get("attention_factor")
+    if attention is None:
+        top, bottom = rope.get("mscale"), rope.get("mscale_all_dim")
+        attention = _mscale(factor, top) / _mscale(factor, bottom) if top and bottom else _mscale(factor, 1.0)
+    if factor == 1 and attention != 1:
+        raise ValueError(f"attention_factor={attention} with factor=1 is not supported: Megatron derives one from both")
+    return Yarn(
+        original_positions=rope.get("original_max_position_embeddings") or positions,
+        beta_fast=float(rope.get("beta_fast") or 32),
+        beta_slow=float(rope.get("beta_slow") or 1),
+        truncate=bool(rope.get("truncate", True)),
+        attention_factor=float(attention),
+    )
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0
 
 
 def in_dialect(raw: Mapping[str, Any], version: int) -> dict[str, Any]:
@@ -231,11 +271,33 @@ def gpt_model_kwargs(hf: HFConfig, tp_size: int = 1, vocab_multiple: int = 1) ->
     return {
         "vocab_size": padded_vocab(hf.vocab_size, tp_size, vocab_multiple),
         "max_sequence_length": hf.max_positions,
-        "position_embedding_type": "rope",
+        "position_embedding_type": "yarn" if hf.rope.kind == "yarn" else "rope",
         "rotary_percent": 1.0,
         "rotary_base": int(theta) if theta.is_integer() else theta,
         "rope_scaling": hf.rope.kind == "llama3",
         "rope_scaling_factor": hf.rope.factor if hf.rope.kind == "llama3" else 8.0,
         "seq_len_interpolation_factor": hf.rope.factor if hf.rope.kind == "linear" else None,
         "share_embeddings_and_output_weights": hf.tied,
+    }
+
+
+def yarn_attributes(hf: HFConfig) -> dict[str, Any]:
+    """Attributes to set on Megatron's `TransformerConfig`: GPTModel reads them there, though it declares none.
+
+    Empty without YaRN: their presence alone changes attention. Megatron has no key for the attention factor, but with
+    `mscale_all_dim` at 0 its own is 0.1 * mscale * ln(factor) + 1 (yarn_rotary_pos_embedding.py). Its fused rotary
+    kernel ignores that factor for packed sequences: switch `apply_rope_fusion` off.
+    """
+    yarn = hf.rope.yarn
+    if yarn is None:
+        return {}
+    stretched = hf.rope.factor > 1
+    return {
+        "yarn_rotary_scaling_factor": hf.rope.factor,
+        "yarn_original_max_position_embeddings": yarn.original_positions,
+        "yarn_beta_fast": yarn.beta_fast,
+        "yarn_beta_slow": yarn.beta_slow,
+        "yarn_correction_range_round_to_int": yarn.truncate,
+        "yarn_mscale": (yarn.attention_factor - 1) / (0.1 * math.log(hf.rope.factor)) if stretched else 0.0,
+        "yarn_mscale_all_dim": 0.0,
     }

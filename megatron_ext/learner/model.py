@@ -181,10 +181,14 @@ def transformer_config(hf: conversion.HFConfig, parallel: ParallelConfig, model:
     recomputation: dict[str, Any] = {}
     if model.recompute:
         recomputation = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    return TransformerConfig(
+    kernels = transformer_engine_settings(model, moe=hf.experts is not None)
+    yarn = conversion.yarn_attributes(hf)
+    if yarn and kernels.get("apply_rope_fusion"):
+        kernels["apply_rope_fusion"] = False  # the fused kernel ignores YaRN's attention factor in packed sequences
+    config = TransformerConfig(
         **architecture,
         **recomputation,
-        **transformer_engine_settings(model, moe=hf.experts is not None),
+        **kernels,
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
@@ -212,6 +216,9 @@ def transformer_config(hf: conversion.HFConfig, parallel: ParallelConfig, model:
         batch_p2p_comm=parallel.vpp == 1,
         overlap_p2p_comm=parallel.vpp > 1,
     )
+    for key, value in yarn.items():
+        setattr(config, key, value)
+    return config
 
 
 def build_chunks(

@@ -31,6 +31,7 @@ DENSE: dict[str, dict[str, int]] = {"tp1": {}, "tp2": {"tp": 2}, "pp2": {"pp": 2
 LAYOUTS: dict[str, dict[str, dict[str, int]]] = {  # by case, where not DENSE; the last one also saves
     "qwen2-untied": {"vpp2": {"pp": 2, "vpp": 2}, "tp4": {"tp": 4}, **DENSE},  # tp4: more ranks than KV heads
     "qwen2-tied": {"vpp2": {"pp": 2, "vpp": 2}, **DENSE},
+    **dict.fromkeys(("qwen2-yarn", "qwen3-yarn"), {"tp1": {}, "tp2-pp2": {"tp": 2, "pp": 2}}),
     "qwen3-moe": {"tp1": {}, "pp2": {"pp": 2}, "ep2": {"ep": 2}, "pp2-ep2": {"pp": 2, "ep": 2}},
 }
 SMALL: dict[str, Any] = {
@@ -44,11 +45,16 @@ SMALL: dict[str, Any] = {
     "initializer_range": 0.1,
 }
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+# Lengths that reach past the original one; then every optional parameter at an unusual value.
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
+ODD_YARN = {"factor": 2.5, "attention_factor": 1.3, "beta_fast": 4.0, "beta_slow": 0.5, "truncate": False}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2-untied": ("Qwen2", {"tie_word_embeddings": False, "rms_norm_eps": 1e-3}),
     "llama3": ("Llama", {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 8192}, "head_dim": 16}),
     "llama-linear-rope": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+    "qwen2-yarn": ("Qwen2", {"rope_parameters": YARN}),
+    "qwen3-yarn": ("Qwen3", {"head_dim": 16, "rope_parameters": {**YARN, **ODD_YARN}}),
     "llama-biased": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "smollm2": ("Llama", {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e5}}),
     "qwen3": ("Qwen3", {"head_dim": 16}),

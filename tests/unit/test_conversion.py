@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -195,7 +196,9 @@ def test_transforms_are_bijections_for_any_shape(heads: int, groups: int, head_d
         ({"hidden_size": 50}, ["hidden_size=50", "head_dim"]),
         ({"hidden_act": "gelu"}, ["hidden_act='gelu'"]),
         ({"attention_bias": True}, ["attention_bias=True", "mlp_bias=False"]),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["yarn", "llama3"]),
+        ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, ["longrope", "llama3"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0, "mrope_section": [2, 3]}}, ["mrope_section", "YaRN"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 1.0, "attention_factor": 1.2}}, ["attention_factor=1.2"]),
         ({"rope_parameters": {**LLAMA3_ROPE, "low_freq_factor": 2.0}}, ["low_freq_factor=2.0", "1.0"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
     ],
@@ -215,6 +218,56 @@ def test_both_config_dialects_mean_the_same() -> None:
     assert old.rope == new.rope == type(old.rope)(500000.0, "llama3", 32.0)
     kwargs = conversion.gpt_model_kwargs(old)
     assert (kwargs["rotary_base"], kwargs["rope_scaling"], kwargs["rope_scaling_factor"]) == (500000, True, 32.0)
+
+
+# What the config.json of each release says, as transformers 4 wrote it.
+RELEASED_LLAMA3 = {
+    "Llama-3.1-8B": {"factor": 8.0, "tie_word_embeddings": False},
+    "Llama-3.2-1B": {"factor": 32.0, "tie_word_embeddings": True, "head_dim": 64},
+    "Llama-3.3-70B": {"factor": 8.0, "tie_word_embeddings": False},
+    "DeepSeek-R1-Distill-Llama-8B": {"factor": 8.0, "tie_word_embeddings": False, "attention_bias": False},
+}
+
+
+@pytest.mark.parametrize("release", RELEASED_LLAMA3)
+def test_released_llama_3_configs_are_read_in_both_dialects(release: str) -> None:
+    extra = dict(RELEASED_LLAMA3[release])
+    scaling = {"factor": extra.pop("factor"), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling |= {"original_max_position_embeddings": 8192, "rope_type": "llama3"}
+    raw = {**SMALL, "architectures": ["LlamaForCausalLM"], "rope_theta": 500000.0, "rope_scaling": scaling, **extra}
+    raw["max_position_embeddings"] = 131072
+    for config in (raw, in_dialect(raw, 5)):
+        kwargs = conversion.gpt_model_kwargs(conversion.parse_config(config))
+        assert (kwargs["rope_scaling"], kwargs["rope_scaling_factor"]) == (True, scaling["factor"])
+        assert kwargs["position_embedding_type"] == "rope" and kwargs["max_sequence_length"] == 131072
+
+
+YARNS: dict[str, dict[str, Any]] = {
+    "as in Qwen2.5": {"factor": 4.0, "original_max_position_embeddings": 32},
+    "explicit factor": {"factor": 4.0, "original_max_position_embeddings": 32, "attention_factor": 1.25},
+    "two mscales": {"factor": 40.0, "original_max_position_embeddings": 32, "mscale": 0.707, "mscale_all_dim": 1.0},
+    "one mscale": {"factor": 40.0, "original_max_position_embeddings": 32, "mscale": 0.707},
+    "nothing to stretch": {"factor": 1.0, "original_max_position_embeddings": 64, "beta_fast": 16.0, "beta_slow": 2.0},
+}
+
+
+@pytest.mark.parametrize("yarn", YARNS)
+@pytest.mark.parametrize("dialect", [4, 5])
+def test_yarn_has_the_attention_factor_of_transformers(yarn: str, dialect: int) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    raw = {**SMALL, "architectures": ["Qwen2ForCausalLM"], "rope_theta": 1e6}
+    raw |= {"rope_scaling": {"type": "yarn", **YARNS[yarn]}}
+    config = transformers.Qwen2Config(**in_dialect(raw, 5))
+    _, expected = ROPE_INIT_FUNCTIONS["yarn"](config)
+    hf = conversion.parse_config(in_dialect(raw, dialect))
+    got = conversion.yarn_attributes(hf)
+    factor = got["yarn_rotary_scaling_factor"]
+    assert 0.1 * got["yarn_mscale"] * math.log(factor) + 1 == pytest.approx(expected, rel=1e-12)
+    assert got["yarn_original_max_position_embeddings"] == YARNS[yarn]["original_max_position_embeddings"]
+    assert (got["yarn_beta_fast"], got["yarn_beta_slow"]) == ((16, 2) if factor == 1 else (32, 1))
+    assert conversion.gpt_model_kwargs(hf)["position_embedding_type"] == "yarn"
+    assert conversion.yarn_attributes(conversion.parse_config({**raw, "rope_scaling": None})) == {}
 
 
 def in_both_dialects(case: str) -> tuple[dict[str, Any], dict[str, Any]]:
