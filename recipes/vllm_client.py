@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
+import itertools
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +30,46 @@ class ServerError(RuntimeError):
 
 class NoAnswer(ServerError):
     """A server did not answer, or not in time."""
+
+
+class GivenUp(NoAnswer):
+    """The pool did not wait for the answer: it had found that the server is not to be used."""
+
+
+class Line:
+    """Who is next: one at a time is at the front, then the waiting one with the lowest number, then the oldest."""
+
+    def __init__(self) -> None:
+        self._occupied = False
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []  # a heap
+        self._arrivals = itertools.count()
+
+    @asynccontextmanager
+    async def front(self, number: int) -> AsyncIterator[None]:
+        """Held while at the front."""
+        if self._occupied:
+            turn = asyncio.get_running_loop().create_future()
+            heapq.heappush(self._waiting, (number, next(self._arrivals), turn))
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn.done() and not turn.cancelled():
+                    self._next()  # it had just become ours
+                raise
+        self._occupied = True
+        try:
+            yield
+        finally:
+            self._next()
+
+    def _next(self) -> None:
+        self._occupied = False
+        while self._waiting:
+            _, _, turn = heapq.heappop(self._waiting)
+            if not turn.done():
+                self._occupied = True
+                turn.set_result(None)
+                return
 
 
 @dataclass(eq=False)

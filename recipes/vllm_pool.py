@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import itertools
 import secrets
 import threading
 import time
@@ -26,6 +27,8 @@ from megatron_ext.sync.disk import DiskSync
 from recipes.rollout import Sampling, check_request, stop_tokens, url_token
 from recipes.vllm_client import (
     GENERATE,
+    GivenUp,
+    Line,
     NoAnswer,
     Piece,
     Server,
@@ -62,7 +65,7 @@ class VLLMPool:
 
     A server that fails a request, or whose engine is silent, gets no further one until it has come back and confirmed
     the weights; its requests are sent to others. `generate` may be called from several threads at a time, and while
-    `push` runs: requests are dispatched first come, first served, and wait while an update is delivered.
+    `push` runs: requests are dispatched in the order of the calls, and wait while an update is delivered.
     """
 
     def __init__(
@@ -94,7 +97,8 @@ class VLLMPool:
             raise
 
     async def _start(self, num_servers: int, urls: Sequence[str], log_dir: Path) -> None:
-        self._turn = asyncio.Lock()  # whose request is dispatched next; asyncio's locks are fair
+        self._line = Line()  # whose request is dispatched next: of the batch that was asked for first
+        self._batches = itertools.count()
         self._delivering = asyncio.Lock()  # to all servers, or to one that came back
         self._fleet = Fleet(
             self._server_options,
@@ -133,22 +137,29 @@ class VLLMPool:
         self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, seeds: Sequence[int]
     ) -> list[Rollout]:
         per_request = min(n, self._server_options.max_num_seqs)
+        batch = next(self._batches)
         async with asyncio.TaskGroup() as group:  # one failure cancels the rest
             tasks = [
-                group.create_task(self._respond(prompt, min(per_request, n - first), sampling, (seed, first)))
+                group.create_task(self._respond(batch, prompt, min(per_request, n - first), sampling, (seed, first)))
                 for prompt, seed in zip(prompts, seeds, strict=True)
                 for first in range(0, n, per_request)
             ]
         return [rollout for task in tasks for rollout in task.result()]
 
     async def _respond(
-        self, prompt: Sequence[int], n: int, sampling: Sampling, key: tuple[int, ...], written: Piece | None = None
+        self,
+        batch: int,
+        prompt: Sequence[int],
+        n: int,
+        sampling: Sampling,
+        key: tuple[int, ...],
+        written: Piece | None = None,
     ) -> list[Rollout]:
         """``n`` responses to one prompt. Those that an update cuts off are continued, each by a request of its own."""
         so_far = written.tokens if written else []
         context = [*prompt, *so_far]
         room = min(sampling.max_tokens - len(so_far), self._server_options.max_model_len - len(context))
-        pieces = await self._ask(context, n, sampling, request_seed(*key), room)
+        pieces = await self._ask(batch, context, n, sampling, request_seed(*key), room)
         if written:
             pieces = [written.then(piece) for piece in pieces]
         cut_off = [index for index, piece in enumerate(pieces) if piece.finish_reason == "abort"]
@@ -156,7 +167,7 @@ class VLLMPool:
         async with asyncio.TaskGroup() as group:
             rest = {
                 index: group.create_task(
-                    self._respond(prompt, 1, sampling, (*key, index, len(pieces[index].tokens)), pieces[index])
+                    self._respond(batch, prompt, 1, sampling, (*key, index, len(pieces[index].tokens)), pieces[index])
                 )
                 for index in cut_off
             }
@@ -164,17 +175,20 @@ class VLLMPool:
             rest[index].result()[0] if index in rest else piece.rollout(prompt) for index, piece in enumerate(pieces)
         ]
 
-    async def _ask(self, context: list[int], n: int, sampling: Sampling, seed: int, max_tokens: int) -> list[Piece]:
+    async def _ask(
+        self, batch: int, context: list[int], n: int, sampling: Sampling, seed: int, max_tokens: int
+    ) -> list[Piece]:
         """One request, on up to three servers one after the other."""
         self._requests["requests"] += 1
         for attempt in range(ATTEMPTS):
-            server = await self._server_for(n)
+            server = await self._server_for(batch, n)
             body = request_body(context, n, sampling, seed, max_tokens=max_tokens, eos=self._eos)
             try:
                 answer = await self._post_unless_failed(server, body)
                 return [parse_choice(choice, self._labels) for choice in answer["choices"]]
             except ServerError as error:
-                self.fleet.fail(server, error)
+                if not isinstance(error, GivenUp):
+                    self.fleet.fail(server, error)
                 if attempt + 1 == ATTEMPTS:
                     raise ServerError(
                         f"a request with {len(context)} tokens of prompt, {context[:8]}..., failed on {ATTEMPTS} "
@@ -186,14 +200,14 @@ class VLLMPool:
                 self.fleet.notify()
         raise AssertionError("unreachable")
 
-    async def _server_for(self, n: int) -> Server:
-        """The least busy server, once it is this request's turn and one has room: first come, first served.
+    async def _server_for(self, batch: int, n: int) -> Server:
+        """The least busy server, once it is this request's turn and one has room. The batch asked for first goes first.
 
         A server gets at most twice what it can decode at a time: its queue never runs dry, and never grows long either.
         RuntimeError when no server serves and none comes back in time.
         """
         most = 2 * self._server_options.max_num_seqs
-        async with self._turn:
+        async with self._line.front(batch):
             deadline = time.monotonic() + self._options.revive_timeout_s
             while True:
                 serving = [server for server in self.servers if server.usable]
@@ -217,7 +231,7 @@ class VLLMPool:
         try:
             await asyncio.wait({answer, failure}, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
-                raise NoAnswer(failure.result())
+                raise GivenUp(failure.result())
             return answer.result()
         finally:
             answer.cancel()

@@ -16,6 +16,7 @@ from recipes.vllm_client import NoAnswer, Server, ServerError
 Post = Callable[[Server, str, Any, float], Awaitable[Any]]
 Get = Callable[[Server, str], Awaitable[Any]]
 GROUP_TIMEOUT_S = 60.0  # for joining a group, and for one bucket of a broadcast
+GRACE_S = 10.0  # for answers, after the learner's side of a transfer has failed
 
 
 class Updater:
@@ -119,10 +120,18 @@ class Updater:
         silent: dict[Server, Exception],
     ) -> str | None:
         """The servers' part and the learner's at the same time; what went wrong with the learner's, or None."""
-        own, *answers = await asyncio.gather(asyncio.to_thread(mine), *calls, return_exceptions=True)
+        tasks = [asyncio.ensure_future(call) for call in calls]
+        (own,) = await asyncio.gather(asyncio.to_thread(mine), return_exceptions=True)
+        if own is not None:  # the others notice too; who does not is the one to leave out
+            _, late = await asyncio.wait(tasks, timeout=GRACE_S)
+            for task in late:
+                task.cancel()
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
         for server, answer in zip(servers, answers, strict=True):
             if isinstance(answer, NoAnswer):
                 silent[server] = answer
+            elif isinstance(answer, asyncio.CancelledError):
+                silent[server] = NoAnswer(f"{server.url}: silent in a weight transfer that broke off: {own}")
             elif isinstance(answer, ServerError | ValueError) and not isinstance(own, OSError):
                 failed[server] = answer
             elif isinstance(answer, BaseException) and not isinstance(answer, ServerError | ValueError):

@@ -18,7 +18,7 @@ from aiohttp import web
 from megatron_ext.sync.base import WeightUpdateError
 from recipes import vllm_fleet
 from recipes.rollout import Sampling
-from recipes.vllm_client import ServerError, parse_choice, request_seed
+from recipes.vllm_client import Line, ServerError, parse_choice, request_seed
 from recipes.vllm_pool import PoolOptions, VLLMPool
 from recipes.vllm_server import (
     ServerOptions,
@@ -404,6 +404,27 @@ def test_first_come_first_served_over_several_batches(pool: VLLMPool, stand_ins:
         second.add_done_callback(lambda _: ended.append("second"))
         assert len(first.result()) == 160 and len(second.result()) == 16
     assert ended == ["first", "second"]
+
+
+def test_the_line_is_ordered_by_batch_then_arrival_and_survives_cancelling() -> None:
+    async def run() -> list[str]:
+        line, order = Line(), []
+
+        async def stand(number: int, name: str) -> None:
+            async with line.front(number):
+                order.append(name)
+                await asyncio.sleep(0)
+
+        tasks = [
+            asyncio.create_task(stand(*who)) for who in ((0, "a"), (2, "d"), (1, "b"), (2, "e"), (1, "c"), (1, "x"))
+        ]
+        await asyncio.sleep(0)
+        tasks[-1].cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await stand(0, "f")
+        return order
+
+    assert asyncio.run(run()) == ["a", "b", "c", "d", "e", "f"]
 
 
 def test_bad_requests_are_the_callers_fault(pool: VLLMPool) -> None:
