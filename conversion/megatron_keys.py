@@ -82,6 +82,11 @@ def find_slots(hf: HFConfig, keys: Iterable[str]) -> dict[str, Slot]:
             used |= {slot.key for slot in found}
         else:
             missing.append(candidates[0].key)
+    if halves := sorted(key for key in weights if re.search(r"linear_fc1\.(weight|bias)_[wv]$", key)):
+        raise ValueError(
+            f"the checkpoint stores gate and up projections apart ({', '.join(halves[:4])}, …), as Megatron does with "
+            "singleton_local_shards: load it in Megatron and save it without"
+        )
     if missing:
         raise ValueError(f"the checkpoint lacks {', '.join(sorted(set(missing))[:8])}, which {hf.architecture} needs")
     if extra := sorted(weights - used):

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 
 from conversion.config import HFConfig, read_config
+from conversion.hf_files import NAMES
 from conversion.mapping import megatron_shape, row_unit
 from conversion.megatron_keys import Slot, find_slots
 from conversion.publish import check_manifest
@@ -97,6 +98,11 @@ class MegatronReader:
             self._check(name, slot)
 
     def _check(self, name: str, slot: Slot) -> None:
+        if (dtype := self.dtype(name)) not in NAMES:
+            raise ValueError(
+                f"{slot.key} is stored as {dtype}, which has no meaning without its scales: save it from Megatron in "
+                f"one of {', '.join(NAMES.values())}"
+            )
         stored, shape = self._tensor(slot.key).size, megatron_shape(self.hf, name)
         own = tuple(stored[len(slot.lead) :])
         padded = name in VOCAB_TENSORS and own[0] >= shape[0] and own[1:] == shape[1:]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 import conversion
 from conversion import hf_to_megatron, megatron_to_hf, megatron_writer
 from conversion.digests import BULK, SMALL
+from conversion.megatron_keys import find_slots
 from conversion.megatron_reader import MegatronReader, read_metadata
 from conversion.publish import MANIFEST, ManifestError, check_manifest
 from conversion.sources import open_source
@@ -197,3 +200,39 @@ def test_memory_does_not_follow_the_size_of_a_piece(hf_dir: Path, tmp_path: Path
     assert [start for start, _ in blocks] == list(range(0, 37, 5)) and len(blocks[-1][1]) == 2
     expected = load_file(hf_dir / "model.safetensors")["model.embed_tokens.weight"]
     assert torch.equal(torch.cat([block for _, block in blocks]), expected)
+
+
+def numbered(names: list[str]) -> list[str]:
+    return [conversion.te_name(name) for name in names]
+
+
+def test_a_checkpoint_with_numbered_layers_and_extra_states_is_found() -> None:
+    hf = conversion.parse_config(RAW)
+    keys = numbered(conversion.megatron_names(hf))
+    states = ["decoder.layers.0.self_attention.linear_qkv._extra_state", "decoder.final_layernorm._extra_state"]
+    others = ["optimizer.state.exp_avg.decoder.layers.0.mlp.linear_fc1.weight", "rng_state/shard_0.0_1.1"]
+    slots = find_slots(hf, [*keys, *states, *others])
+    assert {name: slot.key for name, slot in slots.items()} == dict(
+        zip(conversion.megatron_names(hf), keys, strict=True)
+    )
+
+
+def test_halves_of_gated_projections_are_refused_by_name() -> None:
+    hf = conversion.parse_config(RAW)
+    keys = numbered(conversion.megatron_names(hf))
+    split = [half for key in keys for half in ([key + "_w", key + "_v"] if "linear_fc1.weight" in key else [key])]
+    with pytest.raises(ValueError, match=r"apart \(decoder.layers.0.mlp.linear_fc1.weight_v, .*singleton_local_shards"):
+        find_slots(hf, split)
+
+
+def test_eight_bit_weights_are_refused(hf_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "megatron"
+    hf_to_megatron.convert(hf_dir, out)
+    (out / MANIFEST).unlink()
+    metadata = read_metadata(out)
+    key = "decoder.layers.mlp.linear_fc1.weight"
+    properties = dataclasses.replace(metadata.state_dict_metadata[key].properties, dtype=torch.float8_e4m3fn)
+    metadata.state_dict_metadata[key] = dataclasses.replace(metadata.state_dict_metadata[key], properties=properties)
+    (out / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match="linear_fc1.weight is stored as torch.float8_e4m3fn"):
+        MegatronReader(out)
