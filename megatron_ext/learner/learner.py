@@ -26,7 +26,7 @@ from megatron_ext.flops import ForwardFlops
 from megatron_ext.learner import model as megatron
 from megatron_ext.learner import weights, work
 from megatron_ext.learner.model import parallel_state
-from megatron_ext.learner.offload import Parking, model_tensors, optimizer_tensors
+from megatron_ext.learner.offload import Parking, drop_fp8_copies, model_tensors, optimizer_tensors
 from megatron_ext.learner.policy_head import put_hidden_states
 from megatron_ext.learner.reference import Reference
 from megatron_ext.learner.step import (
@@ -105,6 +105,7 @@ class Trainable:
         self._state.park(optimizer_tensors(self.optimizer, self.chunks))
         if weights:
             self._weights.park(model_tensors(self.chunks))
+            drop_fp8_copies(self.chunks)
         torch.cuda.empty_cache()  # so that another process on this GPU can have it
 
     def reload(self, *, optimizer: bool | None = None) -> None:

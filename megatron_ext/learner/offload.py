@@ -75,6 +75,12 @@ def model_tensors(chunks: list[Any]) -> list[Tensor]:
     return [parameter.data for chunk in chunks for parameter in chunk.parameters()]
 
 
+def drop_fp8_copies(chunks: list[Any]) -> None:
+    """Forget the weights that Transformer Engine has rounded to FP8; the next pass rounds them anew."""
+    for module in (module for chunk in chunks for module in chunk.modules()):
+        getattr(module, "_fp8_workspaces", {}).clear()
+
+
 def optimizer_tensors(optimizer: Any, chunks: list[Any]) -> Iterator[Tensor]:
     """Moments and float32 master weights of a Megatron optimizer; nothing that shares memory with the model's weights.
 

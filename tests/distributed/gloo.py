@@ -19,14 +19,18 @@ import torch.multiprocessing as mp
 multiprocessing.forkserver.set_forkserver_preload(["megatron_ext.learner.checkpoint", "recipes.train"])
 
 
-def run(processes: int, function: Callable[..., None], *args: Any, timeout_s: float) -> None:
+def run(
+    processes: int, function: Callable[..., None], *args: Any, timeout_s: float, start_method: str = "forkserver"
+) -> None:
     """``function(rank, *args)`` in that many processes; a module-level function of an importable module.
+
+    ``start_method="spawn"`` gives processes that have imported nothing yet.
 
     Raises what `torch.multiprocessing.spawn` raises for the first process that fails, and TimeoutError when not all
     have ended in time. No process is left in either case.
     """
     context = mp.start_processes(
-        _entry, args=(function, *args), nprocs=processes, join=False, start_method="forkserver"
+        _entry, args=(function, *args), nprocs=processes, join=False, start_method=start_method
     )
     deadline = time.monotonic() + timeout_s
     try:

@@ -22,7 +22,7 @@ class TransformerEngineBaseModule(torch.nn.Module):
         self.fp8_meta: dict[str, Any] = {"fp8_checkpoint": False}
         self.fp8 = self.fp8_calibration = self.save_original_input = False
         self.amax: dict[str, AmaxHistory] = {}
-        self._rounded_weight: Tensor | None = None
+        self._fp8_workspaces: dict[str, Tensor] = {}
 
     def init_fp8_metadata(self, num_gemms: int = 1) -> None: ...
 
@@ -53,9 +53,10 @@ class TransformerEngineBaseModule(torch.nn.Module):
         if recipe is None:
             return F.linear(x, weight)
         rows = self._operand(x.flatten(0, -2), recipe, "input")
-        if self._rounded_weight is None or is_first_microbatch is not False:
-            self._rounded_weight = self._operand(weight, recipe, "weight").detach()
-        return F.linear(rows, weight + (self._rounded_weight - weight).detach()).unflatten(0, x.shape[:-1])
+        if "weight" not in self._fp8_workspaces or is_first_microbatch is not False:
+            self._fp8_workspaces["weight"] = self._operand(weight, recipe, "weight").detach()
+        used = weight + (self._fp8_workspaces["weight"] - weight).detach()
+        return F.linear(rows, used).unflatten(0, x.shape[:-1])
 
 
 def _parameter(*size: int, dtype: torch.dtype, device: Any, init: Callable[[Tensor], Any] | None = None) -> Any:
