@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -377,50 +375,3 @@ def fault_while_generating(pool: VLLMPool, server: Server, number: int) -> list[
     assert len(rollouts) == 512 and {v for r in rollouts for v in r.weight_versions} == {pool.version}
     assert not server.usable
     return processes
-
-
-PARENT = """
-import sys
-from pathlib import Path
-from recipes.vllm_server import ServerOptions, ServerProcess
-server = ServerProcess(0, ServerOptions(Path(sys.argv[1]), 64, 4, "float32"), token="t", log_dir=Path(sys.argv[2]))
-print(server.guard_pid, flush=True)
-input()
-"""
-
-
-def test_servers_die_with_a_killed_parent(tiny_model: Path, tmp_path: Path) -> None:
-    """At any moment, so also while vLLM is still importing and its engine has not started."""
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(tiny_model), str(tmp_path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).resolve().parents[2],
-    )
-    assert parent.stdout is not None and parent.stdin is not None
-    guard = psutil.Process(int(parent.stdout.readline()))
-    time.sleep(3)
-    family = [guard, *guard.children(recursive=True)]
-    assert len(family) >= 2
-    parent.kill()
-    parent.wait()
-    parent.stdin.close()
-    parent.stdout.close()
-    _, alive = psutil.wait_procs(family, timeout=10)
-    assert not alive
-
-
-def test_a_server_that_cannot_start_quotes_its_log(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="ended while starting(?s:.*)no-such-flag"):
-        make_engine(
-            "vllm",
-            tiny_model,
-            num_servers=1,
-            urls=(),
-            max_model_len=64,
-            max_num_seqs=4,
-            dtype="float32",
-            log_dir=tmp_path,
-            extra_args=("--no-such-flag",),
-        )

