@@ -177,14 +177,15 @@ def _check_experts(hf: HFConfig, p: ParallelConfig) -> None:
 
 
 def _check_window(config: Config, hf: HFConfig) -> None:
-    """Without Transformer Engine there is no sliding window, which sequences that fit into one do not need."""
+    """Sliding windows need Transformer Engine, and whole sequences; those that fit into a window need nothing."""
     import torch
 
     model, longest = config.model, config.rollout.max_model_len
     has_te = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
     local = model.transformer_impl == "local" or model.dtype != "bfloat16" or not has_te
-    if local and hf.window is not None and longest > hf.window:
+    if hf.window is not None and longest > hf.window and (local or config.parallel.cp > 1):
         raise ValueError(
             f"rollout.max_model_len={longest} exceeds the model's sliding window of {hf.window} tokens, which needs "
-            f"Transformer Engine's attention (bfloat16, on a GPU): set rollout.max_model_len={hf.window} at most"
+            "Transformer Engine's attention (bfloat16, on a GPU) and parallel.cp=1: set "
+            f"rollout.max_model_len={hf.window} at most"
         )

@@ -55,12 +55,16 @@ class PackedSequences(PackedSeqParams):
 def packed_sequences(cu_seqlens: Tensor, max_seqlen: int) -> PackedSequences:
     """``cu_seqlens``: (N + 1,) int32 of the whole row, non-decreasing, from 0. Sequences may be empty.
 
-    Under context parallelism every length is a multiple of twice its size.
+    Under context parallelism every length is a multiple of twice its size. Padding is then the end of a sequence, not
+    something between two; Transformer Engine asks for both kinds of length all the same.
     """
+    padded = cu_seqlens if context_parallel.rank_and_size()[1] > 1 else None
     return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
         max_seqlen_q=max_seqlen,
         max_seqlen_kv=max_seqlen,
     )
