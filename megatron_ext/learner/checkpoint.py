@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.utils import unwrap_model
 
@@ -33,7 +35,11 @@ from megatron_ext.learner.model import on_device
 # for them, which imports the whole program again (3 s of CPU, as much memory) and outlives a killed trainer.
 filesystem_async._results_queue = queue.Queue()
 # The format of the distributed optimizer's state that any layout can read back.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
+_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "chained_optim_avoid_prefix": True,  # else the names would say whether experts are spread over ranks
+}
 LATEST = "latest"
 STATE = "state.json"
 EXTRA_STATE = "._extra_state"  # in the names of what Transformer Engine keeps beside parameters; a number may follow
@@ -131,9 +137,14 @@ def _restore(model: Trainable, directory: Path, saved_scales: bool) -> None:
         _prepare_torch_adam(model.optimizer)
     scales = saved_scales and _has_scales(model)
     with on_device():
-        loaded = dist_checkpointing.load(_sharded_state(model, is_loading=True, scales=scales), str(directory))
+        wanted = _sharded_state(model, is_loading=True, scales=scales)
+        _, settings = extract_matching_values(
+            wanted["optimizer"], lambda value: isinstance(value, (ShardedBase, LocalNonpersistentObject))
+        )
+        loaded = dist_checkpointing.load(wanted, str(directory))
         for key, chunk in _chunks(model).items():
             load_weights(chunk, loaded[key])
+        loaded["optimizer"] = _fit_parts(model.optimizer, loaded["optimizer"], settings)
         _fit_steps(model.optimizer, loaded["optimizer"])
         model.optimizer.load_state_dict(loaded["optimizer"])
         model.lr_schedule.load_state_dict(loaded["lr_schedule"])
@@ -200,6 +211,41 @@ def _prepare_torch_adam(optimizer: Any) -> None:
         part._set_main_param_and_optimizer_states = partial(_set_states_keeping_step, part)
 
 
+def _fit_parts(optimizer: Any, loaded: dict[Any, Any], settings: dict[Any, Any]) -> dict[Any, Any]:
+    """What was loaded, with as many parts as this optimizer.
+
+    Experts that are spread over ranks have an optimizer of their own, others share one with the dense weights, and a
+    checkpoint may come from the other kind of layout. Tensors were found by their names; all the rest, ``settings``, is
+    then this run's, and only the step count is the checkpoint's.
+    """
+    parts = len(_parts(optimizer))
+    numbered = {key: value for key, value in loaded.items() if isinstance(key, int)}
+    # Parts that are not the checkpoint's have parameter groups too, but nothing in them.
+    saved = [
+        part
+        for part in (loaded, *numbered.values())
+        if any("lr" in group for group in part.get("optimizer", part).get("param_groups", ()))
+    ]
+    if len(saved) == parts:
+        return loaded
+    step = max(_saved_step(part.get("optimizer", part)) for part in saved)
+    own = (
+        {key: numbered[key] for key in range(parts)} if parts > 1 else {k: loaded[k] for k in loaded.keys() - numbered}
+    )
+    merge(own, settings)
+    for part in own.values() if parts > 1 else [own]:
+        for group in part.get("optimizer", part)["param_groups"]:
+            group["step"] = step
+    return own
+
+
+def _saved_step(saved: dict[str, Any]) -> int:
+    """Taken out of where either kind of Adam has put it."""
+    return int(
+        saved.get("state", {}).pop("common_step", 0) or max(g.pop("step", None) or 0 for g in saved["param_groups"])
+    )
+
+
 def _fit_steps(optimizer: Any, loaded: dict[Any, Any]) -> None:
     """Bring the step count, and settings that one Adam has and the other lacks, to where this optimizer looks.
 
@@ -211,8 +257,7 @@ def _fit_steps(optimizer: Any, loaded: dict[Any, Any]) -> None:
         if part.config.optimizer != "adam":
             continue
         saved = saved.get("optimizer", saved)
-        groups, states = saved["param_groups"], saved.get("state", {})
-        step = int(states.pop("common_step", 0) or max(group.pop("step", None) or 0 for group in groups))
+        groups, states, step = saved["param_groups"], saved.get("state", {}), _saved_step(saved)
         per_parameter = _is_torch_adam(part) and not part.config.use_distributed_optimizer
         if per_parameter:
             states["common_step"] = torch.tensor(float(step))

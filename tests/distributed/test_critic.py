@@ -1,7 +1,7 @@
 """The critic: the same values, gradients and norm in every layout, exact resume, and whole runs with GAE.
 
 Values and gradients of one process are checked against transformers and autograd; the layouts against one process.
-All of it runs in two processes that are started once.
+All of it runs in four processes that are started once.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from megatron_ext.learner.critic import Critic
     from megatron_ext.learner.step import TrainBatch
 
-TP2_SP = Layout("tp2-sp", 2, {"tp": 2, "sp": True})
-LAYOUTS = (TP2, TP2_SP, PP2, DP2)
+TP2_SP, CP2 = Layout("tp2-sp", 2, {"tp": 2, "sp": True}), Layout("cp2", 2, {"cp": 2})
+TP2_SP_CP2 = Layout("tp2-sp-cp2", 4, {"tp": 2, "sp": True, "cp": 2})
+LAYOUTS = (TP2, TP2_SP, PP2, DP2, CP2, TP2_SP_CP2)
 LR, CLIP_RANGE = 0.01, 0.4
 MINI = [0, 1, 2, 3, 4, 5, 8]  # sample 5 is filtered
 HEAD = torch.sin(torch.arange(32, dtype=torch.float64))[None]  # not 0, which would leave the body without gradient
@@ -185,7 +186,7 @@ def _process(rank: int, root: Path) -> None:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("critic")
     cases.make_model(root / "model")
-    gloo.run(2, _process, root, timeout_s=300)
+    gloo.run(4, _process, root, timeout_s=300)
     return root
 
 

@@ -1,6 +1,6 @@
 """Checkpoints: written in one layout and read in another, refused when damaged, usable after an interrupted save.
 
-One chain of layouts, each loading what the one before it saved; every link must give the statistics at the moment of
+Chains of layouts, each loading what the one before it saved; every link must give the statistics at the moment of
 saving, and the weights that training on without interruption gives. Runs in two processes, started once.
 """
 
@@ -26,8 +26,13 @@ from megatron_ext.rl.losses import build_loss
 if TYPE_CHECKING:
     from megatron_ext.learner.learner import Learner
 
-CHAIN = (TP2, PP2, DP2, ONE)  # of the ordinary optimizer
-SHARDED_CHAIN = (DP2_SHARDED, TP2, ONE)  # of the distributed one: its checkpoints too fit other layouts
+EP2, TP2_SP_EP2 = Layout("ep2", 2, {"ep": 2}), Layout("tp2-sp-ep2", 2, {"tp": 2, "sp": True, "ep": 2})
+CHAINS = {  # the distributed optimizer's checkpoints too fit other layouts, and so do experts
+    "plain": (TP2, PP2, DP2, ONE),
+    "sharded": (DP2_SHARDED, TP2, ONE),
+    "experts": (EP2, PP2, TP2_SP_EP2, ONE),
+    "sharded experts": (EP2, ONE, DP2),
+}
 LR = 1e-3
 STATE = {"position": 48, "controller": {"state": 1, "entropy": 0.25}}
 DAMAGES = ("flipped byte", "missing file", "no manifest", "truncated state")
@@ -68,11 +73,12 @@ def _adam_steps(learner: Learner) -> tuple[list[float], int]:
     return [float(step) for step in steps], len({step.data_ptr() for step in steps})
 
 
-def _link(previous: Path | None, layout: Layout, root: Path, *, sharded: bool) -> dict[str, Tensor]:
+def _link(previous: Path | None, layout: Layout, root: Path, chain: str) -> dict[str, Tensor]:
     """Load (or train two updates), save, go on for two updates; what there was at the save and at the end."""
     from megatron_ext.learner import checkpoint
 
-    learner = _learner(layout, root / "model", sharded=sharded)
+    model_dir = root / ("moe" if "experts" in chain else "model")
+    learner = _learner(layout, model_dir, sharded="sharded" in chain)
     if previous is None:
         _update(learner, 2)
     else:
@@ -80,7 +86,7 @@ def _link(previous: Path | None, layout: Layout, root: Path, *, sharded: bool) -
     steps, tensors = _adam_steps(learner)
     assert set(steps) == {2.0} and tensors == len(steps) > 1, (steps, tensors)
     at_save = _seen(learner)
-    checkpoint.save(learner, root / f"saved-{layout.name}-{sharded}", 7, STATE)
+    checkpoint.save(learner, root / f"saved-{layout.name}-{chain}", 7, STATE)
     rates = _update(learner, 2)
     assert set(_adam_steps(learner)[0]) == {4.0}
     return {
@@ -94,16 +100,16 @@ def _process(rank: int, root: Path) -> None:
     from configs.schema import ParallelConfig
     from megatron_ext.learner.model import distributed
 
-    for sharded, chain in ((False, CHAIN), (True, SHARDED_CHAIN)):
+    for chain, layouts in CHAINS.items():
         previous: Path | None = None
-        for layout in chain:
+        for layout in layouts:
             if rank < layout.world:
-                with gloo.group(rank, layout.world, root / f"store-{layout.name}-{sharded}"):
+                with gloo.group(rank, layout.world, root / f"store-{layout.name}-{chain}"):
                     with distributed(ParallelConfig(**layout.parallel), seed=1):  # type: ignore[arg-type]
-                        result = _link(previous, layout, root, sharded=sharded)
+                        result = _link(previous, layout, root, chain)
                 if rank == 0:
-                    save_file(result, root / f"{layout.name}-{sharded}.safetensors")
-            previous = root / f"saved-{layout.name}-{sharded}" / "step_000007"
+                    save_file(result, root / f"{layout.name}-{chain}.safetensors")
+            previous = root / f"saved-{layout.name}-{chain}" / "step_000007"
     if rank == 0:
         with gloo.group(0, 1, root / "store-refusals"), distributed(ParallelConfig(), seed=1):
             (root / "refusals.json").write_text(json.dumps(_refusals(root)))
@@ -114,7 +120,7 @@ def _refusals(root: Path) -> dict[str, Any]:
     from megatron_ext.learner import checkpoint
 
     learner = _learner(ONE, root / "model", sharded=False)
-    good = root / f"saved-{ONE.name}-False"
+    good = root / f"saved-{ONE.name}-plain"
     before = _seen(learner)
     said: dict[str, Any] = {}
     for damage in DAMAGES:
@@ -185,6 +191,7 @@ def _error(function: Any, *args: Any) -> str:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("checkpoints")
     cases.make_model(root / "model")
+    cases.make_moe_model(root / "moe")
     gloo.run(2, _process, root, timeout_s=600)
     return root
 
@@ -194,15 +201,12 @@ def said(root: Path) -> dict[str, Any]:
     return dict(json.loads((root / "refusals.json").read_text()))
 
 
-CHAINED = [(layout, False) for layout in CHAIN[1:]] + [(layout, True) for layout in SHARDED_CHAIN[1:]]
-
-
-@pytest.mark.parametrize("layout, sharded", CHAINED, ids=lambda value: getattr(value, "name", f"sharded={value}"))
-def test_a_checkpoint_continues_in_another_layout(root: Path, layout: Layout, sharded: bool) -> None:
+@pytest.mark.parametrize("chain, layout", [(name, link.name) for name, links in CHAINS.items() for link in links[1:]])
+def test_a_checkpoint_continues_in_another_layout(root: Path, chain: str, layout: str) -> None:
     """Adam's moments and step count, the learning rate and the weights are all needed to end at the same place."""
-    writer = (SHARDED_CHAIN if sharded else CHAIN)[0]
-    expected = load_file(root / f"{writer.name}-{sharded}.safetensors")
-    got = load_file(root / f"{layout.name}-{sharded}.safetensors")
+    sharded = "sharded" in chain
+    expected = load_file(root / f"{CHAINS[chain][0].name}-{chain}.safetensors")
+    got = load_file(root / f"{layout}-{chain}.safetensors")
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         if name.startswith("saved/weight/"):
