@@ -11,20 +11,23 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import prod
+from math import lcm
 from typing import Any
 
 import conversion
 from configs.load import load_config
-from configs.schema import Config, OptimConfig, ParallelConfig
+from configs.schema import Config
 from recipes.launch import check_model, learner_processes, model_location
+from recipes.memory import (
+    data_parallel,
+    layer_kind,
+    learner_memory,
+    longest_sample,
+    micro_batch,
+    parameter_count,
+)
 
 GIB = 1 << 30
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
-# Bytes per logit at the peak, which is in backward. The response tokens' rows are picked out of the logits: float32
-# holds the picked rows, their gradient, and that gradient scattered back; under bfloat16 all this is in float32 too
-# (Megatron's Float16Module returns float32 logits), plus the bfloat16 gradient of the output layer.
-LOGIT_BYTES = {"float32": 12, "bfloat16": 14, "float64": 24}
 # Models that a run makes by itself, so that a plan needs none: `prepare_model.make_tiny_model` and `.smollm2`.
 _LLAMA = {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
 GENERATED_MODELS: dict[str, dict[str, Any]] = {
@@ -35,6 +38,9 @@ GENERATED_MODELS: dict[str, dict[str, Any]] = {
     | {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
     | {"num_key_value_heads": 3, "vocab_size": 49152, "max_position_embeddings": 8192},
 }
+
+
+LAYERS = {"local": "local layers", "transformer_engine": "Transformer Engine"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,135 +57,20 @@ class BatchPlan:
 
 
 def batch_plan(config: Config) -> BatchPlan:
-    """Batch arithmetic of a full batch; dynamic sampling can make a batch smaller.
-
-    A sample of P prompt and L response tokens is fed as P + L - 1 tokens (`packing.fed_length`).
-    """
+    """Batch arithmetic of a full batch; dynamic sampling can make a batch smaller."""
     rollout, train = config.rollout, config.train
     samples = rollout.prompts_per_step * rollout.n
     per_update = samples // train.mini_batches
     updates_per_step = train.mini_batches * train.epochs
-    longest = min(config.data.max_prompt_tokens + rollout.max_tokens, rollout.max_model_len) - 1
     return BatchPlan(
         samples=samples,
         per_update=per_update,
         per_rank=per_update / data_parallel(config),
         updates_per_step=updates_per_step,
         updates=train.steps * updates_per_step,
-        longest=longest,
-        micro_batch=max(train.micro_batch_tokens, longest),
+        longest=longest_sample(config),
+        micro_batch=micro_batch(config),
     )
-
-
-def data_parallel(config: Config) -> int:
-    """Data-parallel size: processes / (tp pp cp)."""
-    p = config.parallel
-    return learner_processes(config) // (p.tp * p.pp * p.cp)
-
-
-def parameter_count(hf: conversion.HFConfig) -> int:
-    """Parameters of the whole model; a tied output layer counts once."""
-    return sum(prod(shape) for shape in conversion.hf_shapes(hf).values())
-
-
-def stage_parameters(hf: conversion.HFConfig, parallel: ParallelConfig) -> tuple[int, int]:
-    """Parameters that one rank of the first and of the last pipeline stage holds (the same number without stages).
-
-    Tensor parallelism cuts what `conversion.layout` says it cuts and repeats the norms; the vocabulary is padded to a
-    multiple of tp. The embedding is on the first stage, the output layer on the last, which holds a copy of a tied
-    embedding. Layers are spread evenly, experts over ep.
-    """
-    vocabulary = conversion.padded_vocab(hf.vocab_size, parallel.tp) // parallel.tp * hf.hidden_size
-    layers = 0.0
-    for name in conversion.megatron_names(hf):
-        if name.startswith("decoder.layers."):
-            expert = ".local_experts." in name
-            tp, ep = (1, parallel.ep) if expert else (parallel.tp, 1)
-            layers += prod(conversion.megatron_shape(hf, name)) / (ep * (tp if conversion.layout(name) else 1))
-    first = round(layers / parallel.pp) + vocabulary
-    last = round(layers / parallel.pp) + hf.hidden_size  # and the final norm
-    if parallel.pp > 1:
-        return first, last + vocabulary
-    whole = first + hf.hidden_size + (0 if hf.tied else vocabulary)
-    return whole, whole
-
-
-def bytes_per_parameter(dtype: str, optim: OptimConfig, shards: int) -> tuple[float, float, float]:
-    """(weights, gradients, optimizer state) in bytes per parameter.
-
-    Source: Megatron-Core's guide to the distributed optimizer: bfloat16 with float32 gradients takes 18 bytes, or
-    6 + 12/d with the state sharded over d ranks; float32 takes 16, or 8 + 8/d. The state is Adam's two moments, and
-    float32 master weights under bfloat16. SGD (without momentum here) has no moments.
-
-    Args:
-        shards: d, data-parallel times context-parallel ranks.
-    """
-    item = ITEM_BYTES[dtype]
-    moments = 2 * max(item, 4) if optim.optimizer == "adam" else 0
-    state = moments + (4 if dtype == "bfloat16" else 0)
-    return item, max(item, 4), state / (shards if optim.distributed else 1)
-
-
-def layer_activations(hf: conversion.HFConfig, parallel: ParallelConfig) -> float:
-    """Numbers kept per token and layer between forward and backward, on one rank.
-
-    4h + (2q + 2kv + 4f) / tp: inputs and outputs of both norms; query, key, value and output of attention; gate, up,
-    silu(gate) and their product of the MLP (f: its width, or that of the experts a token visits). The count of
-    Korthikanti et al. 2022 (Reducing Activation Recomputation) eq. 1-4 for a gated MLP, grouped queries, attention
-    that does not keep its scores, and no dropout. Sequence parallelism divides the 4h by tp as well. Measured for the
-    tiny model without Transformer Engine: 1.4 times as much, for our attention copies into a padded batch and torch's
-    RMSNorm keeps its normalised input too.
-    """
-    ffn = hf.experts.ffn_hidden_size * hf.experts.top_k if hf.experts else hf.ffn_hidden_size
-    wide = 2 * hf.num_heads * hf.head_dim + 2 * hf.num_kv_heads * hf.head_dim + 4 * ffn
-    return 4 * hf.hidden_size / (parallel.tp if parallel.sp else 1) + wide / parallel.tp
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Bytes on the learner rank that needs most."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-    logits: float
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
-
-
-def learner_memory(config: Config, hf: conversion.HFConfig) -> Memory:
-    """Upper estimate for the fullest micro-batch, all of whose tokens are response tokens.
-
-    Without pipeline stages one rank has everything. With pp stages the first keeps the activations of up to pp
-    micro-batches (1F1B; interleaving with v chunks multiplies by 1 + (pp - 1) / (pp v), Korthikanti et al. sec. 4.2.3),
-    the last those of one, and the logits; the larger of the two counts. Recomputation keeps each layer's input, and
-    one layer in full. A critic (``advantage.name=gae``) is a second model, which never runs at the same time.
-    """
-    p, dtype = config.parallel, config.model.dtype
-    tokens = batch_plan(config).micro_batch / p.cp
-    layers = hf.num_layers / p.pp
-    per_layer = layer_activations(hf, p)
-    interleaving = 1 + (p.pp - 1) / (p.pp * p.vpp) if p.vpp > 1 else 1.0
-    kept, once = layers * per_layer, 0.0
-    if config.model.recompute:
-        kept, once = layers * hf.hidden_size / (p.tp if p.sp else 1), per_layer
-    logits = tokens * conversion.padded_vocab(hf.vocab_size, p.tp) / p.tp * LOGIT_BYTES[dtype]
-    models = 2 if config.advantage.name == "gae" else 1
-    sizes = bytes_per_parameter(dtype, config.optim, data_parallel(config) * p.cp)
-    weights, gradients, state = (models * size for size in sizes)
-    stages = []
-    for parameters, in_flight, has_logits in zip(
-        stage_parameters(hf, p), (p.pp * interleaving, interleaving), (p.pp == 1, True), strict=True
-    ):
-        activations = tokens * ITEM_BYTES[dtype] * (kept * in_flight + once)
-        memory = Memory(
-            weights * parameters, gradients * parameters, state * parameters, activations, logits * has_logits
-        )
-        stages.append(memory)
-    return max(stages, key=lambda memory: memory.total)
 
 
 def kv_cache_bytes(config: Config, hf: conversion.HFConfig) -> tuple[int, int]:
@@ -218,11 +109,13 @@ def _alternatives(config: Config, hf: conversion.HFConfig) -> list[tuple[str, Co
             f"train.micro_batch_tokens={batch.longest}",
             replace(config, train=replace(config.train, micro_batch_tokens=batch.longest)),
         ),
+        ("train.loss_chunk_tokens=0", replace(config, train=replace(config.train, loss_chunk_tokens=0))),
+        ("optim.offload=true", replace(config, optim=replace(config.optim, offload=True))),
     ]
 
     def layout(text: str, **changes: Any) -> None:
         parallel = replace(p, **changes)
-        size = parallel.tp * parallel.pp * parallel.cp
+        size = parallel.tp * parallel.pp * lcm(parallel.cp, parallel.ep)
         processes = -(-learner_processes(config) // size) * size
         if processes != learner_processes(config):
             text += f" parallel.nproc={processes}"
@@ -232,6 +125,9 @@ def _alternatives(config: Config, hf: conversion.HFConfig) -> list[tuple[str, Co
         layout(f"parallel.tp={2 * p.tp}", tp=2 * p.tp)
     if hf.num_layers % (2 * p.pp * p.vpp) == 0:
         layout(f"parallel.pp={2 * p.pp}", pp=2 * p.pp)
+    layout(f"parallel.cp={2 * p.cp}", cp=2 * p.cp)
+    if hf.experts and hf.experts.count % (2 * p.ep) == 0:
+        layout(f"parallel.ep={2 * p.ep}", ep=2 * p.ep)
     if p.tp > 1:
         layout("parallel.sp=true", sp=True)
     sharded = replace(config, optim=replace(config.optim, distributed=True))
@@ -351,15 +247,20 @@ def _memory_rows(config: Config, hf: conversion.HFConfig) -> list[tuple[str, str
     memory = learner_memory(config, hf)
     per_token, sequences = kv_cache_bytes(config, hf)
     item = 4 if config.rollout.dtype == "float32" else 2
-    sharded = ", sharded" if config.optim.distributed else ""
+    optimizer = ", ".join(
+        [config.optim.optimizer]
+        + ["sharded"] * config.optim.distributed
+        + ["instead of activations"] * memory.optimizer_elsewhere
+    )
     full = per_token * sequences * config.rollout.max_model_len
     return [
         (f"Weights ({config.model.dtype})", _gib(memory.weights)),
         ("Gradients", _gib(memory.gradients)),
-        (f"Optimizer ({config.optim.optimizer}{sharded})", _gib(memory.optimizer)),
+        (f"Optimizer ({optimizer})", _gib(memory.optimizer)),
         (f"Activations{' (recomputed)' if config.model.recompute else ''}", _gib(memory.activations)),
-        ("Logits", _gib(memory.logits)),
-        ("[bold]Learner rank[/bold]", f"[bold]{_gib(memory.total)}[/bold]"),
+        ("Loss, or a layer's backward", _gib(memory.momentary)),
+        (f"[bold]Learner rank[/bold] ({LAYERS[layer_kind(config)]})", f"[bold]{_gib(memory.total)}[/bold]"),
+        *([("Host memory per rank", _gib(memory.host))] if memory.host else []),
         ("Weights per server", _gib(parameter_count(hf) * item)),
         (f"KV cache, {sequences} full sequences", _gib(full)),
     ]

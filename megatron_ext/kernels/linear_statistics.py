@@ -82,10 +82,13 @@ def linear_vocab_statistics(
 
 def block_columns(tokens: int, size: int, chunk_tokens: int, device: torch.device) -> int:
     """Columns of a block: as many as fit the workspace, at least one, all of them if possible."""
-    automatic = _CPU_BLOCK_ELEMENTS if device.type == "cpu" else _GPU_BLOCK_ELEMENTS
-    workspace = chunk_tokens * size if chunk_tokens else automatic
-    columns = max(1, workspace // max(1, tokens))
+    columns = max(1, block_elements(chunk_tokens, size, gpu=device.type != "cpu") // max(1, tokens))
     return size if columns >= size else max(columns - columns % _ALIGNMENT, min(columns, _ALIGNMENT))
+
+
+def block_elements(chunk_tokens: int, size: int, *, gpu: bool) -> int:
+    """Logits that a block may have; one column is always allowed."""
+    return chunk_tokens * size or (_GPU_BLOCK_ELEMENTS if gpu else _CPU_BLOCK_ELEMENTS)
 
 
 class _LinearVocabStatistics(torch.autograd.Function):
@@ -104,6 +107,7 @@ class _LinearVocabStatistics(torch.autograd.Function):
                 (target_T, owned_T), local_targets(logits_TB, targets_T, block, dtype), strict=True
             ):
                 total_T += part_T
+            del logits_TB  # before the next block is made: there is never more than one
         stats, top_T, log_z_T = combine(max_T, sums_5T, target_T, owned_T, shard)
 
         ctx.save_for_backward(hidden_TH, weight_VH, targets_T, top_T, log_z_T, stats[1])
@@ -140,6 +144,7 @@ class _LinearVocabStatistics(torch.autograd.Function):
             if grad_weight_VH is not None:
                 torch.mm(grad_TB.T, hidden_TH, out=grad_weight_VH[first : first + block.size])
             first += block.size
+            del grad_TB
         return None if grad_hidden_TH is None else grad_hidden_TH.to(hidden_TH), grad_weight_VH, None, None, None
 
 

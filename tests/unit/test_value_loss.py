@@ -7,10 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import conversion
 from configs.load import load_config
 from megatron_ext.rl.value import explained_variance, last_token_rewards, value_loss, whiten
-from recipes import plan
 
 NUMBERS = st.floats(-3, 3, allow_nan=False, width=32)
 V = [0.5, 1.5, -1.5, 0.9, 1.5, 0.2]
@@ -97,14 +95,6 @@ def test_settings_of_the_critic_are_checked(arguments: str, said: list[str]) -> 
     with pytest.raises(ValueError) as caught:
         load_config(arguments.split())
     assert all(words in str(caught.value) for words in said), caught.value
-
-
-def test_the_plan_counts_a_second_model() -> None:
-    hf = conversion.parse_config(plan.GENERATED_MODELS["tiny"])
-    without, with_critic = (plan.learner_memory(load_config(words), hf) for words in ([], ["advantage.name=gae"]))
-    for part in ("weights", "gradients", "optimizer"):
-        assert getattr(with_critic, part) == 2 * getattr(without, part)
-    assert (with_critic.activations, with_critic.logits) == (without.activations, without.logits)
 
 
 def test_a_critic_is_one_line() -> None:
