@@ -96,7 +96,7 @@ class RolloutConfig:
     dtype: str = "float32"  # of the servers
     max_model_len: int = 128
     max_num_seqs: int = 256
-    timeout_s: float = 300.0  # for one generation request, and for one phase of a weight update
+    timeout_s: float = 300.0  # for one generation request, and for the transfer of one weight update
     probe_s: float = 30.0  # a server whose engine answers nothing for so long has failed
     revive_timeout_s: float = 300.0  # how long to wait for a server to come back when none is left
     replay: str | None = None  # run directory whose rollout journal is trained on, without any server

@@ -51,7 +51,7 @@ class PoolOptions:
     """Time limits in seconds, and how weights travel. See configs/schema.py, section rollout."""
 
     request_timeout_s: float = 600.0  # one generation request, waiting in the server's queue included
-    update_timeout_s: float = 120.0  # one phase of a weight update on one server
+    update_timeout_s: float = 120.0  # the transfer of one weight update to one server
     start_timeout_s: float = 300.0
     probe_s: float = 30.0  # a server whose engine does not answer for so long has failed
     revive_timeout_s: float = 300.0  # how long to wait for a server to come back when none is left
@@ -110,7 +110,8 @@ class VLLMPool:
             initial_label=self._label,
             offer=self._offer,
         )
-        self._updater = Updater(self._sync, self._fleet.post, self._fleet.get, self._options.update_timeout_s)
+        limits = {"timeout_s": self._options.update_timeout_s, "answer_s": self._options.probe_s}
+        self._updater = Updater(self._sync, self._fleet.post, self._fleet.get, **limits)
         await self._fleet.start()
 
     @property

@@ -20,10 +20,10 @@ GRACE_S = 10.0  # for answers, after the learner's side of a transfer has failed
 
 
 class Updater:
-    """Delivers what ``sync`` has staged. ``timeout_s``: for one phase on one server."""
+    """Delivers what ``sync`` has staged. ``timeout_s``: for the transfer; ``answer_s``: for each phase but that."""
 
-    def __init__(self, sync: WeightSync, post: Post, get: Get, timeout_s: float) -> None:
-        self._sync, self._post, self._get, self._timeout_s = sync, post, get, timeout_s
+    def __init__(self, sync: WeightSync, post: Post, get: Get, *, timeout_s: float, answer_s: float) -> None:
+        self._sync, self._post, self._get, self._timeout_s, self._answer_s = sync, post, get, timeout_s, answer_s
         self._members: list[str] = []  # addresses of the servers in the sync's group
 
     async def deliver(self, servers: Sequence[Server], label: str, mode: str) -> dict[Server, Exception]:
@@ -49,12 +49,12 @@ class Updater:
     async def _prepare(self, server: Server, mode: str) -> None:
         # With clear_cache, kept requests give up their keys and values: after the update vLLM (0.32) reads prompt and
         # response so far again, with the new weights.
-        await self._post(server, f"/pause?mode={mode}&clear_cache=true", None, self._timeout_s)
+        await self._post(server, f"/pause?mode={mode}&clear_cache=true", None, self._answer_s)
         await self._start(server)
 
     async def _start(self, server: Server) -> None:
         try:
-            await self._post(server, "/start_weight_update", None, self._timeout_s)
+            await self._post(server, "/start_weight_update", None, self._answer_s)
         except ServerError as error:
             # After an update that broke off: harmless, nothing is loaded before /update_weights.
             if "already active" not in str(error):
@@ -147,16 +147,16 @@ class Updater:
         """Nothing is served before every worker says that it holds this version with this checksum."""
         assert self._sync.info is not None
         announced = {key: self._sync.info[key] for key in ("version", "checksum")}
-        await self._post(server, "/finish_weight_update", {"weight_version": label}, self._timeout_s)
-        answer = await self._post(server, "/collective_rpc", {"method": "loaded_weights"}, self._timeout_s)
+        await self._post(server, "/finish_weight_update", {"weight_version": label}, self._answer_s)
+        answer = await self._post(server, "/collective_rpc", {"method": "loaded_weights"}, self._answer_s)
         for worker in answer["results"]:
             if worker != announced:
                 raise ServerError(f"{server.url}: a worker holds {worker}, not the announced {announced}")
         # Refused while any request holds keys and values, which would be those of the old weights.
-        answer = await self._post(server, "/reset_prefix_cache", None, self._timeout_s)
+        answer = await self._post(server, "/reset_prefix_cache", None, self._answer_s)
         if not answer["success"]:
             raise ServerError(f"{server.url}: the prefix cache was not reset: requests hold on to what is in it")
-        await self._post(server, "/resume", None, self._timeout_s)
+        await self._post(server, "/resume", None, self._answer_s)
 
 
 async def _each(

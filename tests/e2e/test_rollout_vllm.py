@@ -77,7 +77,7 @@ def settings(pool: VLLMPool, **changed: Any) -> Iterator[None]:
     pool._options = replace(options, **changed)
     if pool._options.weight_sync == "gloo":
         pool._sync = BroadcastSync("gloo")
-        pool._updater = Updater(pool._sync, pool.fleet.post, pool.fleet.get, options.update_timeout_s)
+        pool._updater = Updater(pool._sync, pool.fleet.post, pool.fleet.get, timeout_s=60.0, answer_s=3.0)
     try:
         yield
     finally:
