@@ -33,7 +33,7 @@ class Memory:
     activations: float  # kept between forward and backward
     momentary: float  # on top of them: the loss, or one layer's backward, whichever needs more
     optimizer_elsewhere: bool = False  # its state is on the host while activations are there
-    host: float = 0.0  # page-locked: offloaded state, the reference policy
+    host: float = 0.0  # page-locked: offloaded state, the reference policy, all of it while colocated servers generate
 
     @property
     def total(self) -> float:
@@ -250,5 +250,7 @@ def _parameter_bytes(config: Config, hf: conversion.HFConfig, *, last: bool) -> 
         activations=0.0,
         momentary=0.0,
         optimizer_elsewhere=config.optim.offload,
-        host=(2 * policy if config.reference.kl_coef else 0.0) + (optimizer if config.optim.offload else 0.0),
+        host=(2 * policy if config.reference.kl_coef else 0.0)
+        + (optimizer if config.optim.offload or config.rollout.colocated else 0.0)
+        + (weights * (shared + experts) if config.rollout.colocated else 0.0),
     )

@@ -263,6 +263,10 @@ def _memory_rows(config: Config, hf: conversion.HFConfig) -> list[tuple[str, str
         *([("Host memory per rank", _gib(memory.host))] if memory.host else []),
         ("Weights per server", _gib(parameter_count(hf) * item)),
         (f"KV cache, {sequences} full sequences", _gib(full)),
+        *(
+            [("Colocated: a GPU's server, in turns", _gib(parameter_count(hf) * item + full))]
+            * config.rollout.colocated
+        ),
     ]
 
 

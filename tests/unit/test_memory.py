@@ -205,3 +205,10 @@ def test_a_critic_is_a_second_model(base: Config) -> None:
     for part in ("weights", "gradients", "optimizer"):
         assert getattr(two, part) == 2 * getattr(one, part)
     assert (two.activations, two.momentary) == (one.activations, one.momentary)
+
+
+def test_colocated_servers_send_all_of_the_learner_to_the_host(base: Config) -> None:
+    alone = memory.learner_memory(base, TINY)
+    turns = memory.learner_memory(change(base, "rollout", colocated=True), TINY)
+    assert alone.host == 0 and turns.host == alone.weights + alone.optimizer
+    assert turns.total == alone.total, "the learner has the GPU to itself in its turn"
