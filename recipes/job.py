@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         variables = begin(words[1:])
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:  # also a full disk, or one that may not be written
         print(f"error: {error}", file=sys.stderr)
         return 2
     if variables["STATE"] == "exhausted":

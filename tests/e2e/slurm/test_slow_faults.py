@@ -80,15 +80,18 @@ def test_the_disk_fills_up(site: Site) -> None:
     small = site.folder / "filling"
     small.mkdir()
     site.cluster.inside("node1", "mount", "-t", "tmpfs", "-o", "size=1500m", "none", str(small))
-    job = site.submit("filling/run", *LONG, nodes="node1", MAX_REQUEUES="1")
-    inside = site.cluster.inside
-    count = ("sh", "-c", f"cat {small}/run/metrics.jsonl 2>/dev/null | wc -l")
-    job.until("step 3", lambda: int(inside("node1", *count).stdout or 0) >= 3)
-    inside("node1", "sh", "-c", f"cat /dev/zero > {small}/ballast")
+    job = site.submit("filling/run", *LOCAL, "train.steps=100000", nodes="node1", MAX_REQUEUES="1")
+
+    def done() -> int:
+        return int(site.cluster.inside("node1", "sh", "-c", f"cat {small}/run/metrics.jsonl 2>&- | wc -l").stdout)
+
+    job.until("step 25, behind a checkpoint", lambda: done() >= 25)
+    site.cluster.inside("node1", "sh", "-c", f"cat /dev/zero > {small}/ballast")
     state, _ = job.until_ended()
     assert state == "FAILED" and "No space left on device" in job.printed(), job.printed()
     print(job.printed()[-1500:])
-    inside("node1", "rm", f"{small}/ballast")
-    again = site.submit("filling/run", *LONG, nodes="node1")
+    site.cluster.inside("node1", "rm", f"{small}/ballast")
+    again = site.submit("filling/run", *LOCAL, f"train.steps={done() + 5}", nodes="node1")
     assert again.until_ended() == ("COMPLETED", "0"), again.printed()
-    inside("node1", "umount", str(small))
+    assert "resuming" in site.cluster.inside("node1", "cat", f"{small}/run/logs/latest/learner-rank0.log").stdout
+    site.cluster.inside("node1", "umount", str(small))
