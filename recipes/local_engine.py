@@ -7,6 +7,7 @@ are computed in (up to float32 rounding of the logits, which batch shapes change
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -109,7 +110,7 @@ class LocalEngine:
                 if name in given:
                     raise WeightUpdateError(f"weight {name!r} occurs twice in one update: send every name once")
                 given[name] = tensor.detach().clone()  # the sender may reuse its buffer
-            target = self.model.state_dict(keep_vars=True)
+            target = _checkpoint_names(self.model.state_dict(keep_vars=True))
             aliases = self._tied_names(target)
             missing, unknown = sorted(target.keys() - given.keys() - aliases), sorted(given.keys() - target.keys())
             if missing or unknown:
@@ -137,6 +138,19 @@ class LocalEngine:
 
     def close(self) -> None:
         """Nothing to stop."""
+
+
+def _checkpoint_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """transformers keeps the experts of a layer in two tensors; in a checkpoint, and in an update, each has its own."""
+    named: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        if (match := re.fullmatch(r"(.*\.experts)\.(gate_up|down)_proj", name)) is None:
+            named[name] = tensor
+            continue
+        for number, expert in enumerate(tensor.unbind()):
+            parts = zip(("gate", "up"), expert.chunk(2), strict=True) if match[2] == "gate_up" else [("down", expert)]
+            named |= {f"{match[1]}.{number}.{part}_proj.weight": slice_ for part, slice_ in parts}
+    return named
 
 
 class _Batch:

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from megatron_ext.rl.types import Rollout
 from megatron_ext.sync.base import WeightUpdateError
@@ -130,6 +131,19 @@ def test_push_replaces_all_weights(engine: LocalEngine, model_dir: Path, with_he
     for rollout in rollouts:
         torch.testing.assert_close(torch.tensor(rollout.logprobs), logprobs_of(model, rollout), rtol=0, atol=2e-5)
     assert engine.version == 5 and {v for r in rollouts for v in r.weight_versions} == {5}
+
+
+def test_push_knows_experts_by_their_names_in_a_checkpoint(tmp_path: Path) -> None:
+    shape = {"vocab_size": 24, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    config = Qwen3MoeConfig(**shape, **experts, num_key_value_heads=1, head_dim=16, eos_token_id=EOS)
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path)
+    given = {name: 2 * tensor for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    assert "model.layers.0.mlp.experts.2.up_proj.weight" in given
+    engine = LocalEngine(tmp_path, max_model_len=8, max_num_seqs=1)
+    before = {name: parameter.clone() for name, parameter in engine.model.named_parameters()}
+    engine.push(1, given.items())
+    assert all(torch.equal(parameter, 2 * before[name]) for name, parameter in engine.model.named_parameters())
 
 
 def test_partial_push_is_refused_and_changes_nothing(engine: LocalEngine, model_dir: Path) -> None:
