@@ -13,6 +13,7 @@ Nothing here is imported when a GPU is used. Call :func:`enable` before ``megatr
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, cast
@@ -73,6 +74,8 @@ def enable() -> None:
         return
     if torch.cuda.is_available():
         raise RuntimeError("megatron_ext.learner.cpu.enable() was called on a machine with a GPU")
+    for package in ("transformer_engine", "apex"):  # a GPU machine has them, but its GPUs may be hidden from us
+        sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # importing it fails from here on
     _import_megatron_without_compile()
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")

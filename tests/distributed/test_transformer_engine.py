@@ -209,6 +209,8 @@ def _gpu_tests_on_cpu(root: Path) -> dict[str, Any]:
 
 def _everything(rank: int, root: Path) -> None:
     sys.path.insert(0, str(Path(__file__).parent / "stand_in"))
+    import transformer_engine  # noqa: F401  # first: our learner forbids the real one where there is no GPU
+
     from megatron_ext.learner import model as megatron
 
     config = _config(TE)

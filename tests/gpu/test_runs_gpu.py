@@ -19,13 +19,7 @@ SHORT = ["recipe=quickstart", "train.steps=3", "train.save_every=0", "eval.probl
 def train(run_dir: Path, *arguments: str, hide_gpu: bool = False) -> list[dict[str, Any]]:
     """`python -m recipes.train` in a process of its own; the lines of its metrics."""
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if hide_gpu else {})}
-    program = ["-m", "recipes.train"]
-    if hide_gpu:  # Transformer Engine, where it is installed, wants a GPU even to be imported
-        body = (
-            "import runpy, sys; sys.modules['transformer_engine'] = None; runpy.run_module('recipes.train', run_name="
-        )
-        program = ["-c", body + "'__main__', alter_sys=True)"]
-    command = [sys.executable, *program, *SHORT, f"run.dir={run_dir}", *arguments]
+    command = [sys.executable, "-m", "recipes.train", *SHORT, f"run.dir={run_dir}", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
