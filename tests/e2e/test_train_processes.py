@@ -44,12 +44,13 @@ def typed(words: list[str]) -> str:
 
 
 def test_layouts_from_the_command_line(model: Path, tmp_path: Path) -> None:
-    """Live with tensor parallelism, replayed by one process and with pipeline parallelism: float32 apart, no more."""
+    """Live with tensor and sequence parallelism, replayed by one process and by pipeline stages whose sequences are cut
+    as well: float32 apart, no more."""
     sgd = ("optim.optimizer=sgd", "optim.lr=0.05", "train.steps=3")  # Adam turns gradient noise near 0 into steps
-    live, one, stages = tmp_path / "tp2", tmp_path / "one", tmp_path / "pp2"
-    assert "done in" in typed(arguments(model, live, *sgd, "parallel.tp=2"))
+    live, one, stages = tmp_path / "tp2-sp", tmp_path / "one", tmp_path / "pp2-cp2"
+    assert "done in" in typed(arguments(model, live, *sgd, "parallel.tp=2", "parallel.sp=true"))
     run_here(model, one, *sgd, f"rollout.replay={live}")
-    typed(arguments(model, stages, *sgd, f"rollout.replay={live}", "parallel.pp=2"))
+    typed(arguments(model, stages, *sgd, f"rollout.replay={live}", "parallel.pp=2", "parallel.cp=2"))
     reference = metrics(one)
     assert [row["step"] for row in reference] == [1, 2, 3]
     for run in (live, stages):
