@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -141,6 +142,7 @@ def test_the_unrelated_apex_is_told_from_nvidias(tmp_path: Path, monkeypatch: py
     (package / ("multi_tensor_apply" if nvidia else "forms")).mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('the doctor must not import a stranger')")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "apex", raising=False)  # forbidden once the learner has been imported on a CPU
     assert doctor.apex_is_nvidia() is nvidia
     lines = {line.name: line for line in findings(replace(LAPTOP, apex="0.9.10.dev0", apex_is_nvidia=nvidia))}
     assert lines["apex"].state == ("ok" if nvidia else "warn")
