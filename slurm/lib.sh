@@ -103,7 +103,8 @@ tick() { # servers and status watch the file; signals interrupt `wait`
 	printf '%(%s)T\n' -1 >"$ATTEMPT_DIR/heartbeat"; sleep 2 & wait $!
 }
 signal_step() { # NAME SIGNAL: TERM to srun itself would SIGKILL its tasks
-	squeue -h -s -j "$SLURM_JOB_ID" -o '%i %j' | awk -v n="$1" '$2 == n {print $1}' | xargs -r scancel --signal="$2"
+	squeue -h -s -j "$SLURM_JOB_ID" -o '%i %j' | awk -v n="$1" '$2 == n {print $1}' |
+		xargs -r scancel --signal="$2" 2>/dev/null # it may end meanwhile
 }
 begin() {
 	local variables code line

@@ -31,7 +31,7 @@ case $role in
 		"${TASK_PY[@]}" -m recipes.serve "$ATTEMPT_DIR" --toward "$MASTER_ADDR" --interface "${SERVER_INTERFACE:-}" \
 			--start-s "${SERVER_START_S:-1800}" --hang-s "${SERVER_HANG_S:-300}" -- "$@"
 		code=$?; name=server-$SLURM_PROCID
-		[[ -z ${watcher:-} ]] || kill "$watcher" ;;
+		[[ -z ${watcher:-} ]] || kill "$watcher" 2>/dev/null ;;
 	learner)
 		own_gpus 0 "$RANKS_PER_NODE"
 		export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$RANKS_PER_NODE

@@ -95,3 +95,17 @@ def test_the_disk_fills_up(site: Site) -> None:
     assert again.until_ended() == ("COMPLETED", "0"), again.printed()
     assert "resuming" in site.cluster.inside("node1", "cat", f"{small}/run/logs/latest/learner-rank0.log").stdout
     site.cluster.inside("node1", "umount", str(small))
+
+
+def test_a_step_that_takes_too_long_is_not_waited_for(site: Site) -> None:
+    """The time limit is near and no step boundary comes: requeued all the same, from the last checkpoint."""
+    job = site.submit("stuck", *LONG, STOP_GRACE_S="5")
+    job.until("step 5", lambda: steps(job.run) >= 5)
+    (learner,) = job.processes("recipes.train")
+    learner.suspend()
+    site.cluster.ask("scancel", "--batch", "--signal=USR1", job.number)
+    seconds = job.until("requeued", lambda: job.show("Restarts") == "1")
+    assert 5 <= seconds and "no step boundary in time" in job.printed()
+    print(f"stuck: requeued after {seconds:.1f} s (STOP_GRACE_S=5)")
+    assert job.until_ended() == ("COMPLETED", "0"), job.printed()
+    assert "resuming" in (job.run / "logs/latest/learner-rank0.log").read_text()

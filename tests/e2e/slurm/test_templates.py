@@ -102,7 +102,7 @@ def test_training_templates_fit(template: Path, site: Path) -> None:
     per_update = config.rollout.prompts_per_step * config.rollout.n / config.train.mini_batches
     assert per_update % data_parallel(config) == 0
     # A signal that comes too late for the grace period would end the job before it can requeue itself.
-    lead, grace = number(r"--signal=B:USR1@(\d+)", text), number(r"STOP_GRACE_S=(\d+)", text)
+    lead, grace = number(r"--signal=B:USR1@(\d+)", text), number(r"STOP_GRACE_S:=(\d+)", text)
     assert grace + 30 <= lead and "--requeue" in text and "--open-mode=append" in text
     assert ("--no-kill" in text) == ("ROLLOUT_NODES" in text and "gpus-per-node" in text)
 
