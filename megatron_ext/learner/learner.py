@@ -2,7 +2,8 @@
 
 ``statistics`` (one pass over the batch), ``update`` (one optimizer step), ``export`` (weights under Hugging Face
 names), ``save`` and ``load`` (in `checkpoint`). Every rank calls every verb with the same arguments; the layout
-decides who computes what, and every rank gets the same answer.
+decides who computes what, and every rank gets the same answer. Beside them ``offload`` and ``reload`` lend this rank's
+memory to somebody else in between.
 """
 
 from __future__ import annotations
