@@ -110,7 +110,7 @@ class TrainConfig:
     steps: int = 120  # rollout steps
     mini_batches: int = 16  # optimizer steps per epoch over a rollout batch
     epochs: int = 1  # passes over a rollout batch
-    micro_batch_tokens: int = 4096  # token budget of a packed micro-batch
+    micro_batch_tokens: int = 4096  # token budget of a packed micro-batch; its context-parallel ranks share it
     old_logprobs: str = "learner"  # "learner": recomputed before the first update | "rollout": as sampled
     tis_cap: float | None = None  # truncated importance weight min(exp(old - rollout), cap); None: off
     loss_chunk_tokens: int = 0  # logits of so many tokens are in memory at once; 0: chosen by the device

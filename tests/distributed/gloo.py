@@ -15,8 +15,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 # Processes are forked from a server that has imported what they need: importing Megatron eight times takes longer than
-# most tests.
-multiprocessing.forkserver.set_forkserver_preload(["megatron_ext.learner.checkpoint", "recipes.train"])
+# most tests. Not beside a GPU: CUDA, once asked for, does not survive a fork.
+if not torch.cuda.is_available():
+    multiprocessing.forkserver.set_forkserver_preload(["megatron_ext.learner.checkpoint", "recipes.train"])
 
 
 def run(

@@ -433,30 +433,6 @@ def test_gspo_is_the_sequence_objective_under_seq_mean_token_mean() -> None:
     assert (leaf.grad[x.seq_ids == 0] == 0).all() and (leaf.grad[(x.seq_ids == 1) & x.mask] != 0).all()
 
 
-def test_gspo_with_an_injected_segment_sum_is_the_same_on_shards() -> None:
-    """Two context-parallel halves, whose sums are completed by the other half's, equal the whole."""
-    x = gspo_inputs()
-    assert x.seq_ids is not None
-    whole = build_loss("gspo")(x).loss
-    halves = [slice(0, 11), slice(11, 28)]
-    calls = [x.mask.double(), torch.where(x.mask, x.logp - x.old_logp, 0.0)]  # what gspo sums, in order
-    for part in halves:
-        queue = iter(calls)
-
-        def across(values: Tensor, ids: Tensor, part: slice = part, queue: Iterator[Tensor] = queue) -> Tensor:
-            everything = next(queue)
-            torch.testing.assert_close(values, everything[part], rtol=0, atol=0)
-            return torch.zeros(5, dtype=F64).index_add(0, x.seq_ids, everything)[ids]
-
-        shard = LossInputs(*(t[part] for t in (x.logp, x.old_logp, x.advantages, x.mask, x.seq_ids)))
-        out = build_loss("gspo", segment_sum=across)(shard).loss
-        torch.testing.assert_close(out, whole[part], rtol=1e-13, atol=0)
-
-
-def test_token_level_losses_accept_a_segment_sum() -> None:
-    assert build_loss("ppo", segment_sum=lambda values, ids: values) == build_loss("ppo")
-
-
 @pytest.mark.parametrize(
     ("name", "params", "said"),
     [

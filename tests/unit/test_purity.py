@@ -65,7 +65,7 @@ def check_complete(path: Path, cls: type, not_configured: set[str]) -> dict[str,
     return config
 
 
-CONTROLLED = {"segment_sum", "step", "total_steps", "state"}
+CONTROLLED = {"step", "total_steps", "state"}
 
 
 @pytest.mark.parametrize("path", group("loss"))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 from megatron_ext.rl import params as _params
-from megatron_ext.rl.losses.base import Loss, SegmentSum
+from megatron_ext.rl.losses.base import Loss
 from megatron_ext.rl.losses.ce_gppo import CeGppo
 from megatron_ext.rl.losses.cispo import Cispo
 from megatron_ext.rl.losses.dynamic_clip import DynamicClip
@@ -26,20 +25,13 @@ LOSSES: dict[str, type[Loss]] = {
 }
 
 
-def build_loss(name: str, *, segment_sum: SegmentSum | None = None, **params: Any) -> Loss:
-    """The loss ``name``, a callable ``LossInputs -> LossOutputs``.
+def build_loss(name: str, **params: Any) -> Loss:
+    """The loss ``name``, a callable ``LossInputs -> LossOutputs``; ``params`` are the fields of its dataclass.
 
-    Args:
-        segment_sum: sum over a sequence, for sequence-level losses whose sequences are spread over ranks; token-level
-            losses have no use for it, so it can be passed to any.
-        params: the fields of the loss's dataclass.
     Raises:
         ValueError: unknown loss or parameter (with a suggestion), or a value out of range.
     """
-    cls = LOSSES.get(name)
-    if segment_sum is not None and cls is not None and "segment_sum" in {f.name for f in fields(cls)}:  # type: ignore[arg-type]
-        params["segment_sum"] = segment_sum
     return _params.build("loss", LOSSES, name, params)
 
 
-__all__ = ["LOSSES", "Loss", "SegmentSum", "build_loss"]
+__all__ = ["LOSSES", "Loss", "build_loss"]

@@ -12,16 +12,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from megatron_ext.rl.types import LossInputs, LossOutputs
-
-SegmentSum = Callable[[Tensor, Tensor], Tensor]
-"""(values_T, seq_ids_T) -> (T,): for every token the sum of ``values`` over its whole sequence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +94,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def segment_sum(values: Tensor, seq_ids: Tensor) -> Tensor:
-    """The default `SegmentSum`: every sequence lies whole within this tensor, in any order."""
+    """(T,): for every token the sum of ``values`` over its sequence. Sequences are whole in it, in any order."""
     _, index = torch.unique(seq_ids, return_inverse=True)
     totals = values.new_zeros(values.numel()).index_add(0, index, values)
     return totals[index]

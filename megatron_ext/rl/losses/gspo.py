@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_ext.rl.losses.base import Loss, SegmentSum, Terms, max_log_ratio, segment_sum
+from megatron_ext.rl.losses.base import Loss, Terms, max_log_ratio, segment_sum
 from megatron_ext.rl.losses.ppo import check_offsets, clipped_terms
 from megatron_ext.rl.types import LossInputs
 
@@ -21,8 +21,6 @@ class Gspo(Loss):
 
     eps_low: float = 3e-4
     eps_high: float = 4e-4
-    segment_sum: SegmentSum = segment_sum
-    """Sum over a whole sequence, given to every token; context parallelism passes one that spans its ranks."""
 
     def __post_init__(self) -> None:
         check_offsets(self.eps_low, self.eps_high)
@@ -31,8 +29,8 @@ class Gspo(Loss):
         if x.seq_ids is None:
             raise ValueError("LossInputs.seq_ids is None: loss.name=gspo needs the sequence of every token.")
         log_ratio = x.logp - x.old_logp  # 0 outside the mask
-        length = self.segment_sum(x.mask.to(ratio.dtype), x.seq_ids).clamp(min=1)
-        mean = self.segment_sum(log_ratio, x.seq_ids) / length
+        length = segment_sum(x.mask.to(ratio.dtype), x.seq_ids).clamp(min=1)
+        mean = segment_sum(log_ratio, x.seq_ids) / length
         seq_ratio = mean.clamp(max=max_log_ratio(ratio.dtype)).exp()
         terms = clipped_terms(x.advantages, seq_ratio, 1 - self.eps_low, 1 + self.eps_high)
         return Terms(terms.value, terms.weight, {**terms.metrics, "seq_ratio_mean": seq_ratio})
