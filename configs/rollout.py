@@ -28,9 +28,6 @@ def check_settings(c: Config) -> None:
             f"rollout.in_flight={rollout.in_flight} has no effect with rollout.max_staleness=0, where no request is in "
             "flight at an update: set rollout.max_staleness to 1 or more, or leave it out"
         )
-    if rollout.sync_dir is not None and rollout.weight_sync != "disk":
-        raise ValueError(f"rollout.sync_dir={rollout.sync_dir} has no effect with weight_sync={rollout.weight_sync}")
-    _check_colocated(c)
     if rollout.engine == "local":
         for key, usual in (("in_flight", "wait"), ("weight_sync", "disk")):
             if getattr(rollout, key) != usual:

@@ -90,7 +90,7 @@ class RolloutConfig:
     max_staleness: int = 0  # 0: synchronous; k: the next k steps are generated while a step trains
     in_flight: str = "wait"  # at an update, requests "wait" (are waited for) | "keep" (run on) | "abort" (begin anew)
     weight_sync: str = "disk"  # how weights reach the servers: "disk" | "nccl" | "gloo" (broadcasts; gloo over TCP)
-    sync_dir: str | None = None  # where weights are staged for the servers, who must see it; None: this host's memory
+    sync_dir: str | None = None  # "disk": where weights are staged, seen by all servers; None: this host's memory
     colocated: bool = False  # learner and servers share the GPUs of this machine, in turns; see docs/gpu.md
     gpu_memory_utilization: float = 0.85  # share of its GPU's memory that a server takes
     dtype: str = "float32"  # of the servers

@@ -23,16 +23,20 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from megatron_ext.sync.base import WeightDigest
 from megatron_ext.sync.broadcast import Entry, Rendezvous, broadcast, join_group, layout
+
+try:
+    from vllm.distributed.weight_transfer.base import (
+        WeightTransferEngine,
+        WeightTransferInitInfo,
+        WeightTransferUpdateInfo,
+    )
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+except ImportError as error:
+    raise ImportError("weight updates need vLLM 0.22 or newer: upgrade the servers' vLLM") from error
 
 BACKEND = "gppo"
 LM_HEAD = "lm_head.weight"

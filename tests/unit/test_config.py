@@ -96,7 +96,6 @@ def paper(tmp_path: Path) -> list[str]:
         ("rollout.in_flight=keep", ["rollout.in_flight=keep", "no effect", "rollout.max_staleness"]),
         ("rollout.in_flight=stop", ["rollout.in_flight=stop", "wait | keep | abort"]),
         ("rollout.weight_sync=ncl", ["rollout.weight_sync=ncl", "'nccl'"]),
-        ("rollout.weight_sync=gloo rollout.sync_dir=/x", ["rollout.sync_dir=/x", "no effect"]),
         ("rollout.weight_sync=gloo rollout.engine=local", ["rollout.weight_sync=gloo", "rollout.engine=local"]),
         ("rollout.probe_s=0", ["rollout.probe_s=0", "above 0"]),
         ("parallel.tp=2 parallel.nproc=3", ["parallel.nproc=3", "multiple", "2"]),
