@@ -76,6 +76,8 @@ def distributed(
 
     # Newer names of collectives that Megatron calls by their old ones.
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)
+    if parallel.tp > 1:  # Megatron wants kernels to start in the order of their launch; read when CUDA starts
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     started_here = not torch.distributed.is_initialized()
     if started_here:
         backend = "nccl" if ON_GPU else "gloo"
