@@ -74,8 +74,9 @@ def distributed(
     """
     from datetime import timedelta
 
-    # Newer names of collectives that Megatron calls by their old ones.
+    # Of Megatron's own making: old names of collectives, gradients that its distributed optimizer seeks in vain.
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf", module="megatron")
     if parallel.tp > 1:  # Megatron wants kernels to start in the order of their launch; read when CUDA starts
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     started_here = not torch.distributed.is_initialized()

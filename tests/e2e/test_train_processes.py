@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -10,6 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 from training import arguments, assert_same_run, journal, metrics, run_here
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -60,6 +64,31 @@ def test_layouts_from_the_command_line(model: Path, tmp_path: Path) -> None:
                 assert math.isclose(row[name], value, rel_tol=1e-4, abs_tol=1e-5), (run.name, row["step"], name)
     assert all(row["rollout_agreement/abs_dp_mean"] < 1e-6 for row in metrics(live)), "the engine got whole tensors"
     assert abs(reference[2]["actor/entropy"] - reference[0]["actor/entropy"]) > 1e-3, "training has moved the policy"
+
+
+def test_a_mixture_of_experts(model: Path, tmp_path: Path) -> None:
+    """Live in one process, the engine fed with every update, and replayed with the experts spread over two."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    mixture, live, spread = tmp_path / "moe", tmp_path / "live", tmp_path / "ep2"
+    shutil.copytree(model, mixture)
+    dense = json.loads((model / "config.json").read_text())
+    kept = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 32}
+    config = Qwen3MoeConfig(**{key: dense[key] for key in kept}, **shape, **experts, norm_topk_prob=True)
+    torch.manual_seed(0)
+    Qwen3MoeForCausalLM(config).save_pretrained(mixture)
+    run_here(mixture, live, "train.steps=3")
+    typed(arguments(mixture, spread, "train.steps=3", f"rollout.replay={live}", "parallel.ep=2"))
+    for row, expected in zip(metrics(spread), metrics(live), strict=True):
+        for name in ("actor/entropy", "actor/pg_loss", "actor/grad_norm", "rollout_agreement/abs_dp_mean"):
+            assert math.isclose(row[name], expected[name], rel_tol=1e-3, abs_tol=1e-5), (row["step"], name)
+    assert all(row["rollout_agreement/abs_dp_mean"] < 1e-6 for row in metrics(live)), "the engine got every expert"
+    before, after = load_file(mixture / "model.safetensors"), load_file(spread / "hf" / "model.safetensors")
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name for name in before if ".experts." in name or name.endswith("mlp.gate.weight")} <= moved
 
 
 def test_real_servers(model: Path, tmp_path: Path) -> None:
