@@ -63,7 +63,7 @@ class RolloutStream:
                 record = self._journal.copy("rollouts", step)
         else:
             with metrics.clock("wait"):
-                found = self._live().finish(step) if self._first and ahead else None
+                found = self._live().finish(step) if self._first and self._turns is None else None
             with contextlib.ExitStack() as served:
                 with metrics.clock("sync"):
                     served.enter_context(self._serving(step))
