@@ -254,7 +254,8 @@ class DynamicSampling(Collector):
 
     def __init__(self, config: Config, every: int) -> None:
         self.config, self.every, self.asked = config, every, []  # type: ignore[var-annotated]
-        self.source = self  # type: ignore[assignment]
+        self.source = self.engine = self  # type: ignore[assignment]
+        self.counters: dict[str, int] = {}
         self.sampling = Sampling(max_tokens=8)
 
     def problems(self, position: int, count: int) -> list[Problem]:
@@ -284,7 +285,7 @@ class DynamicSampling(Collector):
 )
 def test_the_scripts_dynamic_sampling(every: int, asked: list[tuple[int, int]], trained: int, load: Load) -> None:
     collector = DynamicSampling(load("p2_ce_gppo_script"), every)
-    record = collector._collect(step=3, position=1000)
+    record = collector._collect(step=3, start=1000)
     assert collector.asked == asked and len(record["groups"]) == trained
     assert record["position"] == asked[-1][0] + 256  # problems that were dropped do not come again
 
