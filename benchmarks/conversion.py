@@ -3,13 +3,14 @@
     python -m benchmarks.conversion --shape 0.5b --repeats 5 --dir DIR --json OUT
 
 Every measurement is a fresh process; the candidates take turns, so that a busy machine is busy for all of them. Time is
-from the first byte read to the last byte on disk (fsync included), without imports. Memory is the peak resident set
-above what the process held after its imports; mapped file pages count.
+from the first byte read to the last byte on disk (fsync included), without imports; the ratio is the median over turns
+of a candidate's time to that of safetensors in the same turn. Memory is the peak resident set above what the process
+held after its imports; mapped file pages count.
 
     cp            read and write in 1 MiB pieces, no interpretation: the floor
     safetensors   load_file and save_file of every file: the usual way to touch every tensor
-    import        conversion.hf_to_megatron (writes a Megatron checkpoint and SHA-256 of every byte)
-    export        conversion.megatron_to_hf (writes safetensors and SHA-256 of every tensor)
+    import        conversion.hf_to_megatron (writes a Megatron checkpoint and a checksum of every byte)
+    export        conversion.megatron_to_hf (writes safetensors and a checksum of every tensor)
     mbridge       mbridge's tensor mapping from safetensors into memory; nothing is written (if installed)
 """
 
@@ -216,8 +217,9 @@ def main() -> None:
         for name, threads in plan:
             label = f"{name} ({threads} thread{'s' * (threads > 1)})" if "port" in name else name
             results.setdefault(label, []).append(measure(name, args.dir, threads))
-    floor = statistics.median(run["seconds"] for run in results.get("safetensors", results[next(iter(results))]))
+    floor = [run["seconds"] for run in results.get("safetensors", results[next(iter(results))])]
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    machine += f", load average {os.getloadavg()[2]:.0f}"
     print(f"{args.shape}: {size / 2**30:.2f} GiB bfloat16; {machine}; median of {args.repeats} (fastest)")
     print(f"{'':22}{'seconds':>16}{'CPU s':>8}{'GiB/s':>8}{'vs safetensors':>16}{'peak MiB':>10}")
     for label, runs in results.items():
@@ -225,7 +227,8 @@ def main() -> None:
         middle, peak = statistics.median(seconds), max(run["peak_mib"] for run in runs)
         cpu = statistics.median(run["cpu_seconds"] for run in runs)
         timing = f"{middle:.2f} ({min(seconds):.2f})"
-        print(f"{label:22}{timing:>16}{cpu:>8.2f}{size / 2**30 / middle:>8.2f}{middle / floor:>16.2f}{peak:>10.0f}")
+        ratio = statistics.median(own / base for own, base in zip(seconds, floor, strict=True))
+        print(f"{label:22}{timing:>16}{cpu:>8.2f}{size / 2**30 / middle:>8.2f}{ratio:>16.2f}{peak:>10.0f}")
     if args.json:
         summary = {"shape": args.shape, "bytes": size, "machine": machine, "runs": results}
         args.json.write_text(json.dumps(summary, indent=1) + "\n")
