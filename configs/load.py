@@ -12,12 +12,13 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from hydra import compose, initialize_config_module
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs import fp8, rollout
@@ -70,13 +71,18 @@ def load_config(overrides: Sequence[str]) -> Config:
                 if group != "recipe" and any(o.startswith(f"{group}=") for o in overrides):
                     own = [o for o in forced if o.startswith((f"++{group}.", f"~{group}.", f"{group}="))]
                     raw[group] = compose("config", overrides=["~recipe", *own])[group]
-        merged = OmegaConf.merge(OmegaConf.structured(Config), raw)
+        merged = OmegaConf.merge(_schema(), raw)
         config: Any = OmegaConf.to_object(merged)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain(error, overrides)) from error
     assert isinstance(config, Config)
     check(config)
     return config
+
+
+@cache
+def _schema() -> DictConfig:
+    return OmegaConf.structured(Config)
 
 
 def _check_key(item: str) -> None:
