@@ -132,7 +132,7 @@ def describe(run_dir: Path, now: float | None = None) -> list[tuple[str, str]]:
         events = attempt.events(all_attempts[-1])
         started = _when(events[0].time) if events else "just now"
         out.append(("attempt", f"{len(all_attempts)}, since {started}, {all_attempts[-1]}"))
-        if text := servers(events):
+        if name == "running" and (text := servers(events)):
             out.append(("servers", text))
     if name not in ("finished", "running"):
         out += _error(all_attempts)

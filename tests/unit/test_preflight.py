@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from recipes import preflight
 from recipes.attempt import events
 from recipes.preflight import Needs, code_digest, judge, node_facts, problems
 
@@ -87,3 +89,19 @@ def test_code_digest_sees_a_changed_file(tmp_path: Path) -> None:
     before = code_digest(tmp_path)
     (tmp_path / "recipes" / "a.py").write_text("x = 2\n")
     assert code_digest(tmp_path) != before
+
+
+def test_what_nvidia_smi_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = "NVIDIA H100 80GB HBM3, 570.124.06, 81559, 4, 0\nNVIDIA H100 80GB HBM3, 570.124.06, 81559, 40960, [N/A]\n"
+    monkeypatch.setattr(preflight.shutil, "which", lambda name: f"/usr/bin/{name}")
+    done = subprocess.CompletedProcess([], 0, stdout=answer)
+    monkeypatch.setattr(preflight.subprocess, "run", lambda *_, **__: done)
+    gpus, driver, problem = preflight.gpu_facts()
+    assert [round(gpu["used_gib"]) for gpu in gpus] == [0, 40] and [gpu["ecc"] for gpu in gpus] == [0, 0]
+    assert (driver, problem, round(gpus[0]["gib"])) == ("570.124.06", "", 80)
+
+    def hangs(*_: object, **__: object) -> None:
+        raise subprocess.TimeoutExpired("nvidia-smi", 60)
+
+    monkeypatch.setattr(preflight.subprocess, "run", hangs)
+    assert preflight.gpu_facts() == ([], "", "nvidia-smi does not answer within 60 s")
