@@ -86,6 +86,8 @@ def begin(words: Sequence[str]) -> dict[str, str | int]:
         "RUN_DIR": str(run_dir),
         "ATTEMPT_DIR": str(directory),
         "MASTER_PORT": master_port.number,
+        # Servers on other nodes do not see this one's /dev/shm.
+        "SYNC_DIR": (config.rollout.sync_dir or str(run_dir / "sync")) if config.rollout.weight_sync == "disk" else "",
         "SERVED": int(config.rollout.engine != "local" and config.rollout.replay is None),
     }
 

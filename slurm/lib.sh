@@ -145,8 +145,7 @@ serve() { # start the servers and wait until each has produced a token
 learn() { # the learner's exit status; requeue by force when a checkpoint was asked for and does not come
 	local serving=()
 	[[ -z $URLS ]] || serving+=("rollout.urls=[$URLS]")
-	# Other nodes do not see this one's /dev/shm.
-	((SERVER_NODES == 1 && ROLLOUT_NODES == 0)) || serving+=("rollout.sync_dir=$RUN_DIR/sync")
+	[[ -z $SYNC_DIR ]] || ((SERVER_NODES == 1 && ROLLOUT_NODES == 0)) || serving+=("rollout.sync_dir=$SYNC_DIR")
 	(learner_step "${serving[@]}") & LEARNER=$!
 	while kill -0 "$LEARNER" 2>/dev/null; do
 		[[ -n $CANCELLED ]] && return 1

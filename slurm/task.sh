@@ -1,5 +1,6 @@
 #!/bin/bash
 # One task of a job step, started by lib.sh: task.sh preflight | server [VLLM ARGUMENTS] | learner [RUN ARGUMENTS]
+{ # read as a whole before it runs: editing this file does not disturb running jobs
 cd "$ROOT" || exit 3
 # shellcheck source=slurm/lib.sh
 source slurm/lib.sh
@@ -40,3 +41,4 @@ case $role in
 esac
 event "$name" ended ", \"code\": $code"
 exit "$code"
+}
