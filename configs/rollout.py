@@ -28,6 +28,7 @@ def check_settings(c: Config) -> None:
             f"rollout.in_flight={rollout.in_flight} has no effect with rollout.max_staleness=0, where no request is in "
             "flight at an update: set rollout.max_staleness to 1 or more, or leave it out"
         )
+    _check_colocated(c)
     if rollout.engine == "local":
         for key, usual in (("in_flight", "wait"), ("weight_sync", "disk")):
             if getattr(rollout, key) != usual:
