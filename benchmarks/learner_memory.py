@@ -42,6 +42,8 @@ SETTINGS: dict[str, tuple[str, int]] = {
     "pp 2": ("parallel.pp=2", 2),
     "cp 2": ("parallel.cp=2", 2),
     "dp 2, distributed optimizer": ("parallel.nproc=2 optim.distributed=true", 2),
+    "experts": ("", 1),
+    "experts, ep 2": ("parallel.ep=2 parallel.nproc=2", 2),
 }
 BASE = (
     f"train.micro_batch_tokens={TOKENS} data.max_prompt_tokens=2 rollout.max_tokens=127 rollout.max_model_len=130 "
@@ -55,6 +57,19 @@ def make_model(directory: Path, **sizes: int) -> None:
     config = LlamaConfig(**SIZES, num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=False)
     config.update(sizes)
     LlamaForCausalLM(config).save_pretrained(directory)
+
+
+def make_experts(directory: Path) -> None:
+    """Qwen3-MoE's shape: a token visits two of eight experts; norms of queries and keys."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        **SIZES,
+        **{"num_key_value_heads": 4, "head_dim": 64, "num_experts": 8, "num_experts_per_tok": 2},
+        **{"moe_intermediate_size": 512, "norm_topk_prob": True, "max_position_embeddings": 512},
+        tie_word_embeddings=False,
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(directory)
 
 
 def peak_beyond(run: Callable[[], object]) -> int:
@@ -102,7 +117,7 @@ def measure(words: list[str]) -> dict[str, float]:
 
         update()  # makes the optimizer's state
         beyond = peak_beyond(update)
-        buffers = [b.grad_data for chunk in learner.chunks for b in chunk.buffers]
+        buffers = [b.grad_data for chunk in learner.chunks for b in chunk.buffers + chunk.expert_parallel_buffers]
         return {
             "weights": float(_bytes(model_tensors(learner.chunks))),
             "gradients": float(_bytes(buffers)),
@@ -140,8 +155,9 @@ def planned(words: list[str]) -> dict[str, float]:
     }
 
 
-def words_of(name: str, model: Path) -> list[str]:
+def words_of(name: str, directory: Path) -> list[str]:
     """The configuration of a setting."""
+    model = directory / ("experts" if name.startswith("experts") else "model")
     overrides, processes = SETTINGS[name]
     sizes = [f"rollout.prompts_per_step={64 * processes}", "train.mini_batches=1"]
     return [f"model.path={model}", *BASE.split(), *overrides.split(), *sizes]
@@ -153,7 +169,7 @@ def measure_all(directory: Path, names: list[str]) -> None:
     if world > 1:
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     for name in names:
-        measured = measure(words_of(name, directory / "model"))
+        measured = measure(words_of(name, directory))
         (directory / f"{name}.{rank}.json").write_text(json.dumps(measured))
 
 
@@ -170,7 +186,7 @@ def compare(name: str, directory: Path) -> dict[str, Any]:
     """Planned and measured MiB by part, and measured / planned."""
     ranks = [json.loads((directory / f"{name}.{rank}.json").read_text()) for rank in range(SETTINGS[name][1])]
     fullest: dict[str, float] = max(ranks, key=lambda parts: sum(parts.values()))
-    plan = planned(words_of(name, directory / "model"))
+    plan = planned(words_of(name, directory))
 
     def mib(parts: dict[str, float]) -> dict[str, float]:
         return {part: round(size / 2**20, 1) for part, size in {**parts, "total": sum(parts.values())}.items()}
@@ -199,6 +215,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         make_model(directory / "model")
+        make_experts(directory / "experts")
         for processes in sorted({SETTINGS[name][1] for name in args.settings}):
             names = [name for name in args.settings if SETTINGS[name][1] == processes]
             run(processes, names, directory)

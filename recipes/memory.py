@@ -137,11 +137,13 @@ def layer_activations(config: Config, hf: conversion.HFConfig) -> float:
     Local layers: per norm its input, the normalised input (both float32 at least) and the output: 2h (2 max(b, 4) + b);
     sines and cosines of both rotations 4d b; queries, keys, values and the attention's output, spread over padded
     batches (here without padding, which at worst doubles them), and the output gathered back: (3q + 2kv) b; 4 bytes per
-    head for the softmax; gate and up together, silu(gate), up + 0, and the product: 5f b. On a GPU fused kernels keep
-    less. Context parallelism gathers all keys and values, and keeps a mask.
+    head for the softmax; gate and up together, silu(gate), up + 0, and the product: 5f b. Norms of queries and keys
+    keep what comes out of the projection, a copy of the queries, and both normalised: 3 (q + kv) max(b, 4). On a GPU
+    fused kernels keep less. Context parallelism gathers all keys and values, and keeps a mask.
 
-    Transformer Engine: input and output of both norms 4h b, (2q + 2kv) b, the softmax, and 3f b, for its SwiGLU is
-    fused; under FP8 what only feeds a matrix product is kept in one byte: 2h, the attention's output once more, and f.
+    Transformer Engine: input and output of both norms 4h b; (2q + 2kv) b, with norms of queries and keys q + 2kv more;
+    the softmax; and 3f b, for its SwiGLU is fused. Under FP8 what only feeds a matrix product is kept in one byte: 2h,
+    the attention's output once more, and f.
 
     Tensor parallelism divides all but the norms, sequence parallelism the norms as well. This is the count of
     Korthikanti et al. 2022 (Reducing Activation Recomputation) eq. 1-4, for a gated MLP, grouped queries, attention
@@ -153,10 +155,16 @@ def layer_activations(config: Config, hf: conversion.HFConfig) -> float:
     if layer_kind(config) == "transformer_engine":
         fed = 1 if config.model.fp8 else b  # bytes of what feeds a matrix product only
         norms = 2 * h * (b + fed)
-        wide = (2 * q + 2 * kv) * b + (q if config.model.fp8 else 0) + softmax + _mlp(hf, 2 * b + fed)
+        wide = (
+            (2 * q + 2 * kv + (q + 2 * kv) * hf.qk_norm) * b
+            + (q if config.model.fp8 else 0)
+            + softmax
+            + _mlp(hf, 2 * b + fed)
+        )
     else:
         norms = 2 * h * (2 * max(b, 4) + b)
         wide = (3 * q + 2 * kv * p.cp) * b + softmax + _mlp(hf, 5 * b) + 4 * hf.head_dim * b * p.tp
+        wide += 3 * (q + kv) * max(b, 4) * hf.qk_norm
         if p.cp > 1:
             longest = longest_sample(config)
             wide += p.tp * b * min(longest, MASK_ELEMENTS / (micro_batch(config) / p.cp))

@@ -140,6 +140,14 @@ def test_experts_that_a_token_visits_count(base: Config) -> None:
     assert memory.layer_activations(base, hf) == LAYER - MLP + 5 * 2 * 64 * 4 + 2 * 2 * 128 * 4 + 3 * 4 * 8
 
 
+def test_norms_of_queries_and_keys_count(base: Config) -> None:
+    with_norms = replace(TINY, qk_norm=True)
+    assert memory.layer_activations(base, with_norms) == LAYER + 3 * (128 + 64) * 4
+    bf16 = change(base, "model", dtype="bfloat16")
+    extra = memory.layer_activations(bf16, with_norms) - memory.layer_activations(bf16, TINY)
+    assert extra == (128 + 2 * 64) * 2
+
+
 def test_the_fuller_pipeline_stage_counts(base: Config) -> None:
     """Stage 0 keeps the activations of two micro-batches, stage 1 those of one, and the head."""
     config = change(base, "parallel", pp=2)
