@@ -1,98 +1,16 @@
-"""A Slurm cluster for the session, and jobs of our templates on it."""
+"""A Slurm cluster for the session, or the reason why there is none."""
 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator
 
-import psutil
 import pytest
 from cluster import Cluster, install, obstacle
+from jobs import Site
 
 from recipes.prepare_model import make_tiny_model
-
-ROOT = Path(__file__).resolve().parents[3]
-PATIENCE_S = 300.0  # a busy machine is ten times slower than a free one
-
-
-@dataclass
-class Job:
-    """A submitted job: its number, what it prints, and its run directory."""
-
-    number: str
-    cluster: Cluster
-    out: Path
-    run: Path
-    times: dict[str, float] = field(default_factory=dict)
-
-    def show(self, key: str) -> str:
-        words = self.cluster.ask("scontrol", "show", "job", self.number).split()
-        return next(word.partition("=")[2] for word in words if word.startswith(f"{key}="))
-
-    def printed(self) -> str:
-        return self.out.read_text(errors="replace") if self.out.exists() else ""
-
-    def until(self, what: str, condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> float:
-        """Wait for something and return how many seconds that took; the job's output is in the error otherwise."""
-        begin = time.monotonic()
-        while not condition():
-            if time.monotonic() - begin > timeout_s:
-                logs = "".join(f"\n== {p.name}\n{p.read_text()[-2000:]}" for p in self.run.glob("logs/latest/*.log"))
-                raise AssertionError(f"{what}: not after {timeout_s:.0f} s\n{self.printed()}{logs}")
-            time.sleep(0.05)
-        return time.monotonic() - begin
-
-    def until_state(self, *states: str) -> float:
-        return self.until(f"job {self.number} {states}", lambda: self.show("JobState") in states)
-
-    def until_ended(self) -> tuple[str, str]:
-        """(state, exit code of the batch script)."""
-        self.until_state("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        return self.show("JobState"), self.show("ExitCode").split(":")[0]
-
-    def processes(self, word: str) -> list[psutil.Process]:
-        """This job's processes whose command line holds ``word``, seen from outside the nodes."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if word in " ".join(process.cmdline()) and self.number == process.environ().get("SLURM_JOB_ID"):
-                    found.append(process)
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-        return found
-
-
-@dataclass
-class Site:
-    """The cluster with a site.env for this Python."""
-
-    cluster: Cluster
-    folder: Path
-    model: Path
-
-    def submit(self, name: str, *words: str, nodes: str = "node1", options: tuple[str, ...] = (), **env: str) -> Job:
-        """`sbatch` the smoke test's template on the given nodes; by default one learner rank and no servers."""
-        count = len(nodes.split(","))
-        variables = {
-            "LEARNER_NODES": str(count),
-            "ROLLOUT_NODES": "0",
-            "SITE_ENV": str(self.folder / "site.env"),
-            **env,
-        }
-        run, out = self.folder / name, self.folder / f"{name.replace('/', '-')}.out"
-        options = (f"--nodes={count}", f"--nodelist={nodes}", f"--output={out}", "--mem=2G", *options)
-        command = ["sbatch", "--parsable", *options, "slurm/smoke_cpu.sbatch", f"model.path={self.model}"]
-        environment = {k: v for k, v in self.cluster.env.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
-        done = subprocess.run(
-            [*command, f"run.dir={run}", *words], cwd=ROOT, env=environment | variables, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        return Job(done.stdout.strip(), self.cluster, out, run)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Job, Site
+from jobs import Job, Site
 from training import SETTINGS, assert_same_run, run_here
 
 from recipes.attempt import attempts, checkpoint_step, events

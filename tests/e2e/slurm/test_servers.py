@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import Job, Site
+from jobs import Job, Site
 from test_jobs import LOCAL, steps
 
 from recipes.attempt import attempts, events

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import Site
+from jobs import Site
 from test_jobs import LOCAL, LONG, steps
 
 from recipes.attempt import attempts, events
