@@ -75,43 +75,40 @@ class BroadcastSync:
         self._rendezvous: Rendezvous | None = None
         self._buckets: list[Tensor] = []
         self._entries: list[list[Entry]] = []
-        self._pending: list[tuple[Entry, Tensor]] = []
-        self._pending_bytes = 0
+        self._spare: list[Tensor] = []  # buckets of the version before: their memory is used again
+        self._fill = 0  # bytes in the last bucket; 0: the next tensor opens a new one
         self.info: dict[str, Any] | None = None
 
     # ---- staging ------------------------------------------------------------------------------------------------
 
     def begin(self, version: int) -> None:
+        spare = [bucket for bucket in self._buckets if bucket.numel() == BUCKET_BYTES]
         self.discard()
+        self._spare = spare
 
     def send(self, name: str, tensor: Tensor) -> None:
         """Stage a copy of one tensor on the host."""
         entry = Entry(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
-        flat = tensor.detach().to("cpu", copy=True).contiguous().reshape(-1).view(torch.uint8)
-        self._pending.append((entry, flat))
-        self._pending_bytes += flat.numel()
-        if self._pending_bytes >= BUCKET_BYTES:
-            self._flush()
+        if not self._fill or self._fill + entry.nbytes > BUCKET_BYTES:
+            _, need = layout([entry])
+            fits = self._spare and need <= BUCKET_BYTES
+            bucket = self._spare.pop() if fits else torch.empty(max(BUCKET_BYTES, need), dtype=torch.uint8)
+            self._buckets.append(bucket)
+            self._entries.append([])
+            self._fill = 0
+        place = self._buckets[-1][self._fill : self._fill + entry.nbytes]
+        place.view(tensor.dtype).reshape(entry.shape).copy_(tensor.detach())
+        self._entries[-1].append(entry)
+        self._fill = layout(self._entries[-1])[1]
 
     def seal(self, version: int, checksum: str) -> None:
-        self._flush()
+        self._spare = []
         buckets = [[asdict(entry) for entry in entries] for entries in self._entries]
         self.info = {"version": version, "checksum": checksum, "buckets": buckets}
 
     def discard(self) -> None:
-        self.info, self._pending, self._pending_bytes = None, [], 0
-        self._buckets, self._entries = [], []
-
-    def _flush(self) -> None:
-        if self._pending:
-            entries = [entry for entry, _ in self._pending]
-            offsets, total = layout(entries)
-            bucket = torch.empty(total, dtype=torch.uint8)
-            for offset, (entry, flat) in zip(offsets, self._pending, strict=True):
-                bucket[offset : offset + entry.nbytes] = flat
-            self._buckets.append(bucket)
-            self._entries.append(entries)
-            self._pending, self._pending_bytes = [], 0
+        self.info, self._fill = None, 0
+        self._buckets, self._entries, self._spare = [], [], []
 
     # ---- delivery -----------------------------------------------------------------------------------------------
 
@@ -142,8 +139,9 @@ class BroadcastSync:
     def _feed(self) -> str:
         assert self._group is not None and self._rendezvous is not None and self.info is not None
         try:
-            for bucket in self._buckets:
-                broadcast(self._group, bucket.to(self._device), self._rendezvous.timeout_s)
+            for bucket, entries in zip(self._buckets, self._entries, strict=True):
+                data = bucket[: layout(entries)[1]].to(self._device)
+                broadcast(self._group, data, self._rendezvous.timeout_s)
         except OSError as error:
             return str(error)
         return ""

@@ -218,7 +218,7 @@ def test_bad_update_is_refused(
 def tamper(sync: Any, name: str, fault: str) -> None:
     """Damage what is staged."""
     if isinstance(sync, BroadcastSync):
-        sync._buckets[0][-5] += 1
+        sync._buckets[0][5] += 1
         return
     assert isinstance(sync, DiskSync) and sync.info is not None
     path = Path(sync.info["directory"]) / sync.info["files"][0]

@@ -179,6 +179,10 @@ def test_broadcast_reaches_all_and_tells_when_somebody_is_missing(
     sync = BroadcastSync("gloo")
     checksum = stage_weights(sync, 5, WEIGHTS.items())
     assert sync.info is not None and (sync.info["version"], sync.info["checksum"]) == (5, checksum)
+    first = [bucket.data_ptr() for bucket in sync._buckets]
+    assert stage_weights(sync, 5, WEIGHTS.items()) == checksum
+    reused = [bucket.data_ptr() for bucket in sync._buckets] == first
+    assert reused or bucket_bytes == 1, "a version takes the memory of the one before"
     bodies = sync.connect(["http://127.0.0.1:80"] * 2, [1, 1], timeout_s=2.0)
     assert [(body["rank"], body["host"], body["world_size"]) for body in bodies] == [
         (1, "127.0.0.1", 3),
