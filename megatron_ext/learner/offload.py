@@ -2,9 +2,9 @@
 
 Megatron-Core 0.16 has three answers of its own. ``DistributedDataParallel.offload_grad_buffers`` is used as it is. Its
 ``optimizer.offload_to_cpu`` gives parameters new storage, which in float32 tears the distributed optimizer's shards
-from the weights that they are views of, so that later updates go nowhere; its ``optimizer_cpu_offload`` computes the
-update on the host and with the distributed optimizer needs Transformer Engine. Here storages are emptied and refilled
-in place: whoever holds a view of one notices nothing.
+from the weights that they are views of, so that later updates go nowhere; its ``optimizer_cpu_offload`` keeps the state
+on the host for good and computes the updates there. Here storages are emptied and refilled in place: whoever holds a
+view of one notices nothing.
 """
 
 from __future__ import annotations
