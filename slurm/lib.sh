@@ -8,6 +8,8 @@
 #   RANKS_PER_NODE       learner ranks (one GPU each) on a learner node
 #   SERVERS_PER_NODE     servers, of SERVER_GPUS each, on a rollout node (or beside the ranks, on the next GPUs)
 #   VLLM_ARGS            array: further arguments of vLLM
+#   PROGRAM              module that the learner's ranks run; default recipes.train
+#   STOP_GRACE_S         patience for a step boundary once the time limit is near; less than the lead of --signal
 
 set -uo pipefail
 ROOT=${SLURM_SUBMIT_DIR:-$PWD}
@@ -131,7 +133,7 @@ serve() { # start the servers and wait until each has produced a token
 	(server_step) & SERVING=$!
 	say "waiting for $SERVERS servers"
 	while ready=("$ATTEMPT_DIR"/server-*.url) && [[ ! -e ${ready[0]} || ${#ready[@]} -lt $SERVERS ]]; do
-		[[ -z $CANCELLED$STOPPING ]] || return
+		[[ -z $CANCELLED$STOPPING ]] || return 0
 		kill -0 "$SERVING" 2>/dev/null || { say "the servers ended before they were ready"; return 1; }
 		if ((SECONDS >= deadline)); then # go on with those that are there
 			[[ -e ${ready[0]} ]] || { say "no server is ready"; return 1; }
