@@ -34,7 +34,7 @@ train: env
 doctor: env
 	@$(PY) -m recipes.doctor
 
-# In order of what fails fastest: unit, distributed, e2e, gpu (pyproject.toml); the last skips itself without a GPU.
+# In order of what fails fastest: unit, integration, distributed, e2e, gpu (pyproject.toml); the last skips itself without a GPU.
 test: env
 	$(PY) -m ruff check .
 	$(PY) -m mypy

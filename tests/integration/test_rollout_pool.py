@@ -23,7 +23,8 @@ from recipes.vllm_server import (
 def test_order_spread_and_bound(pool: VLLMPool, stand_ins: list[StandIn]) -> None:
     rollouts = pool.generate(prompts(40), n=4, sampling=Sampling(5), seeds=range(40))
     assert [r.response_ids[0] for r in rollouts] == [10 + index for index in range(40) for _ in range(4)]
-    assert [len(server.bodies) for server in stand_ins] == [20, 20]
+    asked = [len(server.bodies) for server in stand_ins]
+    assert sum(asked) == 40 and max(asked) <= 24, "whoever is done first gets the next one"
     assert max(server.most_busy for server in stand_ins) <= 4, "2 x max_num_seqs / n requests per server"
 
 
