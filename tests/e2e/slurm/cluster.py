@@ -14,6 +14,7 @@ but one network interface, and all state is in one directory.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -89,7 +90,9 @@ def install() -> None:
         return
     command = f"apt-get update -qq && apt-get install -y -qq --no-install-recommends {PACKAGES}"
     # RUNLEVEL: the packages must not start services of their own.
-    subprocess.run(command, shell=True, capture_output=True, env=os.environ | {"RUNLEVEL": "1"}, timeout=300)
+    quiet = os.environ | {"RUNLEVEL": "1", "DEBIAN_FRONTEND": "noninteractive"}
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run(command, shell=True, stdin=subprocess.DEVNULL, capture_output=True, env=quiet, timeout=180)
 
 
 def until(what: str, condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
