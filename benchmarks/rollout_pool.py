@@ -3,7 +3,7 @@
     python -m benchmarks.rollout_pool --model cache/SmolLM2-135M-Instruct --servers 2 [--json OUT]
 
 Both pools are up at the same time and take turns, so that a busy machine is busy for both; a pool that waits uses no
-core. Time is that of `generate`, retries and token decoding included. Responses end at ``--tokens`` only.
+core. Time is that of `generate`, retries and token decoding included. Responses have ``--tokens`` at most.
 """
 
 from __future__ import annotations
