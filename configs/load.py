@@ -106,7 +106,7 @@ def save_config(config: Config, path: Path) -> None:
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
 
 
-def read_config(path: Path) -> Config:
+def load_saved_config(path: Path) -> Config:
     """What :func:`save_config` wrote."""
     config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
     assert isinstance(config, Config)

@@ -3,7 +3,7 @@
 The names below are the pure core (torch only), which weight sync and the learner use too. See docs/conversion.md.
 """
 
-from conversion.config import HFConfig, gpt_model_kwargs, parse_config, read_config, transformer_config, yarn_attributes
+from conversion.config import HFConfig
 from conversion.families import FAMILIES
 from conversion.mapping import (
     export_rows,
@@ -17,6 +17,8 @@ from conversion.mapping import (
     row_unit,
     unconsumed,
 )
+from conversion.megatron_args import gpt_model_kwargs, transformer_config, yarn_attributes
+from conversion.parse import parse_config, read_config
 from conversion.sharding import layout, local_name, padded_vocab, shard, te_name, unshard
 from conversion.table import Family, Rule
 

@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 
 from conversion import cli
-from conversion.config import HFConfig, read_config
+from conversion.config import HFConfig
 from conversion.hf_files import HFReader, side_files
 from conversion.mapping import HF_OUTPUT, hf_shapes, unconsumed
 from conversion.megatron_reader import HF_FILES
 from conversion.megatron_writer import Progress, write_megatron
+from conversion.parse import read_config
 from conversion.pickled import PickledReader, open_hf
 from conversion.publish import published, require_space, write_manifest
 

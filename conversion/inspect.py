@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from conversion import cli
-from conversion.config import HFConfig, read_config
+from conversion.config import HFConfig
 from conversion.hf_files import HFReader
 from conversion.mapping import hf_shapes
 from conversion.megatron_reader import HF_FILES, read_metadata
+from conversion.parse import read_config
 from conversion.publish import MANIFEST, read_manifest
 
 Listing = list[tuple[str, tuple[int, ...], str, int]]  # name, shape, dtype, stored pieces

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 
-from conversion.config import HFConfig, read_config
+from conversion.config import HFConfig
 from conversion.hf_files import NAMES
 from conversion.mapping import megatron_shape, row_unit
 from conversion.megatron_keys import Slot, find_slots
+from conversion.parse import read_config
 from conversion.publish import check_manifest
 from conversion.sharding import VOCAB_TENSORS
 from conversion.stored_pieces import PieceReader

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from conversion import cli
-from conversion.config import HFConfig, in_dialect
+from conversion.config import HFConfig
 from conversion.hf_files import HFWriter, side_files
 from conversion.mapping import export_rows, hf_parts, hf_shapes
 from conversion.megatron_reader import MegatronReader
 from conversion.megatron_writer import Progress
+from conversion.parse import in_dialect
 from conversion.publish import published, write_manifest
 
 MAX_SHARD_SIZE = 5 * 10**9

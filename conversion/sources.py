@@ -8,9 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from conversion.config import HFConfig, read_config
+from conversion.config import HFConfig
 from conversion.mapping import export_tensors, hf_parts, hf_shapes, unconsumed
 from conversion.megatron_reader import MegatronReader
+from conversion.parse import read_config
 from conversion.pickled import open_hf
 
 

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from configs.load import read_config, save_config
+from configs.load import load_saved_config, save_config
 from configs.schema import Config
 from megatron_ext.rl.types import Sample
 from recipes.attempt import FINISHED, LATEST, LOGS, STOP, VARIABLE, own_attempt, record, write_finished
@@ -64,7 +64,7 @@ class RunDir:
             raise ValueError(f"run.dir={self.path} is in use by another process; wait or choose another")
         saved = self.path / "config.yaml"
         if saved.is_file():
-            _check_same_run(read_config(saved), self.config)
+            _check_same_run(load_saved_config(saved), self.config)
         save_config(self.config, saved)
         self.logs = own_attempt(self.path)
         return self

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import conversion
 from conversion import hf_to_megatron, megatron_to_hf
-from conversion.config import in_dialect
+from conversion.parse import in_dialect
 
 SMALL: dict[str, Any] = {
     "vocab_size": 131,

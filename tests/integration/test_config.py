@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs import load
-from configs.load import choices, load_config, read_config, save_config
+from configs.load import choices, load_config, load_saved_config, save_config
 from recipes.data import GENERATORS
 from recipes.rewards.verifiers import VERIFIERS
 
@@ -144,7 +144,7 @@ def test_saved_configuration_reads_back_equal(tmp_path: Path) -> None:
     config = load_config(["loss=ppo", "loss.eps_high=inf", "schedule=linear", *EPS_LOW_CURVE])
     path = tmp_path / "config.yaml"
     save_config(config, path)
-    assert read_config(path) == config
+    assert load_saved_config(path) == config
     assert config.loss["eps_high"] == float("inf")
 
 

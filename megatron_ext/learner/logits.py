@@ -1,16 +1,25 @@
-"""Logits of a checkpoint of either kind in float32: transformers for one, the learner's Megatron model for the other.
+"""Compare the float32 logits of two checkpoints of either kind: `python -m megatron_ext.learner.logits A B`.
 
-Both are imported only when asked for: conversion itself needs neither.
+A Hugging Face directory is run by transformers, a Megatron checkpoint by the learner's model. `conversion.verify` runs
+this command in a process of its own, because conversion itself needs neither. Status 1 when the difference is above the
+tolerance or is not a number.
 """
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 from torch import Tensor
 
+from configs.schema import ModelConfig, ParallelConfig
+from conversion import cli
 from conversion.mapping import import_tensor
 from conversion.sharding import shard
-from conversion.sources import HFSource, MegatronSource, Source
+from conversion.sources import HFSource, MegatronSource, Source, open_source
+from megatron_ext.learner import model as learner
+from megatron_ext.learner.attention import packed_sequences
+from megatron_ext.learner.weights import named_parameters
 
 LENGTHS = (7, 1, 15)
 
@@ -39,11 +48,6 @@ def _from_hf(source: Source, prompts: list[Tensor]) -> Tensor:
 
 
 def _from_megatron(source: MegatronSource, prompts: list[Tensor]) -> Tensor:
-    from configs.schema import ModelConfig, ParallelConfig
-    from megatron_ext.learner import model as learner
-    from megatron_ext.learner.attention import packed_sequences
-    from megatron_ext.learner.weights import named_parameters
-
     parallel, hf = ParallelConfig(), source.hf
     with learner.distributed(parallel, seed=0), learner.on_device():
         with torch.inference_mode(False), torch.enable_grad():  # Megatron's wrapper registers hooks on gradients
@@ -61,3 +65,20 @@ def _from_megatron(source: MegatronSource, prompts: list[Tensor]) -> Tensor:
                 packed_seq_params=packed_sequences(bounds.to(device), max(len(row) for row in prompts)),
             )
         return output[0, :, : hf.vocab_size].float().cpu()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m megatron_ext.learner.logits", description=(__doc__ or "").strip())
+    parser.add_argument("a", help="Hugging Face or Megatron directory")
+    parser.add_argument("b", help="directory to compare it with")
+    parser.add_argument("--hf-config", metavar="DIR", help="config.json for Megatron checkpoints that have none")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest difference of a logit (%(default)s)")
+    args = parser.parse_args()
+    ours, theirs = (logits(open_source(path, args.hf_config)) for path in (args.a, args.b))
+    worst = (ours - theirs).abs().max().item()
+    print(f"logits: largest difference {worst:.2e} (largest logit {ours.abs().max().item():.2e})")
+    return int(not worst <= args.tolerance)  # a NaN is not below any tolerance
+
+
+if __name__ == "__main__":
+    cli.run(main)

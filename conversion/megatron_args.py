@@ -1,0 +1,95 @@
+"""What a model configuration means for Megatron-Core: arguments of TransformerConfig and GPTModel."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from conversion.config import HFConfig
+from conversion.sharding import padded_vocab
+
+
+def transformer_config(hf: HFConfig) -> dict[str, Any]:
+    """Keyword arguments for `megatron.core.transformer.TransformerConfig` that follow from the architecture.
+
+    `activation_func` is given by name ("silu"): this module does not import what it does not need. Dropout is 0, as
+    reinforcement learning requires (old and new log-probabilities must come from the same function).
+    """
+    kwargs: dict[str, Any] = {
+        "num_layers": hf.num_layers,
+        "hidden_size": hf.hidden_size,
+        "ffn_hidden_size": hf.ffn_hidden_size,
+        "num_attention_heads": hf.num_heads,
+        "num_query_groups": hf.num_kv_heads,
+        "kv_channels": hf.head_dim,
+        "layernorm_epsilon": hf.norm_eps,
+        "normalization": "RMSNorm",
+        "add_qkv_bias": hf.qkv_bias,
+        "add_bias_linear": hf.linear_bias,
+        "qk_layernorm": hf.qk_norm,
+        "gated_linear_unit": True,
+        "activation_func": "silu",
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+    if hf.window is not None and hf.window < hf.max_positions:
+        # Megatron counts the tokens to the left of the current one; Hugging Face counts the current one too.
+        kwargs["window_size"] = (hf.window - 1, 0)
+        if hf.window_layers and not all(hf.window_layers):
+            kwargs["window_attn_skip_freq"] = [int(windowed) for windowed in hf.window_layers]
+    if hf.experts is not None:
+        kwargs |= {
+            "num_moe_experts": hf.experts.count,
+            "moe_ffn_hidden_size": hf.experts.ffn_hidden_size,
+            "moe_router_topk": hf.experts.top_k,
+            # softmax over the chosen logits equals softmax over all of them, rescaled to sum to 1 on the chosen
+            "moe_router_pre_softmax": not hf.experts.normalise_top_k,
+            "moe_router_load_balancing_type": "none",
+            "moe_token_dispatcher_type": "alltoall",
+            "moe_router_dtype": "fp32",
+        }
+    return kwargs
+
+
+def gpt_model_kwargs(hf: HFConfig, tp_size: int = 1, vocab_multiple: int = 1) -> dict[str, Any]:
+    """Keyword arguments for `megatron.core.models.gpt.GPTModel` that follow from the architecture.
+
+    `vocab_size` is padded to a multiple of `tp_size * vocab_multiple` (see `sharding.padded_vocab`): logits of the
+    columns from `hf.vocab_size` on belong to no token and must be left out of every softmax. With dynamic RoPE
+    scaling, `max_sequence_length` is the length up to which the scaling changes nothing, which is the only range in
+    which Megatron's unscaled embedding agrees with it.
+    """
+    theta = hf.rope.theta
+    return {
+        "vocab_size": padded_vocab(hf.vocab_size, tp_size, vocab_multiple),
+        "max_sequence_length": hf.max_positions,
+        "position_embedding_type": "yarn" if hf.rope.kind == "yarn" else "rope",
+        "rotary_percent": 1.0,
+        "rotary_base": int(theta) if theta.is_integer() else theta,
+        "rope_scaling": hf.rope.kind == "llama3",
+        "rope_scaling_factor": hf.rope.factor if hf.rope.kind == "llama3" else 8.0,
+        "seq_len_interpolation_factor": hf.rope.factor if hf.rope.kind == "linear" else None,
+        "share_embeddings_and_output_weights": hf.tied,
+    }
+
+
+def yarn_attributes(hf: HFConfig) -> dict[str, Any]:
+    """Attributes to set on Megatron's `TransformerConfig`: GPTModel reads them there, though it declares none.
+
+    Empty without YaRN: their presence alone changes attention. Megatron has no key for the attention factor, but with
+    `mscale_all_dim` at 0 its own is 0.1 * mscale * ln(factor) + 1 (yarn_rotary_pos_embedding.py). Its fused rotary
+    kernel ignores that factor for packed sequences: switch `apply_rope_fusion` off.
+    """
+    yarn = hf.rope.yarn
+    if yarn is None:
+        return {}
+    stretched = hf.rope.factor > 1
+    return {
+        "yarn_rotary_scaling_factor": hf.rope.factor,
+        "yarn_original_max_position_embeddings": yarn.original_positions,
+        "yarn_beta_fast": yarn.beta_fast,
+        "yarn_beta_slow": yarn.beta_slow,
+        "yarn_correction_range_round_to_int": yarn.truncate,
+        "yarn_mscale": (yarn.attention_factor - 1) / (0.1 * math.log(hf.rope.factor)) if stretched else 0.0,
+        "yarn_mscale_all_dim": 0.0,
+    }
