@@ -266,7 +266,8 @@ class Learner(Trainable):
         self.shard = tensor_parallel_shard(self.hf.vocab_size, padded)
         self.reference: Reference | None = None
         if config.reference.kl_coef:
-            self.reference = Reference(self, Path(config.reference.path or model_dir))
+            directory = Path(config.reference.path or model_dir)
+            self.reference = Reference(self.hf, directory, self.chunks, self.statistics)
 
     @torch.no_grad()
     def statistics(self, batch: TrainBatch, samples: Sequence[int] | None = None) -> TokenStats:

@@ -1,53 +1,64 @@
-"""The reference policy of a KL penalty: fixed weights that visit the learner's own model for one pass per batch.
+"""The reference policy of a KL penalty: weights that are swapped into the policy's model for one pass per batch.
 
-There is no second model. This rank's slices of the reference wait in host memory (page-locked beside a GPU); for its
-pass they change places with the policy's, bit for bit. So the reference has the policy's layout, kernels and packing
-whatever they are, and costs no memory on the device; it costs three copies of the weights over the bus per batch.
+There is no second model. This rank's slices of the reference are kept in host memory (page-locked beside a GPU); for
+its pass they change places with the policy's, bit for bit. So the reference has the policy's layout, kernels and
+packing, and takes no memory on the device; it costs three copies of the weights over the bus per batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
+import conversion
 from megatron_ext.learner import weights
 from megatron_ext.learner.offload import model_tensors
-
-if TYPE_CHECKING:
-    from megatron_ext.learner.learner import Learner
-    from megatron_ext.learner.step import TrainBatch
+from megatron_ext.learner.step import TrainBatch
+from megatron_ext.rl.types import TokenStats
 
 
 class Reference:
-    """Log-probabilities under the weights of a Hugging Face directory, through the learner's model."""
+    """Log-probabilities under the weights of a Hugging Face directory, computed by the policy's model."""
 
-    def __init__(self, learner: Learner, directory: Path) -> None:
-        """Reads this rank's slices of the weights; the learner's own are unchanged afterwards.
+    def __init__(
+        self,
+        hf: conversion.HFConfig,
+        directory: Path,
+        chunks: list[Any],
+        statistics: Callable[[TrainBatch], TokenStats],
+    ) -> None:
+        """Read this rank's slices of the weights; those of ``chunks`` are unchanged afterwards.
 
-        Raises ValueError for tensors that are missing, unknown or misshapen for the learner's model.
+        Args:
+            hf: architecture of the policy, and so of the reference.
+            chunks: this rank's model chunks.
+            statistics: the statistics pass through ``chunks``, a collective of all ranks.
+
+        Raises:
+            ValueError: for tensors that are missing, unknown or misshapen for the model.
         """
-        self._learner = learner
-        device = model_tensors(learner.chunks)
+        self._chunks, self._statistics = chunks, statistics
+        device = model_tensors(chunks)
         self._policy = [_host_like(tensor) for tensor in device]
         self._reference = [_host_like(tensor) for tensor in device]
         _copy(self._policy, device)
-        weights.import_hf(learner.hf, directory, learner.chunks)
+        weights.import_hf(hf, directory, chunks)
         _copy(self._reference, device)
         _copy(device, self._policy)
 
     def logp(self, batch: TrainBatch) -> Tensor:
         """log p of every response token under the reference, (T,), on every rank."""
         with self._in_place():
-            return self._learner.statistics(batch).logp
+            return self._statistics(batch).logp
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:
-        device = model_tensors(self._learner.chunks)
+        device = model_tensors(self._chunks)
         _copy(self._policy, device)
         _copy(device, self._reference)
         try:
