@@ -321,15 +321,3 @@ def response_slots(batch: PackedBatch, samples: Sequence[int], offsets: Tensor) 
     where = batch.response_mask_T
     sample_index = torch.tensor(list(samples), dtype=torch.int64, device=where.device)
     return offsets.to(where.device)[sample_index[batch.seq_index_T[where]]] + batch.response_pos_T[where]
-
-
-def to_packed(values_R: Tensor, batch: PackedBatch, slots: Tensor, *, fill: float = 0.0) -> Tensor:
-    """(T,) values of the batch's response tokens at their packed positions, ``fill`` elsewhere."""
-    packed_T = torch.full(batch.tokens_T.shape, fill, dtype=values_R.dtype, device=values_R.device)
-    packed_T[batch.response_mask_T] = values_R[slots]
-    return packed_T
-
-
-def to_samples(values_T: Tensor, batch: PackedBatch, slots: Tensor, out_R: Tensor) -> None:
-    """Write the response-token values of a packed (T,) tensor into ``out_R``, in sample order."""
-    out_R[slots] = values_T[batch.response_mask_T].to(out_R.dtype)

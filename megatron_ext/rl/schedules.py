@@ -19,7 +19,8 @@ from typing import Any
 
 from megatron_ext.rl import params as _params
 from megatron_ext.rl.losses import LOSSES, build_loss
-from megatron_ext.rl.losses.dynamic_clip import DynamicClip
+from megatron_ext.rl.losses.base import Actuator, Loss
+from megatron_ext.rl.losses.dynamic_clip import hysteresis
 from megatron_ext.rl.params import check_choice, check_number, suggest
 
 State = dict[str, Any]
@@ -69,7 +70,7 @@ class Piecewise(Schedule):
             rising = all(a < b for a, b in zip(steps, steps[1:], strict=False))
             if len(steps) != len(curve) or not steps or steps[0] != 0 or not rising:
                 raise ValueError(
-                    f"schedule.points.{key}={[list(p) for p in curve]!r} is no curve: "
+                    f"schedule.points.{key}={[list(p) for p in curve]!r} is not a valid curve: "
                     "give [[0, value], [step, value], ...] with rising steps."
                 )
 
@@ -101,23 +102,6 @@ def interpolate(curve: Curve, x: float) -> float:
     return curve[-1][1]
 
 
-ACTUATORS: dict[str, dict[str, tuple[int, tuple[float, float] | None]]] = {
-    "ppo": {"eps_high": (+1, (0.1, 0.4)), "eps_low": (-1, (0.1, 0.3))},
-    "ce_gppo": {"beta1": (-1, (0.0, 0.75)), "beta2": (+1, (0.5, 1.0))},
-    "dynamic_clip": {
-        "b_high": (+1, (0.25, 0.75)),
-        "b_low": (-1, (0.2, 0.4)),
-        "alpha_high": (-1, None),
-        "alpha_low": (+1, None),
-    },
-}
-"""loss -> parameter -> (sign of its effect on entropy, default limits; None: moved only if limits are configured).
-
-Signs: P2 sec. 5.1 for beta, P3 for eps. A larger b_high admits rewarded tokens (entropy up), a larger b_low penalised
-ones (down); a steeper, more negative alpha_high takes likely tokens (E1) away (up), a steeper alpha_low takes E3 away
-(down). beta1 stops at 0.75, P2's setting for 7B: beta1 = 1 was unstable at small scale."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class EntropyTarget(Schedule):
     """A closed loop that follows a target entropy H*(k) by moving loss parameters within limits. Ours.
@@ -142,7 +126,9 @@ class EntropyTarget(Schedule):
     integral_gain: float = 0.1
     """Per rollout step."""
     limits: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    """Loss parameter -> [low, high], which must hold its configured value; empty: the defaults in `ACTUATORS`."""
+    """Loss parameter -> [low, high], which must hold its configured value; empty: the loss's own (`Loss.actuators`)."""
+    signs: Mapping[str, int] = field(default_factory=dict)
+    """Loss parameter -> +1 if raising it raises entropy, else -1; set by `build_controller` from `Loss.actuators`."""
 
     def __post_init__(self) -> None:
         check_choice("schedule.curve", self.curve, ("constant", "linear", "cosine", "id", "did", "od"))
@@ -188,10 +174,9 @@ class EntropyTarget(Schedule):
         return self._actuate(state["control"], base)
 
     def _actuate(self, control: float, base: Mapping[str, float]) -> dict[str, float]:
-        signs = {key: sign for actuators in ACTUATORS.values() for key, (sign, _) in actuators.items()}
         result = {}
         for key, (low, high) in self.limits.items():
-            push = signs[key] * control
+            push = self.signs[key] * control
             result[key] = base[key] + push * ((high - base[key]) if push > 0 else (base[key] - low))
         return result
 
@@ -216,32 +201,19 @@ SCHEDULES: dict[str, type[Schedule]] = {
 }
 
 
-def hysteresis(previous: int, entropy: float, low: float, high: float) -> int:
-    """OD's state (P0 sec. 4.2): 1 (boost) when H <= low, 0 (suppress) when H > high, else as before."""
-    if entropy <= low:
-        return 1
-    return 0 if entropy > high else previous
-
-
 @dataclass(frozen=True)
 class Controller:
     """A loss's configuration and the schedule that moves it. Build with `build_controller`."""
 
-    loss_name: str
+    loss: Loss
+    """As configured."""
     base: dict[str, Any]
-    """The loss's parameters, defaults filled in."""
+    """Its parameters, defaults filled in."""
     schedule: Schedule
-
-    @property
-    def _oscillates(self) -> bool:
-        return self.loss_name == "dynamic_clip" and self.base["strategy"] == "od"
 
     def init(self) -> State:
         """State before the first step; JSON-serialisable."""
-        state: State = {"step": -1, "total_steps": 0, **self.schedule.init()}
-        if self._oscillates:
-            state |= {"h_init": None, "s": self.base["initial_state"]}
-        return state
+        return {"step": -1, "total_steps": 0, **self.schedule.init(), **self.loss.init_state()}
 
     def observe(self, state: State, *, step: int, total_steps: int, entropy: float) -> State:
         """The next state. Call once per rollout step, before its first update.
@@ -255,26 +227,20 @@ class Controller:
         check_number("entropy", entropy, 0, 1e6)
         assert step > state["step"], f"step {step} observed after step {state['step']}: each step is observed once"
         new = {**state, **self.schedule.observe(state, step=step, total_steps=total_steps, entropy=entropy)}
-        if self._oscillates:
-            h_init = entropy if state["h_init"] is None else state["h_init"]
-            h_min = self.base["entropy_floor"] * h_init
-            high = h_min + (h_init - h_min) * (1 - step / total_steps)
-            new |= {"h_init": h_init, "s": hysteresis(state["s"], entropy, h_min, high)}
+        new |= self.loss.observe(state, step=step, total_steps=total_steps, entropy=entropy)
         return {**new, "step": step, "total_steps": total_steps}
 
     def loss_params(self, state: State, *, step: int, total_steps: int) -> dict[str, Any]:
         """Parameters to merge over the configured ones for this step's `build_loss`."""
-        params: dict[str, Any] = dict(self.schedule.values(state, self.base, step=step))
-        if self.loss_name == "dynamic_clip":
-            params |= {"step": step, "total_steps": total_steps, "state": state.get("s")}
-        return params
+        moved = self.schedule.values(state, self.base, step=step)
+        return {**moved, **self.loss.at(state, step=step, total_steps=total_steps)}
 
     def metrics(self, state: State) -> dict[str, float]:
         """What was decided at the last observed step, for the log: every parameter moved and every state."""
         logged = dict(self.schedule.metrics(state))
         if state["step"] >= 0:
             logged |= self.schedule.values(state, self.base, step=state["step"])
-        if self._oscillates:
+        if "s" in state:
             logged["state"] = state["s"]
         return {f"schedule/{key}": float(value) for key, value in logged.items()}
 
@@ -289,35 +255,34 @@ def build_controller(
             take a parameter out of its range at some step (every extreme is tried here).
     """
     given = {key: value for key, value in loss_params.items() if key != "name"}
-    clock = {"step": 0, "total_steps": 1, "state": 0} if loss_name == "dynamic_clip" else {}
-    loss = build_loss(loss_name, **{**given, **clock})
-    base = {f.name: getattr(loss, f.name) for f in fields(LOSSES[loss_name])}  # type: ignore[arg-type]
-    if isinstance(loss, DynamicClip):
-        for key in clock:
-            del base[key]
+    loss = build_loss(loss_name, **given)
+    base = {f.name: getattr(loss, f.name) for f in fields(loss) if f.name not in loss.runtime}  # type: ignore[arg-type]
     if schedule_name == "entropy_target":
-        schedule_params = {**schedule_params, "limits": _limits(loss_name, schedule_params.get("limits"))}
+        limits = _limits(loss_name, loss.actuators, schedule_params.get("limits"))
+        signs = {key: actuator.sign for key, actuator in loss.actuators.items()}
+        schedule_params = {**schedule_params, "limits": limits, "signs": signs}
     schedule = _params.build("schedule", SCHEDULES, schedule_name, schedule_params)
     for key in getattr(schedule, "points", {}):
         _check_moves(f"schedule.points.{key}", key, loss_name, base)
     for settings in schedule.extremes(base):
-        build_loss(loss_name, **{**given, **clock, **settings})
-    return Controller(loss_name, base, schedule)
+        build_loss(loss_name, **{**given, **settings})
+    return Controller(loss, base, schedule)
 
 
-def _limits(loss_name: str, limits: Mapping[str, Sequence[float]] | None) -> dict[str, Sequence[float]]:
+def _limits(
+    loss_name: str, known: Mapping[str, Actuator], limits: Mapping[str, Sequence[float]] | None
+) -> dict[str, Sequence[float]]:
     """The configured limits, checked, or the loss's defaults."""
-    known = ACTUATORS.get(loss_name)
-    if known is None:
-        losses = ", ".join(ACTUATORS)
+    if not known:
+        losses = ", ".join(name for name, cls in LOSSES.items() if cls.actuators)
         raise ValueError(
             f"schedule.name='entropy_target' cannot steer loss.name={loss_name!r}: choose one of {losses}."
         )
     for key, pair in (limits or {}).items():
         _check_moves(f"schedule.limits.{key}", key, loss_name, known)
         if len(pair) != 2:
-            raise ValueError(f"schedule.limits.{key}={list(pair)!r} is no interval: give [low, high].")
-    return dict(limits) if limits else {key: default for key, (_, default) in known.items() if default}
+            raise ValueError(f"schedule.limits.{key}={list(pair)!r} must be an interval [low, high].")
+    return dict(limits) if limits else {key: a.limits for key, a in known.items() if a.limits is not None}
 
 
 def _check_moves(where: str, key: str, loss_name: str, known: Mapping[str, Any]) -> None:

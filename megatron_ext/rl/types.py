@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 
@@ -74,9 +73,9 @@ class TokenStats:
 
 @dataclass(frozen=True, slots=True)
 class LossInputs:
-    """What a policy loss may look at. Every tensor has shape (T,): response tokens of one or many sequences, flat.
+    """Inputs of a policy loss. Every tensor has shape (T,): response tokens of one or many sequences, flat.
 
-    Only ``logp`` (and ``entropy``, for losses that regularise it) carries gradient. Optional fields default to None.
+    ``logp`` and ``entropy`` carry gradient; the other fields are constants. Optional fields default to None.
     """
 
     logp: Tensor  # log pi_theta(y_t), differentiable
@@ -84,22 +83,24 @@ class LossInputs:
     advantages: Tensor
     mask: Tensor  # bool; False tokens get loss 0 and count in no metric
     seq_ids: Tensor | None = None  # int64, sequence of each token; required by sequence-level losses
-    entropy: Tensor | None = None  # H of the next-token distribution, nats
+    entropy: Tensor | None = None  # H of the next-token distribution, nats, differentiable
 
 
 @dataclass(frozen=True, slots=True)
 class LossOutputs:
-    """Per-token loss without any aggregation, and named scalar tensors.
+    """Per-token loss without any aggregation, its closed-form gradient, and named scalar tensors.
 
-    ``loss`` has shape (T,) and is 0 where the mask is False. ``metrics`` are *means over the masked tokens* (0 for an
-    empty mask), detached, named as logged without the ``actor/`` prefix: ``pg_clipfrac_low``, ``pg_clipfrac_high``,
-    ``pg_clipfrac_dual``, ... The learner weights them by token count, so they reduce over micro-batches and ranks.
+    All but ``loss`` is detached. Per-token fields have shape (T,) and are 0 or False where the mask is False.
+
+    ``gradient`` is d(-loss_t) / d logp_t = F A with F the gradient weight of the loss. ``below`` and ``above`` are
+    the tokens whose importance ratio (of the sequence, for a sequence-level loss) lies outside the loss's interval,
+    whatever the sign of the advantage; False everywhere for a loss without bounds. ``metrics`` are *means over the
+    masked tokens* (0 for an empty mask), named as logged without the ``actor/`` prefix: ``pg_clipfrac_low``,
+    ``pg_clipfrac_high``, ``pg_clipfrac_dual``, ... Weighted by token count they reduce over micro-batches and ranks.
     """
 
     loss: Tensor
+    gradient: Tensor
+    below: Tensor
+    above: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
-
-
-def empty_stats(n: int, dtype: torch.dtype = torch.float32) -> TokenStats:
-    """Statistics of ``n`` tokens, filled with zeros: a receive buffer."""
-    return TokenStats(*(torch.zeros(n, dtype=dtype) for _ in range(4)))

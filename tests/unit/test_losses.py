@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_ext.rl.losses import LOSSES, build_loss
+from megatron_ext.rl.losses import LOSSES, DifferentiableLoss, build_loss
 from megatron_ext.rl.types import LossInputs
 
 F64 = torch.float64
@@ -319,6 +320,14 @@ def test_phase_ratio_moves_the_split(ratio: float) -> None:
         assert low == pytest.approx(0.3 if k == steps else 0.2)
 
 
+@pytest.mark.parametrize(
+    ("strategy", "said"), [("id", "needs step and total_steps"), ("did", "needs step"), ("od", "needs the state")]
+)
+def test_a_schedule_without_its_clock_is_refused(strategy: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        build_loss("dynamic_clip", strategy=strategy).offsets(torch.zeros(1))  # type: ignore[attr-defined]
+
+
 ANY = [
     (name, {"strategy": "both"} if name == "dynamic_clip" else {}) for name in LOSSES
 ]  # every loss with usable parameters
@@ -360,6 +369,58 @@ def test_masked_tokens_neither_count_nor_push(name: str, params: dict[str, Any])
     assert torch.isfinite(leaf.grad).all()
     for key, value in out.metrics.items():
         assert value.item() == pytest.approx(kept.metrics[key].item(), rel=1e-12), key
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_carry_the_gradient_and_the_events(case: str) -> None:
+    """``gradient`` is autograd's, and ``below``/``above`` do not depend on the sign of the advantage."""
+    name, params, _, _ = CASES[case]
+    logp, old, a = random_inputs(11, 60, 0.6, F64)
+    mask = torch.arange(60) % 5 != 0
+    ids = torch.arange(60) // 4
+    leaf = logp.clone().requires_grad_()
+    out = build_loss(name, **params)(LossInputs(leaf, old, a, mask, ids))
+    out.loss.sum().backward()
+    assert torch.equal(out.gradient, -leaf.grad)
+    flipped = build_loss(name, **params)(LossInputs(logp, old, -a, mask, ids))
+    for event, other in ((out.below, flipped.below), (out.above, flipped.above)):
+        assert torch.equal(event, other) and not event[~mask].any() and not event.requires_grad
+    negative = out.below & (a < 0)
+    if name in ("ppo", "ce_gppo", "gspo", "dynamic_clip"):
+        assert out.metrics["pg_clipfrac_low"].item() == pytest.approx((negative.sum() / mask.sum()).item())
+    if name in ("pg", "sapo"):
+        assert not (out.below | out.above).any()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Textbook(DifferentiableLoss):
+    """Written as plain torch code, as a user would: PPO's objective and an entropy bonus."""
+
+    eps: float = 0.2
+    bonus: float = 0.0
+
+    def objective(self, x: LossInputs) -> Tensor:
+        r = (x.logp - x.old_logp).exp()
+        objective = torch.min(r * x.advantages, r.clamp(1 - self.eps, 1 + self.eps) * x.advantages)
+        return objective if x.entropy is None else objective + self.bonus * x.entropy.square()
+
+
+def test_plain_differentiable_code_is_enough() -> None:
+    """Same loss, gradient and ``LossOutputs.gradient`` as the closed form; the entropy gets its gradient too."""
+    logp, old, a = random_inputs(12, 50, 0.6, F64)
+    mask = torch.arange(50) % 4 != 0
+    h = torch.rand(50, dtype=F64)
+    x = LossInputs(logp.requires_grad_(), old, a, mask, entropy=h.requires_grad_())
+    plain, closed = Textbook(bonus=0.3)(x), build_loss("ppo")(replace(x, entropy=None))
+    torch.testing.assert_close(plain.loss.detach(), (closed.loss - mask * 0.3 * h.square()).detach())
+    torch.testing.assert_close(plain.gradient, closed.gradient)
+    weights = torch.rand(50, dtype=F64)
+    got = torch.autograd.grad((weights * plain.loss).sum(), (logp, h))
+    (want,) = torch.autograd.grad((weights * closed.loss).sum(), logp)
+    torch.testing.assert_close(got[0], want)
+    torch.testing.assert_close(got[1], torch.where(mask, -0.6 * weights * h, 0.0).detach())
+    with torch.no_grad():  # evaluation: there is a loss, and nothing to differentiate
+        assert not Textbook()(x).loss.requires_grad
 
 
 @pytest.mark.parametrize(("name", "params"), ANY, ids=list(LOSSES))
@@ -450,8 +511,6 @@ def test_gspo_is_the_sequence_objective_under_seq_mean_token_mean() -> None:
         ("sapo", {"tau_pos": 0}, "loss.tau_pos"),
         ("pg", {"eps_low": 0.2}, "loss.eps_low=0.2 is not a parameter of 'pg'.*takes none"),
         ("dynamic_clip", {"strategy": "ido"}, "did you mean 'id'"),
-        ("dynamic_clip", {"strategy": "id"}, "needs step and total_steps"),
-        ("dynamic_clip", {"strategy": "od"}, "needs the controller's state"),
         ("dynamic_clip", {"strategy": "od", "state": 2}, "loss.state=2"),
         ("dynamic_clip", {"strategy": "id", "step": 9, "total_steps": 8}, "loss.step=9"),
         ("dynamic_clip", {"strategy": "both", "alpha_high": -0.6}, "loss.alpha_high"),

@@ -50,12 +50,10 @@ def check_complete(path: Path, cls: type, not_configured: set[str]) -> dict[str,
     return config
 
 
-CONTROLLED = {"step", "total_steps", "state"}
-
-
 @pytest.mark.parametrize("path", group("loss"))
 def test_loss_configs(path: Path) -> None:
-    config = check_complete(path, LOSSES[yaml.safe_load(path.read_text())["name"]], CONTROLLED)
+    loss = LOSSES[yaml.safe_load(path.read_text())["name"]]
+    config = check_complete(path, loss, set(loss.runtime))
     controller = build_controller(config["name"], config)
     build_loss(**{**config, **controller.loss_params(controller.init(), step=0, total_steps=10)})
 
@@ -67,7 +65,7 @@ def test_selection_configs(path: Path) -> None:
 
 @pytest.mark.parametrize("path", group("schedule"))
 def test_schedule_configs(path: Path) -> None:
-    config = check_complete(path, SCHEDULES[path.stem], set())
+    config = check_complete(path, SCHEDULES[path.stem], {"signs"})
     build_controller("ce_gppo", {}, config.pop("name"), **config)
 
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.rl.losses import build_loss
-from megatron_ext.rl.schedules import Controller, build_controller, hysteresis
+from megatron_ext.rl.losses.dynamic_clip import hysteresis
+from megatron_ext.rl.schedules import Controller, build_controller
 from megatron_ext.rl.types import LossInputs
 
 CONTROLLERS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
@@ -59,7 +60,7 @@ def test_resume_in_the_middle_continues_identically(case: str, seed: int, cut: i
             assert state == before, "observe must not change the state it is given"
             state = new
             params = controller.loss_params(state, step=k, total_steps=steps)
-            build_loss(controller.loss_name, **{**CONTROLLERS[case][1], **params})
+            build_loss(CONTROLLERS[case][0], **{**CONTROLLERS[case][1], **params})
             trace.append((params, controller.metrics(state)))
         return state, trace
 
@@ -231,15 +232,15 @@ def test_od_target_bounces_between_the_floor_and_the_falling_envelope() -> None:
         ("ce_gppo", {}, "peacewise", {}, "did you mean 'piecewise'"),
         ("ce_gppo", {"beta": 1}, "none", {}, "loss.beta=1"),
         ("ce_gppo", {}, "linear", {"points": {"beta3": [[0, 1]]}}, "schedule.points.beta3.*did you mean 'beta"),
-        ("ce_gppo", {}, "linear", {"points": {"beta1": [[5, 1.0]]}}, "schedule.points.beta1.*is no curve"),
-        ("ce_gppo", {}, "linear", {"points": {"beta1": [[0, 1.0], [0, 2.0]]}}, "is no curve"),
-        ("ce_gppo", {}, "linear", {"points": {"beta1": []}}, "is no curve"),
+        ("ce_gppo", {}, "linear", {"points": {"beta1": [[5, 1.0]]}}, "schedule.points.beta1.*is not a valid curve"),
+        ("ce_gppo", {}, "linear", {"points": {"beta1": [[0, 1.0], [0, 2.0]]}}, "is not a valid curve"),
+        ("ce_gppo", {}, "linear", {"points": {"beta1": []}}, "is not a valid curve"),
         ("ce_gppo", {}, "piecewise", {"points": {"beta1": [[0, 1.0], [9, -1.0]]}}, "loss.beta1=-1.0"),
         ("dynamic_clip", {"strategy": "id"}, "piecewise", {"points": {"step": [[0, 1.0]]}}, "schedule.points.step"),
         ("gspo", {}, "entropy_target", {}, "cannot steer loss.name='gspo'"),
         ("ppo", {"eps_high": math.inf}, "entropy_target", {}, "schedule.limits.eps_high.*does not hold"),
         ("ce_gppo", {}, "entropy_target", {"limits": {"beta1": [0.0, 0.4]}}, "does not hold loss.beta1=0.5"),
-        ("ce_gppo", {}, "entropy_target", {"limits": {"beta1": [0.0]}}, "is no interval"),
+        ("ce_gppo", {}, "entropy_target", {"limits": {"beta1": [0.0]}}, "must be an interval"),
         ("ce_gppo", {}, "entropy_target", {"limits": {"beta1": [-1.0, 1.0]}}, "loss.beta1=-1.0"),
         ("ce_gppo", {}, "entropy_target", {"curve": "sine"}, "schedule.curve"),
         ("ce_gppo", {}, "entropy_target", {"gain": -1.0}, "schedule.gain"),

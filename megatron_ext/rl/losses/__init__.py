@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_ext.rl import params as _params
-from megatron_ext.rl.losses.base import Loss
+from megatron_ext.rl.losses.base import DifferentiableLoss, Loss
 from megatron_ext.rl.losses.ce_gppo import CeGppo
 from megatron_ext.rl.losses.cispo import Cispo
 from megatron_ext.rl.losses.dynamic_clip import DynamicClip
@@ -34,4 +34,4 @@ def build_loss(name: str, **params: Any) -> Loss:
     return _params.build("loss", LOSSES, name, params)
 
 
-__all__ = ["LOSSES", "Loss", "build_loss"]
+__all__ = ["LOSSES", "DifferentiableLoss", "Loss", "build_loss"]

@@ -1,9 +1,9 @@
-"""What all policy losses share: inputs are cleaned, the ratio is formed, and (value, F) becomes a loss.
+"""Base classes of the policy losses: they clean the inputs, form the ratio, and turn closed forms into a loss.
 
-A policy-gradient loss is characterised by its *gradient weight* F: d(-loss_t)/dtheta = F * A * grad logp. Each loss
-in this package states its value and F in closed form; `Loss.__call__` turns them into a differentiable per-token loss
-in one line. Nothing is differentiated through exp, clamp or min, so the backward pass cannot overflow, and the
-textbook objective under autograd remains an independent oracle for the tests.
+A policy-gradient loss is characterised by its *gradient weight* F: d(-loss_t)/dtheta = F * A * grad logp. A `Loss`
+states its value and F * A in closed form. Nothing is differentiated through exp, clamp or min, so the backward pass
+cannot overflow, and the textbook objective under autograd remains an independent oracle for the tests. A
+`DifferentiableLoss` states the objective only, and autograd does the rest.
 
 Notation: r = exp(logp - old_logp), A advantage, p = exp(logp), all detached; shapes (T,), logarithms in nats.
 """
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,25 +22,57 @@ from torch import Tensor
 from megatron_ext.rl.types import LossInputs, LossOutputs
 
 
+class Actuator(NamedTuple):
+    """A loss parameter that steers entropy."""
+
+    sign: int  # +1: raising the parameter raises entropy, -1: it lowers it
+    limits: tuple[float, float] | None = None  # default interval; None: moved only if the user gives one
+
+
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """Closed forms of one loss, all of shape (T,), none with gradient.
-
-    ``value`` is the per-token objective (to be maximised), ``weight`` is F, ``metrics`` are per-token quantities whose
-    mean over the masked tokens is logged.
-    """
+    """Closed forms of one loss, all of shape (T,), none with gradient."""
 
     value: Tensor
-    weight: Tensor
+    """The per-token objective, to be maximised."""
+    gradient: Tensor
+    """d value / d logp = F A."""
+    below: Tensor | None = None
+    """bool: the ratio is below the loss's lower bound. None: the loss has no such bound."""
+    above: Tensor | None = None
+    """bool: the ratio is above the loss's upper bound. None: the loss has no such bound."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    """Per-token quantities (bool or float) whose mean over the masked tokens is logged."""
+    entropy_gradient: Tensor | None = None
+    """d value / d H, for a loss that depends on the entropy. None: it does not."""
 
 
 class Loss(ABC):
     """Base of the losses. Subclasses are frozen dataclasses whose fields are the loss's parameters."""
 
+    runtime: ClassVar[tuple[str, ...]] = ()
+    """Fields that `at` sets at every rollout step. They cannot be configured."""
+    actuators: ClassVar[Mapping[str, Actuator]] = {}
+    """Parameters by which a closed loop can steer the entropy, see `megatron_ext.rl.schedules.EntropyTarget`."""
+
     @abstractmethod
     def terms(self, x: LossInputs, ratio: Tensor) -> Terms:
-        """Value and gradient weight. ``x`` is detached, at least float32, and 0 where the mask is False."""
+        """Value and gradient. ``x`` is detached, at least float32, and 0 where the mask is False."""
+
+    # A loss whose parameters follow the rollout step or the measured entropy overrides these three. The state is
+    # JSON-serialisable and part of the checkpoint.
+
+    def init_state(self) -> dict[str, Any]:
+        """State before the first rollout step."""
+        return {}
+
+    def observe(self, state: Mapping[str, Any], *, step: int, total_steps: int, entropy: float) -> dict[str, Any]:
+        """The state's new entries at rollout step ``step``, from the mean token entropy (nats) of its batch."""
+        return {}
+
+    def at(self, state: Mapping[str, Any], *, step: int, total_steps: int) -> dict[str, Any]:
+        """Values of the `runtime` fields at this step."""
+        return {}
 
     def __call__(self, x: LossInputs) -> LossOutputs:
         """Per-token loss, shape (T,), 0 where the mask is False, in the dtype of ``x.logp`` (at least float32).
@@ -63,9 +97,13 @@ class Loss(ABC):
         cap = max_log_ratio(dtype)
         ratio = log_ratio.clamp(max=cap).exp()
         t = self.terms(fixed, ratio)
-        surrogate = t.value + t.weight * fixed.advantages * (logp - logp.detach())
-        loss = torch.where(x.mask, -surrogate, torch.zeros((), dtype=dtype, device=logp.device))
-        none = torch.zeros_like(ratio)
+        zero = torch.zeros((), dtype=dtype, device=logp.device)
+        gradient = torch.where(x.mask, t.gradient, zero)
+        loss: Tensor = _WithGradient.apply(logp, torch.where(x.mask, -t.value, zero), -gradient)
+        if t.entropy_gradient is not None and x.entropy is not None:
+            slope = torch.where(x.mask, t.entropy_gradient, zero)
+            loss = _WithGradient.apply(x.entropy.to(dtype), loss, -slope)
+        none = torch.zeros_like(x.mask)
         per_token = {
             "pg_clipfrac_low": none,
             "pg_clipfrac_high": none,
@@ -75,7 +113,47 @@ class Loss(ABC):
             "ratio_overflow": log_ratio > cap,
             **t.metrics,
         }
-        return LossOutputs(loss, {name: masked_mean(v.to(dtype), x.mask) for name, v in per_token.items()})
+        return LossOutputs(
+            loss=loss,
+            gradient=gradient,
+            below=none if t.below is None else t.below & x.mask,
+            above=none if t.above is None else t.above & x.mask,
+            metrics={name: masked_mean(v.to(dtype), x.mask) for name, v in per_token.items()},
+        )
+
+
+class DifferentiableLoss(Loss):
+    """A loss written as plain differentiable code: `objective` instead of `terms`; autograd gives the gradient.
+
+    It costs one backward pass through the objective more than a closed form, and what overflows in it overflows.
+    """
+
+    @abstractmethod
+    def objective(self, x: LossInputs) -> Tensor:
+        """Per-token objective (T,), to be maximised. ``x.logp`` and ``x.entropy`` are differentiable."""
+
+    def terms(self, x: LossInputs, ratio: Tensor) -> Terms:
+        with torch.enable_grad():
+            leaves = [x.logp.detach().requires_grad_()]
+            if x.entropy is not None:
+                leaves.append(x.entropy.detach().requires_grad_())
+            value = self.objective(replace(x, logp=leaves[0], entropy=leaves[1] if len(leaves) > 1 else None))
+            slopes = torch.autograd.grad(value.sum(), leaves, materialize_grads=True)
+        return Terms(value.detach(), slopes[0], entropy_gradient=slopes[1] if len(slopes) > 1 else None)
+
+
+class _WithGradient(torch.autograd.Function):
+    """``value``, whose derivative with respect to ``x`` is ``slope``; added to what ``value`` itself depends on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return grads[0] * slope, grads[0], None
 
 
 def max_log_ratio(dtype: torch.dtype) -> float:

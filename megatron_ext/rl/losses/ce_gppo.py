@@ -9,12 +9,13 @@ is not self-limiting), and ``dual_clip`` and ``nll_coef``, which are in the auth
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from megatron_ext.rl.losses.base import Loss, Terms
+from megatron_ext.rl.losses.base import Actuator, Loss, Terms
 from megatron_ext.rl.losses.ppo import check_offsets, clipped_terms
 from megatron_ext.rl.params import check_number
 from megatron_ext.rl.types import LossInputs
@@ -27,6 +28,9 @@ class CeGppo(Loss):
     The value is F * A * exp(logp - sg(logp)) and never r / sg(r), which is 0/0 once r underflows.
     With beta1 = beta2 = 0 the gradient is PPO's bit for bit; the values differ (0 against (1 +- eps) A).
     """
+
+    # Sec. 5.1. beta1 stops at 0.75, the paper's setting for 7B: beta1 = 1 was unstable at small scale.
+    actuators = MappingProxyType({"beta1": Actuator(-1, (0.0, 0.75)), "beta2": Actuator(+1, (0.5, 1.0))})
 
     beta1: float = 0.5
     """Weight of the left branch, >= 0. Larger: entropy falls faster."""
@@ -58,14 +62,13 @@ class CeGppo(Loss):
         left, right = ppo.metrics["pg_clipfrac_low"], ppo.metrics["pg_clipfrac_high"]
         stop_left = left & (ratio < (self.ratio_stop_low or 0.0))
         stop_right = right & (ratio > (math.inf if self.ratio_stop_high is None else self.ratio_stop_high))
-        weight = torch.where(left, self.beta1 * (1 - self.eps_low), ppo.weight)
+        gradient = torch.where(left, self.beta1 * (1 - self.eps_low) * x.advantages, ppo.gradient)
         if self.eps_high < math.inf:  # otherwise nothing is on the right, and 0 * inf is NaN
-            weight = torch.where(right, self.beta2 * (1 + self.eps_high), weight)
-        weight = torch.where(stop_left | stop_right, torch.zeros_like(weight), weight)
-        value = torch.where(left | right, weight * x.advantages, ppo.value)
+            gradient = torch.where(right, self.beta2 * (1 + self.eps_high) * x.advantages, gradient)
+        gradient = torch.where(stop_left | stop_right, torch.zeros_like(gradient), gradient)
+        value = torch.where(left | right, gradient, ppo.value)
         if self.nll_coef:
-            up = x.advantages > 0
-            value = value + torch.where(up, self.nll_coef * x.logp, torch.zeros_like(value))
-            weight = weight + torch.where(up, self.nll_coef / x.advantages, torch.zeros_like(weight))
+            up = self.nll_coef * (x.advantages > 0).to(ratio.dtype)
+            value, gradient = value + up * x.logp, gradient + up
         stops = {"ratio_stop_frac_low": stop_left, "ratio_stop_frac_high": stop_right}
-        return Terms(value, weight, {**ppo.metrics, **stops})
+        return replace(ppo, value=value, gradient=gradient, metrics={**ppo.metrics, **stops})

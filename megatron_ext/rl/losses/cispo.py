@@ -27,5 +27,6 @@ class Cispo(Loss):
     def terms(self, x: LossInputs, ratio: Tensor) -> Terms:
         low, high = 1 - self.eps_low, 1 + self.eps_high
         weight = ratio.clamp(low, high)
-        clipped = {"pg_clipfrac_low": ratio < low, "pg_clipfrac_high": ratio > high}
-        return Terms(weight * x.advantages * x.logp, weight, clipped)
+        below, above = ratio < low, ratio > high
+        clipped = {"pg_clipfrac_low": below, "pg_clipfrac_high": above}
+        return Terms(weight * x.advantages * x.logp, weight * x.advantages, below, above, clipped)

@@ -11,12 +11,15 @@ P0 app. E.3 (static thresholds in the same schedules) is alpha_high = alpha_low 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_ext.rl.losses.base import Loss, Terms
+from megatron_ext.rl.losses.base import Actuator, Loss, Terms
 from megatron_ext.rl.losses.ppo import clipped_terms
 from megatron_ext.rl.params import check_choice, check_number
 from megatron_ext.rl.types import LossInputs
@@ -28,8 +31,20 @@ STRATEGIES = ("id", "did", "od", "upper", "lower", "both")
 class DynamicClip(Loss):
     """PPO's closed forms with eps_high(p), eps_low(p) = a mixture of eps and H(p), M(p) that `mixture` sets.
 
-    ``step``, ``total_steps`` and ``state`` come from the controller (`megatron_ext.rl.schedules`), not from a config.
+    ``step``, ``total_steps`` and ``state`` follow the rollout step (`at`) and cannot be configured.
     """
+
+    runtime = ("step", "total_steps", "state")
+    # A larger b_high admits rewarded tokens (entropy up), a larger b_low penalised ones (down); a more negative
+    # alpha_high takes likely tokens (E1) away (up), a steeper alpha_low takes E3 away (down).
+    actuators = MappingProxyType(
+        {
+            "b_high": Actuator(+1, (0.25, 0.75)),
+            "b_low": Actuator(-1, (0.2, 0.4)),
+            "alpha_high": Actuator(-1),
+            "alpha_low": Actuator(+1),
+        }
+    )
 
     strategy: str = "id"
     """id | did | od, or without a schedule: upper (H, eps), lower (eps, M), both (H, M)."""
@@ -44,9 +59,9 @@ class DynamicClip(Loss):
     lower_ramp: str = "text"
     """text | printed, see the head of this file."""
     entropy_floor: float = 0.2
-    """od: H_min as a share of the first batch's entropy; read by the controller."""
+    """od: H_min as a share of the first batch's entropy."""
     initial_state: int = 0
-    """od: s before the first switch (P0 does not say): 0 suppress, 1 boost; read by the controller."""
+    """od: s before the first switch (P0 does not say): 0 suppress, 1 boost."""
     step: int | None = None
     """Rollout step k, 0 <= k <= total_steps; required by id and did."""
     total_steps: int | None = None
@@ -66,25 +81,39 @@ class DynamicClip(Loss):
         for key in ("initial_state", "state"):
             if getattr(self, key) not in ((0, 1) if key == "initial_state" else (0, 1, None)):
                 raise ValueError(f"loss.{key}={getattr(self, key)!r} is unknown: set 0 (suppress) or 1 (boost).")
-        self._check_progress()
-
-    def _check_progress(self) -> None:
-        if self.strategy == "od" and self.state is None:
-            raise ValueError("loss.state=None: strategy=od needs the controller's state, 0 or 1.")
-        if self.strategy in ("id", "did") and (self.step is None or self.total_steps is None):
-            raise ValueError(f"loss.step={self.step!r}: strategy={self.strategy} needs step and total_steps.")
         if self.total_steps is not None:
             check_number("loss.total_steps", self.total_steps, 1)
             if self.step is not None:
                 check_number("loss.step", self.step, 0, self.total_steps)
 
+    def init_state(self) -> dict[str, Any]:
+        return {"h_init": None, "s": self.initial_state} if self.strategy == "od" else {}
+
+    def observe(self, state: Mapping[str, Any], *, step: int, total_steps: int, entropy: float) -> dict[str, Any]:
+        if self.strategy != "od":
+            return {}
+        h_init = entropy if state["h_init"] is None else state["h_init"]
+        h_min = self.entropy_floor * h_init
+        high = h_min + (h_init - h_min) * (1 - step / total_steps)
+        return {"h_init": h_init, "s": hysteresis(state["s"], entropy, h_min, high)}
+
+    def at(self, state: Mapping[str, Any], *, step: int, total_steps: int) -> dict[str, Any]:
+        return {"step": step, "total_steps": total_steps, "state": state.get("s")}
+
     def mixture(self) -> tuple[float, float]:
-        """(share of H in the upper offset, share of M in the lower one), each in [0, 1]; the rest is eps."""
+        """(share of H in the upper offset, share of M in the lower one), each in [0, 1]; the rest is eps.
+
+        Raises:
+            ValueError: id or did without ``step`` and ``total_steps``, od without ``state``.
+        """
         if self.strategy == "od":
+            if self.state is None:
+                raise ValueError("loss.state=None: strategy=od needs the state of `observe`, 0 or 1.")
             return (1.0, 0.0) if self.state == 1 else (0.0, 1.0)
         if self.strategy in ("upper", "lower", "both"):
             return float(self.strategy != "lower"), float(self.strategy != "upper")
-        assert self.step is not None and self.total_steps is not None
+        if self.step is None or self.total_steps is None:
+            raise ValueError(f"loss.step={self.step!r}: strategy={self.strategy} needs step and total_steps.")
         split = self.phase_ratio * self.total_steps
         if self.step <= split:
             u = self.step / split
@@ -102,4 +131,11 @@ class DynamicClip(Loss):
     def terms(self, x: LossInputs, ratio: Tensor) -> Terms:
         eps_low, eps_high = self.offsets(torch.exp(x.logp))
         terms = clipped_terms(x.advantages, ratio, 1 - eps_low, 1 + eps_high)
-        return Terms(terms.value, terms.weight, {**terms.metrics, "eps_low_mean": eps_low, "eps_high_mean": eps_high})
+        return replace(terms, metrics={**terms.metrics, "eps_low_mean": eps_low, "eps_high_mean": eps_high})
+
+
+def hysteresis(previous: int, entropy: float, low: float, high: float) -> int:
+    """OD's state (P0 sec. 4.2): 1 (boost) when H <= low, 0 (suppress) when H > high, else as before."""
+    if entropy <= low:
+        return 1
+    return 0 if entropy > high else previous

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -33,4 +33,4 @@ class Gspo(Loss):
         mean = segment_sum(log_ratio, x.seq_ids) / length
         seq_ratio = mean.clamp(max=max_log_ratio(ratio.dtype)).exp()
         terms = clipped_terms(x.advantages, seq_ratio, 1 - self.eps_low, 1 + self.eps_high)
-        return Terms(terms.value, terms.weight, {**terms.metrics, "seq_ratio_mean": seq_ratio})
+        return replace(terms, metrics={**terms.metrics, "seq_ratio_mean": seq_ratio})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from megatron_ext.rl.losses.base import Loss, Terms
@@ -16,4 +15,4 @@ class PolicyGradient(Loss):
     """Value A * logp, F = 1. There is no ratio in it: off-policy data are not corrected for."""
 
     def terms(self, x: LossInputs, ratio: Tensor) -> Terms:
-        return Terms(value=x.advantages * x.logp, weight=torch.ones_like(ratio))
+        return Terms(value=x.advantages * x.logp, gradient=x.advantages)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from megatron_ext.rl.losses.base import Loss, Terms
+from megatron_ext.rl.losses.base import Actuator, Loss, Terms
 from megatron_ext.rl.params import check_number
 from megatron_ext.rl.types import LossInputs
 
@@ -23,6 +24,9 @@ class Ppo(Loss):
     F = r, but 0 if (A > 0 and r > 1+eps_high) or (A < 0 and r < 1-eps_low) or (A < 0 and r > dual_clip).
     At a bound the gradient is kept (the comparisons are strict), as autograd through clamp and min has it.
     """
+
+    # P3 (Clip-Low/Clip-High): theorem 1.
+    actuators = MappingProxyType({"eps_high": Actuator(+1, (0.1, 0.4)), "eps_low": Actuator(-1, (0.1, 0.3))})
 
     eps_low: float = 0.2
     """Lower offset; 1 switches clip-low off (the absolute bound is then 0)."""
@@ -54,14 +58,16 @@ def clipped_terms(
     dual_clip: float | None = None,
 ) -> Terms:
     """PPO's closed forms for absolute bounds on r, which may differ per token. Shapes (T,)."""
-    low = (advantages < 0) & (ratio < ratio_min)
-    high = (advantages > 0) & (ratio > ratio_max)
+    below, above = ratio < ratio_min, ratio > ratio_max
+    low, high = (advantages < 0) & below, (advantages > 0) & above
     dual = (advantages < 0) & (ratio > (math.inf if dual_clip is None else dual_clip))
     bounded = torch.where(low, ratio_min, torch.where(high, ratio_max, ratio))
     if dual_clip is not None:
         bounded = torch.where(dual, dual_clip, bounded)
     return Terms(
         value=bounded * advantages,
-        weight=torch.where(low | high | dual, torch.zeros_like(ratio), ratio),
+        gradient=torch.where(low | high | dual, torch.zeros_like(ratio), ratio) * advantages,
+        below=below,
+        above=above,
         metrics={"pg_clipfrac_low": low, "pg_clipfrac_high": high, "pg_clipfrac_dual": dual},
     )

@@ -33,4 +33,4 @@ class Sapo(Loss):
         z = tau * (ratio - 1)
         gate = torch.sigmoid(z)
         # 1 - gate as sigmoid(-z): it stays exact, and reaches 0 before r overflows
-        return Terms(value=x.advantages * gate * 4 / tau, weight=4 * gate * torch.sigmoid(-z) * ratio)
+        return Terms(value=x.advantages * gate * 4 / tau, gradient=4 * gate * torch.sigmoid(-z) * ratio * x.advantages)
