@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import sys
 import threading
 import time
@@ -29,10 +30,21 @@ def size(text: str) -> int:
     return int(value)
 
 
+def positive(text: str) -> int:
+    """A whole number of at least 1; ArgumentTypeError otherwise."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
 def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="cast all tensors (default: keep)")
-    parser.add_argument("--threads", type=int, default=default_threads(), help="default: %(default)s")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out when it exists")
+    parser.add_argument("--threads", type=positive, default=default_threads(), help="default: %(default)s")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace --out if it is a checkpoint made by this project, and holds nothing else",
+    )
 
 
 def default_threads() -> int:
@@ -59,9 +71,22 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     print(f"{title}: {done / 2**20:,.1f} MiB in {seconds:.1f} s ({done / 2**20 / seconds:,.0f} MiB/s)", file=sys.stderr)
 
 
+class _Terminated(BaseException):
+    """SIGTERM or SIGHUP arrived."""
+
+
+def _terminate(number: int, _: object) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the cleaning up
+    raise _Terminated(number)
+
+
 def run(main: Callable[[], int]) -> None:
-    """Run a command; what a user can mend ends in one sentence and status 1 instead of a traceback."""
+    """Run a command; what a user can fix ends in one sentence and status 1 instead of a traceback.
+
+    SIGTERM and SIGHUP end it like an interrupt: temporary files are removed. The status is then 128 + the signal.
+    """
     torch.set_num_threads(1)  # conversion has threads of its own
+    handlers = {number: signal.signal(number, _terminate) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         status = main()
     except (ValueError, OSError) as error:
@@ -70,4 +95,10 @@ def run(main: Callable[[], int]) -> None:
     except KeyboardInterrupt:
         print("interrupted: nothing was left behind", file=sys.stderr)
         status = 130
+    except _Terminated as signalled:
+        print("terminated: nothing was left behind", file=sys.stderr)
+        status = 128 + int(signalled.args[0])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     raise SystemExit(status)

@@ -63,7 +63,7 @@ def convert(
     reader = open_hf(hf_dir, allow_pickle=allow_pickle)
     try:
         check_source(hf, reader)
-        with published(out, overwrite) as partial:
+        with published(out, overwrite, [hf_dir]) as partial:
             require_space(partial, total_bytes(hf, reader, dtype))
             digests = write_megatron(hf, reader, partial, dtype=dtype, threads=threads, progress=progress)
             (partial / HF_FILES).mkdir()

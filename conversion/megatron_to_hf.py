@@ -10,7 +10,6 @@ import argparse
 import json
 import shutil
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from conversion.hf_files import HFWriter, side_files
 from conversion.mapping import export_rows, hf_parts, hf_shapes
 from conversion.megatron_reader import MegatronReader
 from conversion.megatron_writer import Progress
+from conversion.parallel import for_each
 from conversion.parse import in_dialect
 from conversion.publish import published, write_manifest
 
@@ -63,12 +63,10 @@ def convert(
                 writer.write(part, row, rows)
             progress(block.numel() * dtypes[next(iter(hf_parts(reader.hf, name)))].itemsize)
 
-    with published(out, overwrite) as partial:
+    with published(out, overwrite, [reader.directory, reader.hf_dir]) as partial:
         writer = HFWriter(partial, hf_shapes(reader.hf), dtypes, max_shard_size)
         try:
-            with ThreadPoolExecutor(threads) as pool:
-                for _ in pool.map(export, reader.names()):
-                    pass
+            for_each(export, reader.names(), threads)
             digests = writer.finish()
         finally:
             writer.close()

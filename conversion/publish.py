@@ -9,62 +9,133 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from conversion.digests import file_digest, file_matches, known
 
 MANIFEST = "manifest.json"
-_PARTIAL, _OLD = ".partial", ".old"
+TRACKER = "latest_checkpointed_iteration.txt"  # by which Megatron-LM finds a checkpoint
+_WORK = ".megatron-gppo"  # suffix of the hidden directory beside the output that holds what is not published yet
+_MARK = "temporary-of-megatron-gppo"  # file in it: whatever else is there was put there by this module
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # Lustre, unless mounted with `flock`
+_NO_FLAGS = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems without renameat2, NFS for one
+_NOREPLACE, _EXCHANGE = 1, 2  # flags of Linux's renameat2
 
 
 class ManifestError(ValueError):
     """A directory is not what its manifest says."""
 
 
-@contextlib.contextmanager
-def published(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """A directory beside `out` to write into, renamed to `out` when the block succeeds.
+def working_directory(out: str | Path) -> Path:
+    """Where `published(out)` collects its files: every rank of a collective writer finds it without being told."""
+    target = Path(os.path.realpath(out))
+    return target.with_name(f".{target.name}{_WORK}") / "new"
 
-    Whatever a killed conversion left under the temporary name is removed first; a failed one removes its own. Two
-    conversions to one place exclude each other. Replacing a directory is one atomic exchange, except on file systems
-    that have none (NFS, Lustre): there the old one stands aside as `OUT.old` between two renames, and comes back at the
-    next attempt if the process dies right then.
+
+@contextlib.contextmanager
+def published(out: str | Path, overwrite: bool = False, sources: Iterable[str | Path] = ()) -> Iterator[Path]:
+    """A private directory beside `out` to write into, renamed to `out` when the block succeeds.
+
+    It is hidden, marked as this module's own and locked: what a killed process left there is removed, anything without
+    the mark is left alone. Replacing a directory is one atomic exchange, except on file systems that have none (NFS,
+    Lustre): there the old one waits in the private directory between two renames, and the next attempt puts it back if
+    the process dies right then. With `overwrite` only a checkpoint with a manifest is replaced, and only if it holds
+    nothing else.
+
+    Args:
+        sources: directories that are read meanwhile; none of them may be `out`, contain it or lie inside it.
 
     Raises:
-        ValueError: `out` exists and `overwrite` is off, or another conversion is writing it.
+        ValueError: `out` exists and may not be replaced, it overlaps a source, or another process is writing it.
     """
-    out = Path(out)
-    old = out.with_name(out.name + _OLD)
-    if old.exists() and not out.exists():
-        old.rename(out)  # a replacement was interrupted between its two renames
-    if out.exists() and not overwrite:
-        raise ValueError(f"{out} exists already: choose another directory or pass --overwrite")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + _PARTIAL)
-    lock = _lock_directory(partial)
+    target = _target(out, sources)
+    new = working_directory(target)
+    work, old = new.parent, new.with_name("old")
+    if target.exists():
+        _require_replaceable(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = _lock_directory(work)
     try:
-        for leftover in partial.iterdir():
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        yield partial
-        _sync_tree(partial)
-        if not out.exists():
-            partial.rename(out)
-        elif not _exchange(partial, out):  # a directory cannot be renamed over one with content
-            shutil.rmtree(old, ignore_errors=True)
-            out.rename(old)
-            partial.rename(out)
-        _sync(out.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        if old.exists() and not target.exists():
+            old.rename(target)  # a replacement was interrupted between its two renames
+        if target.exists():
+            _require_replaceable(target, overwrite)
+        for leftover in (new, old):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        new.mkdir()
+        yield new
+        _sync_tree(new)
+        if target.exists():
+            _require_replaceable(target, overwrite)  # it may have changed, or appeared, in the meantime
+            _replace(new, target, old)
+        elif not _rename(new, target, _NOREPLACE):
+            new.rename(target)
+        _sync(target.parent)
+    except FileExistsError as error:
+        raise ValueError(f"{out} was made by another process in the meantime: choose another directory") from error
     except OSError as error:
         if error.errno in _NO_SPACE:
             raise ValueError(f"no space left for {out}: free some or choose another file system") from error
         raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if target.exists() or not old.exists():
+            for leftover in (new, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+            (work / _MARK).unlink(missing_ok=True)  # last: what is left after a crash here is still marked
+            with contextlib.suppress(OSError):
+                work.rmdir()
         os.close(lock)
+
+
+def _target(out: str | Path, sources: Iterable[str | Path]) -> Path:
+    """The directory that `out` means, symbolic links resolved."""
+    target = Path(os.path.realpath(out))
+    if Path.cwd().is_relative_to(target):
+        raise ValueError(f"{out} is the current directory or contains it: give the name of a directory to be made")
+    for source in sources:
+        real = Path(os.path.realpath(source))
+        if target.is_relative_to(real) or real.is_relative_to(target):
+            raise ValueError(f"output {out} overlaps source {source}: choose a directory outside it")
+    return target
+
+
+def _require_replaceable(directory: Path, overwrite: bool) -> None:
+    """ValueError unless it may go: a checkpoint that this project wrote, as its manifest says, and nothing else."""
+    if not directory.is_dir():
+        raise ValueError(f"{directory} exists and is not a directory: choose another name")
+    if not overwrite:
+        raise ValueError(f"{directory} exists already: choose another directory, or replace it with --overwrite")
+    keep = f"{directory} is not replaced: "
+    inside = [path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir()]
+    try:
+        known = {MANIFEST, *(read_manifest(directory) or {"files": {}})["files"]}
+    except ManifestError as error:
+        raise ValueError(f"{keep}{error}; move it away or choose another directory") from error
+    for root in (path.parent for path in inside if path.name == MANIFEST and path.parent != directory):
+        name = root.relative_to(directory).as_posix()  # the `release` of Megatron-LM's layout has its own manifest
+        if (directory / TRACKER).is_file() and (manifest := read_manifest(root)):
+            known |= {TRACKER, *(f"{name}/{file}" for file in (MANIFEST, *manifest["files"]))}
+    others = sorted(name for path in inside if (name := path.relative_to(directory).as_posix()) not in known)
+    if others:
+        raise ValueError(
+            f"{keep}it holds {others[0]}{f' and {len(others) - 1} more files' if others[1:] else ''} that no "
+            f"{MANIFEST} of this project lists; move it away or choose another directory"
+        )
+
+
+def _replace(new: Path, target: Path, old: Path) -> None:
+    if _rename(new, target, _EXCHANGE):
+        return
+    target.rename(old)
+    try:
+        new.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
 
 
 def require_space(directory: Path, size: int) -> None:
@@ -73,32 +144,44 @@ def require_space(directory: Path, size: int) -> None:
         raise ValueError(f"{size / 2**30:.1f} GiB are needed for {directory} but {free / 2**30:.1f} GiB are free")
 
 
-def _lock_directory(path: Path) -> int:
-    """Create a directory if need be and lock it; returns the descriptor that holds the lock."""
+def _lock_directory(work: Path) -> int:
+    """Make `work` or take over what a killed process left, and hold its lock until the descriptor is closed."""
     while True:
-        path.mkdir(exist_ok=True)
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            work.mkdir()
+        except FileExistsError:
+            if not work.is_dir() or (not (work / _MARK).is_file() and any(work.iterdir())):
+                raise ValueError(f"{work} is needed for temporary files and was not made for them: move it") from None
+        try:
+            fd = os.open(work, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # its owner removed it just now
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
-                return fd
         except BlockingIOError as error:
             os.close(fd)
-            raise ValueError(f"another process is writing {path}: wait for it to end") from error
-        os.close(fd)  # its owner published or removed it between open and flock
+            raise ValueError(f"another process is writing {work}: wait for it to end") from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(fd)
+                raise
+        if work.exists() and os.path.samestat(os.fstat(fd), work.stat()):
+            (work / _MARK).touch()
+            return fd
+        os.close(fd)  # its owner removed it between open and flock
 
 
-def _exchange(a: Path, b: Path) -> bool:
-    """Let two directories change names in one step (Linux's renameat2); False where the file system cannot."""
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+def _rename(source: Path, target: Path, flag: int) -> bool:
+    """Linux's renameat2; False where the system or the file system cannot. FileExistsError with `_NOREPLACE`."""
+    here = -100  # AT_FDCWD
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):
         return False
-    if libc.renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0:
+    if libc.renameat2(here, os.fsencode(source), here, os.fsencode(target), flag) == 0:
         return True
-    if (code := ctypes.get_errno()) in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+    if (code := ctypes.get_errno()) in _NO_FLAGS:
         return False
-    raise OSError(code, os.strerror(code), str(b))
+    raise OSError(code, os.strerror(code), str(target))
 
 
 def _sync(path: Path) -> None:

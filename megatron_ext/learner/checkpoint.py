@@ -26,7 +26,7 @@ from megatron.core.utils import unwrap_model
 
 from conversion.hf_files import side_files
 from conversion.megatron_reader import HF_FILES
-from conversion.publish import ManifestError, check_manifest, published, write_manifest
+from conversion.publish import ManifestError, check_manifest, published, working_directory, write_manifest
 from megatron_ext.learner.critic import Critic
 from megatron_ext.learner.learner import Learner, Trainable
 from megatron_ext.learner.model import on_device
@@ -56,7 +56,11 @@ def save(
     """
     directory = root / f"step_{step:06d}"
     first = torch.distributed.get_rank() == 0
-    with published(directory, overwrite=True) if first else contextlib.nullcontext(_partial(directory)) as partial:
+    with (
+        published(directory, overwrite=True)
+        if first
+        else contextlib.nullcontext(working_directory(directory)) as partial
+    ):
         if first and critic is not None:
             (partial / CRITIC).mkdir()
         torch.distributed.barrier()
@@ -292,10 +296,6 @@ def _sharded_state(model: Trainable, *, is_loading: bool, scales: bool) -> dict[
     state["optimizer"] = model.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=_METADATA)
     state["lr_schedule"] = model.lr_schedule.state_dict()
     return state
-
-
-def _partial(directory: Path) -> Path:
-    return directory.with_name(directory.name + ".partial")
 
 
 def _write_atomically(path: Path, text: str) -> None:

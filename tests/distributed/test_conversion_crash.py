@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 import conversion
 from conversion import hf_to_megatron, megatron_to_hf, publish
-from conversion.publish import published
+from conversion.publish import published, working_directory, write_manifest
 from conversion.sources import open_source
 from conversion.verify import compare
 
@@ -81,32 +81,33 @@ def test_killed_at_any_moment_it_leaves_nothing_that_loads_and_starts_again(
     converter = hf_to_megatron if direction == "in" else megatron_to_hf
     for moment in (1, 17):
         dies(convert_and_die, converter, source, out, moment)
-        assert not out.exists() and (tmp_path / "out.partial").exists()
+        assert not out.exists() and working_directory(out).exists()
     converter.convert(source, out)
     assert compare(open_source(hf_dir), open_source(out)).different == 0
-    assert not (tmp_path / "out.partial").exists()
+    assert not working_directory(out).parent.exists()
 
 
 def replace_and_die(out: Path, place: str, atomic: bool) -> None:
-    exchange, rename = publish._exchange, Path.rename
+    with_flags, rename = publish._rename, Path.rename
 
-    def exchange_then_die(a: Path, b: Path) -> bool:
-        return exchange(a, b) and bool(die())
+    def exchange_then_die(a: Path, b: Path, flag: int) -> bool:
+        return with_flags(a, b, flag) and bool(die())
 
     def rename_then_die(self: Path, target: Path) -> Path:
         result = rename(self, target)
-        if target.name == ("out.old" if place == "between the renames" else "out"):
+        if target.name == ("old" if place == "between the renames" else "out"):
             die()
         return result
 
     if place == "before":
         publish._sync_tree = die
     elif atomic:
-        publish._exchange = exchange_then_die
+        publish._rename = exchange_then_die
     else:
-        publish._exchange, Path.rename = (lambda a, b: False), rename_then_die  # type: ignore[method-assign]
+        publish._rename, Path.rename = (lambda a, b, flag: False), rename_then_die  # type: ignore[method-assign]
     with published(out, overwrite=True) as partial:
         (partial / "version").write_text("new")
+        write_manifest(partial)
 
 
 @pytest.mark.parametrize(
@@ -125,8 +126,9 @@ def test_a_replacement_killed_at_any_point_leaves_the_old_or_the_new_directory(
     out = tmp_path / "out"
     with published(out) as partial:
         (partial / "version").write_text("old")
+        write_manifest(partial)
     dies(replace_and_die, out, place, atomic)
-    there = tmp_path / "out.old" if place == "between the renames" else out
+    there = working_directory(out).with_name("old") if place == "between the renames" else out
     assert (there / "version").read_text() == left
     with pytest.raises(ValueError, match="exists already"), published(out):
         pass  # an attempt that may not replace puts everything back in order
@@ -134,4 +136,5 @@ def test_a_replacement_killed_at_any_point_leaves_the_old_or_the_new_directory(
     with published(out, overwrite=True) as partial:
         assert not list(partial.iterdir())
         (partial / "version").write_text("newest")
+        write_manifest(partial)
     assert (out / "version").read_text() == "newest" and [path.name for path in tmp_path.iterdir()] == ["out"]

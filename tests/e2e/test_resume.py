@@ -165,7 +165,7 @@ def test_killed_at_any_moment(model: Path, tmp_path: Path) -> None:
     assert {record["step"] for record in journal(run) if record["kind"] == "rollouts"} == set(range(STEPS))
     assert len(journal(run)) == STEPS + 4, "no record twice"
     assert max(row["rollout/staleness"] for row in metrics(run)) > 0
-    assert not list((run / "checkpoints").glob("*.partial"))
+    assert not list((run / "checkpoints").glob(".*"))
     assert_same_run(run, _replay(model, run, tmp_path / "replay"))
 
     # A replay that is interrupted is whole in the end, and so is the journal it leaves to further replays.

@@ -22,7 +22,7 @@ import conversion
 from conversion import cli, hf_to_megatron, megatron_to_hf, megatron_writer
 from conversion.hf_files import HFReader, plan_shards
 from conversion.megatron_reader import MegatronReader, SafeUnpickler
-from conversion.publish import ManifestError, check_manifest, published
+from conversion.publish import ManifestError, check_manifest, published, working_directory, write_manifest
 from conversion.sources import open_source
 from conversion.verify import compare, describe
 
@@ -90,7 +90,7 @@ def test_round_trip_is_bit_identical_whatever_the_blocks(
     assert not list((tmp_path / "back").glob("*.py"))
     assert len(list((tmp_path / "back").glob("*.safetensors"))) >= files
     assert snapshot(hf_dir) == before
-    assert not list(tmp_path.glob("*.partial"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "megatron", "source"]
 
 
 def test_nothing_written_names_a_directory_of_this_machine(hf_dir: Path, tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_full_disk_is_one_sentence_and_leaves_nothing(hf_dir: Path, tmp_path: Pa
             converter.convert(source, tmp_path / "out", threads=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.partial"))
+    assert not (tmp_path / "out").exists() and not working_directory(tmp_path / "out").parent.exists()
     assert snapshot(source) == before
 
 
@@ -229,6 +229,7 @@ def test_replacing_keeps_the_old_directory_until_the_new_one_is_complete(tmp_pat
     out = tmp_path / "out"
     with published(out) as partial:
         (partial / "version").write_text("1")
+        write_manifest(partial)
     with pytest.raises(ValueError, match="exists already"), published(out):
         pass
     with pytest.raises(KeyError), published(out, overwrite=True) as partial:
@@ -237,10 +238,14 @@ def test_replacing_keeps_the_old_directory_until_the_new_one_is_complete(tmp_pat
     assert (out / "version").read_text() == "1"
     with published(out, overwrite=True) as partial:
         (partial / "version").write_text("3")
+        write_manifest(partial)
         with pytest.raises(ValueError, match="another process is writing"), published(out, overwrite=True):
             pass
     assert (out / "version").read_text() == "3" and [p.name for p in tmp_path.iterdir()] == ["out"]
-    out.rename(tmp_path / "out.old")  # as if killed between the two renames of a replacement
+    old = working_directory(out).with_name("old")
+    old.parent.mkdir()
+    (old.parent / "temporary-of-megatron-gppo").touch()
+    out.rename(old)  # as if killed between the two renames of a replacement
     with pytest.raises(ValueError, match="exists already"), published(out):
         pass
     assert (out / "version").read_text() == "3"
