@@ -21,9 +21,9 @@ from unittest import mock
 
 import torch
 
-from configs import fp8
 from configs.schema import Config, ModelConfig, OptimConfig, TrainConfig
 from megatron_ext.flops import ForwardFlops, peak_tflops
+from recipes.checks import fp8
 
 QWEN_7B = {
     **{"architectures": ["Qwen2ForCausalLM"], "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28},

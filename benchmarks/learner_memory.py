@@ -92,16 +92,16 @@ def peak_beyond(run: Callable[[], object]) -> int:
 
 def measure(words: list[str]) -> dict[str, float]:
     """Bytes of this rank by part; inside the process group's processes."""
-    from configs.load import load_config
     from megatron_ext.learner.learner import Learner
     from megatron_ext.learner.model import distributed
     from megatron_ext.learner.offload import model_tensors, optimizer_tensors
     from megatron_ext.rl.aggregation import sequence_weights
     from megatron_ext.rl.losses import build_loss
-    from recipes.memory import data_parallel
+    from recipes.checks.settings import load_checked
+    from recipes.planning.memory import data_parallel
     from recipes.train import make_batch
 
-    config = load_config(words)
+    config = load_checked(words)
     torch.set_num_threads(config.train.threads)
     with distributed(config.parallel, 0):
         learner = Learner(config, Path(config.model.path), total_updates=9)
@@ -142,10 +142,10 @@ def _bytes(tensors: Any) -> int:
 def planned(words: list[str]) -> dict[str, float]:
     """What the plan says about the same."""
     import conversion
-    from configs.load import load_config
-    from recipes.memory import learner_memory
+    from recipes.checks.settings import load_checked
+    from recipes.planning.memory import learner_memory
 
-    config = load_config(words)
+    config = load_checked(words)
     memory = learner_memory(config, conversion.read_config(config.model.path))
     return {
         "weights": memory.weights,

@@ -28,7 +28,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    from recipes.rollout import Sampling, make_engine
+    from recipes.rollout.engine import Sampling
+    from recipes.rollout.make import make_engine
 
     prompts = [[3 + (7 * index + k) % 20 for k in range(16)] for index in range(options.prompts)]
     seconds: dict[int, list[float]] = {1: [], options.servers: []}

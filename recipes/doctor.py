@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from configs import fp8
+from recipes.checks import fp8
 
 GIB = 2**30
 MARKS = {

@@ -15,10 +15,12 @@ from math import lcm
 from typing import Any
 
 import conversion
-from configs.load import load_config
+from configs.layout import learner_processes
 from configs.schema import Config
-from recipes.launch import check_model, learner_processes, model_location
-from recipes.memory import (
+from recipes.checks.model import check_model
+from recipes.checks.settings import load_checked
+from recipes.models.locate import model_location
+from recipes.planning.memory import (
     data_parallel,
     layer_kind,
     learner_memory,
@@ -294,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         limit = _gpu_gib([a for a in arguments if a.startswith("gpu_gib=")])
-        print_plan(load_config([a for a in arguments if not a.startswith("gpu_gib=")]), limit)
+        print_plan(load_checked([a for a in arguments if not a.startswith("gpu_gib=")]), limit)
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -17,9 +17,9 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 
-from recipes import attempt
-from recipes.attempt import Event
-from recipes.report import read_jsonl
+from recipes.cluster import attempt
+from recipes.cluster.attempt import Event
+from recipes.reporting.page import read_jsonl
 
 ALIVE_S = 60.0  # the batch script's heartbeat comes every 2 s; file servers may show it late
 TAIL = 8  # lines of a failed role's log

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +20,17 @@ from megatron_ext.learner import checkpoint
 from megatron_ext.learner.critic import Critic
 from megatron_ext.learner.learner import Learner
 from megatron_ext.learner.model import distributed
-from megatron_ext.learner.step import TrainBatch
-from megatron_ext.rl.aggregation import mismatch_weights, sequence_weights
+from megatron_ext.rl.aggregation import mismatch_weights
 from megatron_ext.rl.losses import build_loss
 from megatron_ext.rl.schedules import Controller, build_controller
-from megatron_ext.rl.selection import Selection, SelectionInputs, build_selection
-from megatron_ext.rl.types import Sample, TokenStats
-from recipes.advantages import assign_advantages, update_critic
+from megatron_ext.rl.selection import Selection, build_selection
+from megatron_ext.rl.types import Sample
 from recipes.launch import launch
-from recipes.metrics import StepMetrics
-from recipes.run_dir import RunDir
-from recipes.stream import RolloutStream
+from recipes.loop.advantages import assign_advantages, update_critic
+from recipes.loop.batch import aggregation_weights, make_batch, select, split
+from recipes.loop.metrics import StepMetrics
+from recipes.loop.run_dir import RunDir
+from recipes.loop.stream import RolloutStream
 
 
 def train(config: Config, model_dir: Path) -> None:
@@ -139,91 +138,6 @@ def train_step(
             after = float(learner.statistics(batch).entropy.double().mean())
             metrics.add({"theory/entropy_change_same_tokens": after - entropy})
     return controller_state
-
-
-def make_batch(config: Config, samples: list[Sample]) -> tuple[TrainBatch, torch.Tensor, torch.Tensor]:
-    """The flat batch, the group of each sample, and which samples are trained at all."""
-    lengths = torch.tensor([len(s.rollout.response_ids) for s in samples])
-    truncated = torch.tensor([s.rollout.finish_reason == "length" for s in samples])
-    include_B = ~truncated if config.advantage.overlong == "filter" else torch.ones_like(truncated)
-    mask = torch.repeat_interleave(include_B, lengths)
-    zeros = torch.zeros(int(lengths.sum()))
-    batch = TrainBatch(
-        prompts=[s.rollout.prompt_ids for s in samples],
-        responses=[s.rollout.response_ids for s in samples],
-        old_logp=zeros,
-        advantages=zeros,
-        mask=mask,
-        keep=mask,
-        kl_coef=zeros,
-        entropy_coef=zeros,
-        is_weight=torch.ones_like(zeros),
-    )
-    return batch, torch.tensor([s.group for s in samples]), include_B
-
-
-def select(
-    config: Config,
-    selection: Selection,
-    batch: TrainBatch,
-    stats: TokenStats,
-    step: int,
-    samples: Sequence[int],
-    metrics: StepMetrics,
-) -> None:
-    """Token selection over ``samples``, written into the batch. The whole batch is here, so nothing is reduced."""
-    chosen = torch.isin(batch.seq_ids, torch.tensor(list(samples)))
-    first_seq_id = step * config.rollout.prompts_per_step * config.rollout.n
-    out = selection.select(
-        SelectionInputs(
-            stats=TokenStats(*(x[chosen] for x in (stats.logp, stats.entropy, stats.sum_p2, stats.sum_p2_logp))),
-            advantages=batch.advantages[chosen],
-            mask=batch.mask[chosen],
-            seq_ids=batch.seq_ids[chosen] + first_seq_id,
-            positions=(torch.arange(len(batch.seq_ids)) - batch.offsets[batch.seq_ids])[chosen],
-            seed=config.seed,
-            step=step,
-            old_logp=batch.old_logp[chosen] if selection.per_update else None,
-        )
-    )
-    batch.keep, batch.kl_coef, batch.entropy_coef = (
-        old.clone().masked_scatter(chosen, new.to(old.dtype))
-        for old, new in (
-            (batch.keep, out.keep),
-            (batch.kl_coef, out.kl_coef),
-            (batch.entropy_coef, out.entropy_coef),
-        )
-    )
-    metrics.add({name: float(value) for name, value in out.metrics.items()})
-
-
-def split(count: int, parts: int) -> list[list[int]]:
-    """Sample indices of each mini-batch, in order and of nearly equal size; a short batch gives fewer mini-batches."""
-    size = max(1, -(-count // parts))
-    return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
-
-
-def aggregation_weights(
-    config: Config,
-    selection: Selection,
-    batch: TrainBatch,
-    groups_B: torch.Tensor,
-    include_B: torch.Tensor,
-    mini: Sequence[int],
-) -> torch.Tensor:
-    """(B,) float64 weight of each sample's tokens, with the denominator of the whole mini-batch; 0 outside it."""
-    counts = batch.keep if selection.renormalise else torch.ones_like(batch.keep)
-    lengths_B = torch.zeros(len(groups_B), dtype=torch.long).index_add_(0, batch.seq_ids, counts.long())
-    index = torch.tensor(list(mini))
-    weights_B = torch.zeros(len(groups_B), dtype=torch.float64)
-    weights_B[index] = sequence_weights(
-        config.advantage.aggregation,
-        lengths_B[index],
-        groups_B[index],
-        max_tokens=config.rollout.max_tokens,
-        include_B=include_B[index],
-    )
-    return weights_B
 
 
 class StopSignal:

@@ -110,7 +110,7 @@ signal_step() { # NAME SIGNAL: TERM to srun itself would SIGKILL its tasks
 }
 begin() {
 	local variables code line
-	variables=$("${HOST_PY[@]}" -m recipes.job begin "${RUN_ARGS[@]}"); code=$?
+	variables=$("${HOST_PY[@]}" -m recipes.cluster.job begin "${RUN_ARGS[@]}"); code=$?
 	((code == 0)) || { say "not started, not requeued"; exit "$code"; }
 	while IFS= read -r line; do [[ $line =~ ^[A-Z_]+= ]] && export "${line?}" || echo "$line"; done <<<"$variables"
 	[[ $STATE != finished ]] || { say "$RUN_DIR is finished: nothing to do"; exit 0; }
@@ -123,7 +123,7 @@ begin() {
 preflight() {
 	local began; began=$(date +%s)
 	(preflight_step) 2>"$ATTEMPT_DIR/preflight.err" |
-		"${HOST_PY[@]}" -m recipes.preflight judge "$ATTEMPT_DIR" --gpus "$GPUS_PER_NODE" --began "$began" \
+		"${HOST_PY[@]}" -m recipes.cluster.preflight judge "$ATTEMPT_DIR" --gpus "$GPUS_PER_NODE" --began "$began" \
 			--nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)" --run-gib "${MIN_RUN_GIB:-20}" 2>&1 |
 		tee "$ATTEMPT_DIR/preflight.log"
 	((PIPESTATUS[1] == 0)) || { cat "$ATTEMPT_DIR/preflight.err"; end refused 3; }
@@ -163,7 +163,7 @@ end() { # OUTCOME STATUS: stop what runs, say how it went, requeue if that helps
 	for ((i = 0; i < 20; i++)); do kill -0 "$SERVING" 2>/dev/null || break; sleep 1; done
 	"${HOST_PY[@]}" -m recipes.status "$RUN_DIR"
 	[[ $1 == stopped || $1 == failed ]] && [[ -z $CANCELLED ]] || exit "$2"
-	"${HOST_PY[@]}" -m recipes.job again "$RUN_DIR" || exit "$2"
+	"${HOST_PY[@]}" -m recipes.cluster.job again "$RUN_DIR" || exit "$2"
 	trap '' TERM # requeueing ends this script by TERM, too
 	event job requeued
 	for ((i = 0; i < 5; i++)); do scontrol requeue "$SLURM_JOB_ID" && { say "requeued"; sleep 60; exit 0; }; sleep 10; done

@@ -25,11 +25,11 @@ requeue_orphan() { # with --no-kill, losing the node of the batch script leaves 
 
 trap : TERM USR1 # the program decides when to end, and its status is still to be recorded
 case $role in
-	preflight) exec "${TASK_PY[@]}" -m recipes.preflight node "$ATTEMPT_DIR" ;;
+	preflight) exec "${TASK_PY[@]}" -m recipes.cluster.preflight node "$ATTEMPT_DIR" ;;
 	server)
 		own_gpus $((FIRST_SERVER_GPU + SLURM_LOCALID * SERVER_GPUS)) "$SERVER_GPUS"
 		if ((SLURM_LOCALID == 0)); then requeue_orphan & watcher=$!; fi
-		"${TASK_PY[@]}" -m recipes.serve "$ATTEMPT_DIR" --toward "$MASTER_ADDR" --interface "${SERVER_INTERFACE:-}" \
+		"${TASK_PY[@]}" -m recipes.cluster.serve "$ATTEMPT_DIR" --toward "$MASTER_ADDR" --interface "${SERVER_INTERFACE:-}" \
 			--start-s "${SERVER_START_S:-1800}" --hang-s "${SERVER_HANG_S:-300}" -- "$@"
 		code=$?; name=server-$SLURM_PROCID
 		[[ -z ${watcher:-} ]] || kill "$watcher" 2>/dev/null ;;

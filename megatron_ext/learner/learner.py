@@ -21,11 +21,11 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 import conversion
-from configs import fp8
 from configs.schema import Config
 from megatron_ext.flops import ForwardFlops
 from megatron_ext.learner import model as megatron
 from megatron_ext.learner import weights, work
+from megatron_ext.learner.fp8 import alignment
 from megatron_ext.learner.model import parallel_state
 from megatron_ext.learner.offload import Parking, drop_fp8_copies, model_tensors, optimizer_tensors
 from megatron_ext.learner.policy_head import put_hidden_states
@@ -330,7 +330,7 @@ def token_multiple(config: Config) -> int:
     those in multiples of their own.
     """
     parallel = config.parallel
-    return parallel.cp * (parallel.tp if parallel.sp else 1) * fp8.alignment(config)
+    return parallel.cp * (parallel.tp if parallel.sp else 1) * alignment(config)
 
 
 def broadcast_bytes(data: bytes, *, src: int, device: torch.device) -> bytes:

@@ -16,7 +16,7 @@ class Problem:
     """One verifiable task."""
 
     id: str
-    prompt: str  # text as written by the data set; the prompt template is applied by `recipes.data`
+    prompt: str  # text as written by the data set; the prompt template is applied by `recipes.data.sources`
     answer: str  # gold final answer, never shown to the policy
 
 

@@ -1,8 +1,8 @@
 """The contract of a weight update, the same for every transport, and the checksum that seals it.
 
 A transport *stages* one version at a time (`stage_weights`) and then delivers it to any set of servers, any number of
-times: to all of them at an update, to a single one that came back. `recipes.vllm_update` drives the servers. A server
-that did not confirm version and checksum serves nothing.
+times: to all of them at an update, to a single one that came back. `recipes.rollout.vllm.update` drives the servers.
+A server that did not confirm version and checksum serves nothing.
 """
 
 from __future__ import annotations

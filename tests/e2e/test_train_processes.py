@@ -22,14 +22,14 @@ TIMEOUT_S = 240.0
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from recipes.prepare_model import make_tiny_model
+    from recipes.models.prepare import make_tiny_model
 
     return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", seed=0)
 
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    from recipes.run_dir import RunDir
+    from recipes.loop.run_dir import RunDir
 
     monkeypatch.setattr(RunDir, "_report", lambda self: self.path / "report.html")
 

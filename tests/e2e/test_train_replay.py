@@ -18,7 +18,7 @@ from megatron_ext.rl.aggregation import AGGREGATIONS
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from recipes.prepare_model import make_tiny_model
+    from recipes.models.prepare import make_tiny_model
 
     return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", seed=0)
 
@@ -31,7 +31,7 @@ def recorded(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    from recipes.run_dir import RunDir
+    from recipes.loop.run_dir import RunDir
 
     monkeypatch.setattr(RunDir, "_report", lambda self: self.path / "report.html")
 
@@ -39,7 +39,7 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever starts an engine fails."""
-    monkeypatch.setattr("recipes.stream.Collector", None)
+    monkeypatch.setattr("recipes.loop.stream.Collector", None)
 
 
 def test_a_run_leaves_what_it_promises(recorded: Path) -> None:
@@ -161,7 +161,7 @@ def test_every_algorithm_runs_in_the_loop(model: Path, recorded: Path, tmp_path:
 
 def test_other_weights_than_the_rollouts_are_refused(model: Path, recorded: Path, tmp_path: Path) -> None:
     """A journal made with another model: probabilities disagree, and training would go wrong in silence."""
-    from recipes.prepare_model import make_tiny_model
+    from recipes.models.prepare import make_tiny_model
 
     other = make_tiny_model(tmp_path / "other", seed=1)
     assert launch_here(arguments(other, tmp_path / "run", f"rollout.replay={recorded}")) == 2

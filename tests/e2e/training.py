@@ -65,7 +65,7 @@ def start(words: list[str], log: Path, fault: Callable[[], None] | None = None) 
     ``fault`` is called first there, to patch something; a module-level function, or a partial of one.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["recipes.train", "recipes.local_engine", "megatron_ext.learner.checkpoint"])
+    context.set_forkserver_preload(["recipes.train", "recipes.rollout.local", "megatron_ext.learner.checkpoint"])
     process = context.Process(target=_child, args=(words, log, fault))
     process.start()
     return process
@@ -83,7 +83,7 @@ def _child(words: list[str], log: Path, fault: Callable[[], None] | None) -> Non
 
 def no_report() -> None:
     """Reports take most of the time of a short run, and have tests of their own."""
-    from recipes import run_dir
+    from recipes.loop import run_dir
 
     run_dir.RunDir._report = lambda self: self.path / "report.html"  # type: ignore[method-assign]
 

@@ -13,15 +13,15 @@ def test_log_probabilities_equal_transformers(tmp_path: Path, dtype: str, tolera
     """Mean difference in nats, over response tokens of ragged packed sequences."""
     from transformers import AutoModelForCausalLM
 
-    from configs.load import load_config
     from megatron_ext.learner.learner import Learner
     from megatron_ext.learner.model import distributed
-    from recipes.prepare_model import make_tiny_model
-    from recipes.warm_start import demonstration_batch
+    from recipes.checks.settings import load_checked
+    from recipes.models.prepare import make_tiny_model
+    from recipes.models.warm_start import demonstration_batch
 
     model_dir = make_tiny_model(tmp_path / "model", 0)
     pairs = [([1, 5, 6, 7], [8, 9, 10]), ([1, 9], [4]), ([1, 5, 6, 7, 8], [9, 10, 11, 12, 13])]
-    config = load_config(["recipe=quickstart", f"model.path={model_dir}", f"model.dtype={dtype}"])
+    config = load_checked(["recipe=quickstart", f"model.path={model_dir}", f"model.dtype={dtype}"])
     with distributed(config.parallel, 0, alone=True):
         stats = Learner(config, model_dir, total_updates=1).statistics(demonstration_batch(pairs))
     oracle = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).cuda()

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from configs import fp8
 from configs.schema import Config
+from recipes.checks import fp8
 
 pytestmark = pytest.mark.usefixtures("transformer_engine", "alone")
 SIZES = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8, "num_hidden_layers": 4}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from stand_in import StandIn, make_pool
 
-from recipes.vllm_pool import VLLMPool
+from recipes.rollout.vllm.pool import VLLMPool
 
 
 @pytest.fixture

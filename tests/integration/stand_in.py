@@ -15,9 +15,9 @@ import torch
 from aiohttp import web
 
 from megatron_ext.sync.broadcast import Entry, Rendezvous, broadcast, join_group, layout
-from recipes import vllm_fleet
-from recipes.vllm_pool import PoolOptions, VLLMPool
-from recipes.vllm_server import ServerOptions
+from recipes.rollout.vllm import fleet as vllm_fleet
+from recipes.rollout.vllm.pool import PoolOptions, VLLMPool
+from recipes.rollout.vllm.server import ServerOptions
 
 WEIGHTS = {"w": torch.arange(6.0)}
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from configs.load import choices, load_config
+from configs.load import choices
 from megatron_ext.rl.advantages import ADVANTAGES
 from megatron_ext.rl.aggregation import AGGREGATIONS
+from recipes.checks.settings import load_checked
 
 TEXT = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text()
 LINES = re.findall(r'`make train ARGS="([^"]+)"`', TEXT)
@@ -19,7 +20,7 @@ LINES = re.findall(r'`make train ARGS="([^"]+)"`', TEXT)
 @pytest.mark.parametrize("line", LINES)
 def test_config_line_loads_and_is_what_it_says(line: str) -> None:
     overrides = shlex.split(line)
-    config = load_config(overrides)
+    config = load_checked(overrides)
     for item in overrides:
         key, _, value = item.partition("=")
         group, _, name = key.partition(".")

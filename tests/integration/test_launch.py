@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 
-from configs.load import GROUPS, choices, load_config
+from configs.layout import learner_processes
+from configs.load import GROUPS, choices
 from configs.schema import Config
 from recipes import launch as module
-from recipes.launch import launch, learner_processes, model_location
-from recipes.prepare_model import make_tiny_model
+from recipes.checks.settings import load_checked
+from recipes.launch import launch
+from recipes.models.locate import model_location
+from recipes.models.prepare import make_tiny_model
 
 Calls = list[tuple[Config, Path]]
 
@@ -39,7 +42,7 @@ def test_help_names_every_choice(capsys: pytest.CaptureFixture[str]) -> None:
     for flag in ("--help", "-h"):
         assert status(["loss=nonsense", flag]) == (0, [])
         text = capsys.readouterr().out
-        papers = [name for name in choices("recipe") if name.startswith("p") and name[1:2].isdigit()]
+        papers = [name for name in choices("recipe") if "/" in name]
         named = [name for group in GROUPS for name in choices(group) if name not in papers]
         assert [name for name in named if name not in text] == []
         assert "run.dir=DIR" in text and "rollout.replay=DIR" in text
@@ -90,7 +93,7 @@ def test_a_layout_or_length_that_the_model_does_not_allow(
     config |= {"architectures": [architecture], "hidden_size": 96, "intermediate_size": 96, **changes}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=sentence):
-        module.check_model(load_config([f"model.path={tmp_path}", *argv]), tmp_path)
+        module.check_model(load_checked([f"model.path={tmp_path}", *argv]), tmp_path)
 
 
 def test_a_reference_of_another_model_is_refused(
@@ -162,7 +165,7 @@ def test_a_launcher_with_another_number_of_processes(
 
 
 def test_number_of_processes() -> None:
-    config = load_config(["parallel.tp=2", "parallel.pp=3"])
+    config = load_checked(["parallel.tp=2", "parallel.pp=3"])
     assert learner_processes(config) == 6
     config.parallel.nproc = 12
     assert learner_processes(config) == 12
@@ -170,7 +173,7 @@ def test_number_of_processes() -> None:
 
 def test_model_locations(tmp_path: Path, model: Path) -> None:
     def at(*words: str) -> Path:
-        return model_location(load_config([f"model.cache_dir={tmp_path}", *words]))
+        return model_location(load_checked([f"model.cache_dir={tmp_path}", *words]))
 
     assert at(f"model.path={model}") == model
     assert at("model.path=smollm2") == tmp_path / "SmolLM2-135M-Instruct"

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 import conversion
-from configs.load import load_config
 from configs.schema import Config
 from recipes import plan
-from recipes.prepare_model import make_tiny_model
+from recipes.checks.settings import load_checked
+from recipes.models.prepare import make_tiny_model
 
 GIB = 1 << 30
 # Sizes of public models, from their config.json, with the parameter counts their model cards state.
@@ -37,7 +37,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def base() -> Config:
-    return load_config(SETTINGS)
+    return load_checked(SETTINGS)
 
 
 def change(config: Config, section: str, **changes: Any) -> Config:
@@ -96,7 +96,7 @@ def test_savings_are_what_the_changed_configuration_needs(base: Config) -> None:
     hf = conversion.parse_config(plan.GENERATED_MODELS["tiny"])
     found = dict(plan.savings(base, hf))
     for override, total in found.items():
-        assert plan.learner_memory(load_config([*SETTINGS, *override.split()]), hf).total == total
+        assert plan.learner_memory(load_checked([*SETTINGS, *override.split()]), hf).total == total
     assert "model.recompute=true" in found and "train.micro_batch_tokens=127" in found
     assert list(found.values()) == sorted(found.values())
     recomputing = change(base, "model", recompute=True)

@@ -13,16 +13,23 @@ import pytest
 import yaml
 
 import conversion
-from configs.load import PLACEHOLDER, choices, load_config
+from configs.load import choices
 from configs.schema import Config
 from megatron_ext.rl.types import Problem, Rollout, Sample
 from recipes import plan
-from recipes.collect import Collector
-from recipes.launch import check_model
-from recipes.rollout import Sampling
+from recipes.checks.model import check_model
+from recipes.checks.settings import PLACEHOLDER, load_checked
+from recipes.loop.collect import Collector
+from recipes.rollout.engine import Sampling
 
 FOLDER = Path(__file__).parents[2] / "configs" / "recipe"
-PAPER_RECIPES = [name for name in choices("recipe") if re.match(r"p\d_", name)]
+PAPER_RECIPES = [name for name in choices("recipe") if "/" in name]
+PAPERS = {
+    "ce_gppo": "CE-GPPO",
+    "clip_low_high": "Clip-Low/High",
+    "dynamic_clip": "Flexible Entropy Control",
+    "entropy_dynamics": "Entropy Dynamics",
+}
 Load = Callable[[str], Config]
 
 
@@ -66,7 +73,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
 
     @cache
     def loaded(recipe: str) -> Config:
-        return load_config(
+        return load_checked(
             [f"recipe={recipe}", f"model.path={folder / asked(recipe)}", f"data.path={folder}/data.jsonl"]
         )
 
@@ -79,7 +86,7 @@ def asked(recipe: str) -> str:
     content = yaml.safe_load(file.read_text(encoding="utf-8"))
     found = (content.get("model") or {}).get("path", "")
     for base in reversed([base for base in content.get("defaults", []) if isinstance(base, str)]):
-        found = found or asked(str((file.parent / base).relative_to(FOLDER)))
+        found = found or asked(base.removeprefix("/recipe/") if base.startswith("/") else f"base/{base}")
     return found.strip("<>")
 
 
@@ -107,7 +114,7 @@ def test_header_names_source_target_and_hardware(recipe: str) -> None:
     lines = (FOLDER / f"{recipe}.yaml").read_text(encoding="utf-8").splitlines()
     assert lines[0] == "# @package _global_"
     header = " ".join(line.removeprefix("# ") for line in lines[1:] if line.startswith("# "))
-    assert re.search(rf"Aims at: P{recipe[1]} (table|figure)", header), header
+    assert re.search(rf"Aims at: {PAPERS[recipe.partition('/')[0]]} (table|figure)", header), header
     assert re.search(r"Hardware: .*\d+(:\d\d)? h\b", header), header
 
 
@@ -137,29 +144,29 @@ INF = float("inf")
 @pytest.mark.parametrize(
     ("recipe", "loss"),
     [
-        ("p2_ce_gppo", CE | {"beta1": 0.5, "dual_clip": None, "nll_coef": 0.0}),
-        ("p2_ce_gppo_7b", CE | {"beta1": 0.75, "dual_clip": None, "nll_coef": 0.0}),
-        ("p2_ce_gppo_script", CE | {"beta1": 0.5, "dual_clip": 10.0, "nll_coef": 0.1}),
-        ("p2_ce_gppo_7b_script", CE | {"beta1": 0.75, "dual_clip": 10.0, "nll_coef": 0.1}),
-        ("p2_beta_1_05", {"beta1": 1.0, "beta2": 0.5}),
-        ("p2_beta_0_1_7b", {"beta1": 0.0, "beta2": 1.0}),
-        ("p2_grpo", {"name": "ppo", "eps_low": 0.2, "eps_high": 0.2}),
-        ("p2_dapo_7b", {"name": "ppo", "eps_low": 0.2, "eps_high": 0.28}),
-        ("p2_cispo", {"name": "cispo", "eps_low": 0.2, "eps_high": 0.2}),
-        ("p2_gspo", {"name": "gspo", "eps_low": 3e-4, "eps_high": 4e-4}),
-        ("p0_sapo", {"name": "sapo", "tau_pos": 1.0, "tau_neg": 1.05}),
-        ("p0_id", DYNAMIC | {"strategy": "id", "phase_ratio": 0.5}),
-        ("p0_did_qwen25_7b", DYNAMIC | {"strategy": "did", "phase_ratio": 0.5}),
-        ("p0_od", DYNAMIC | {"strategy": "od", "entropy_floor": 0.2, "initial_state": 0}),
-        ("p0_phase_03", DYNAMIC | {"strategy": "id", "phase_ratio": 0.3}),
-        ("p0_phase_06", {"phase_ratio": 0.6}),
-        ("p0_upper", {"strategy": "upper"}),
-        ("p0_static_did", STATIC | {"strategy": "did", "eps": 0.2}),
-        ("p0_clip_lower", {"name": "ppo", "eps_low": 0.28, "eps_high": 0.2}),
-        ("p3_gsm8k_symmetric", {"name": "ppo", "eps_low": 0.2, "eps_high": 0.2}),
-        ("p3_gsm8k_no_clip_low_llama3_8b", {"eps_low": 1.0, "eps_high": 0.2}),
-        ("p3_dapo17k_no_clip_high", {"eps_low": 0.2, "eps_high": INF}),
-        ("p3_dapo17k_clip_lower", {"eps_low": 0.15, "eps_high": INF}),
+        ("ce_gppo/ce_gppo", CE | {"beta1": 0.5, "dual_clip": None, "nll_coef": 0.0}),
+        ("ce_gppo/ce_gppo_7b", CE | {"beta1": 0.75, "dual_clip": None, "nll_coef": 0.0}),
+        ("ce_gppo/ce_gppo_script", CE | {"beta1": 0.5, "dual_clip": 10.0, "nll_coef": 0.1}),
+        ("ce_gppo/ce_gppo_7b_script", CE | {"beta1": 0.75, "dual_clip": 10.0, "nll_coef": 0.1}),
+        ("ce_gppo/beta_1_05", {"beta1": 1.0, "beta2": 0.5}),
+        ("ce_gppo/beta_0_1_7b", {"beta1": 0.0, "beta2": 1.0}),
+        ("ce_gppo/grpo", {"name": "ppo", "eps_low": 0.2, "eps_high": 0.2}),
+        ("ce_gppo/dapo_7b", {"name": "ppo", "eps_low": 0.2, "eps_high": 0.28}),
+        ("ce_gppo/cispo", {"name": "cispo", "eps_low": 0.2, "eps_high": 0.2}),
+        ("ce_gppo/gspo", {"name": "gspo", "eps_low": 3e-4, "eps_high": 4e-4}),
+        ("dynamic_clip/sapo", {"name": "sapo", "tau_pos": 1.0, "tau_neg": 1.05}),
+        ("dynamic_clip/id", DYNAMIC | {"strategy": "id", "phase_ratio": 0.5}),
+        ("dynamic_clip/did_qwen25_7b", DYNAMIC | {"strategy": "did", "phase_ratio": 0.5}),
+        ("dynamic_clip/od", DYNAMIC | {"strategy": "od", "entropy_floor": 0.2, "initial_state": 0}),
+        ("dynamic_clip/phase_03", DYNAMIC | {"strategy": "id", "phase_ratio": 0.3}),
+        ("dynamic_clip/phase_06", {"phase_ratio": 0.6}),
+        ("dynamic_clip/upper", {"strategy": "upper"}),
+        ("dynamic_clip/static_did", STATIC | {"strategy": "did", "eps": 0.2}),
+        ("dynamic_clip/clip_lower", {"name": "ppo", "eps_low": 0.28, "eps_high": 0.2}),
+        ("clip_low_high/gsm8k_symmetric", {"name": "ppo", "eps_low": 0.2, "eps_high": 0.2}),
+        ("clip_low_high/gsm8k_no_clip_low_llama3_8b", {"eps_low": 1.0, "eps_high": 0.2}),
+        ("clip_low_high/dapo17k_no_clip_high", {"eps_low": 0.2, "eps_high": INF}),
+        ("clip_low_high/dapo17k_clip_lower", {"eps_low": 0.15, "eps_high": INF}),
     ],
 )
 def test_losses_are_the_papers(recipe: str, loss: dict[str, Any], load: Load) -> None:
@@ -169,15 +176,15 @@ def test_losses_are_the_papers(recipe: str, loss: dict[str, Any], load: Load) ->
 @pytest.mark.parametrize(
     ("recipe", "selection"),
     [
-        ("p2_entropy_bonus_0001", {"name": "entropy_bonus", "coef": 0.001}),
-        ("p2_entropy_bonus_0003", {"name": "entropy_bonus", "coef": 0.003}),
-        ("p0_clip_cov", {"name": "clip_cov", "frac": 2e-4, "cov_low": 1.0, "cov_high": 5.0}),
-        ("p4_clip_b", {"name": "clip_b", "mu_low": 2.5, "mu_high": INF, "tokens": "negative"}),
-        ("p4_clip_v_qwen3_4b", {"name": "clip_v", "tokens": "negative"}),
-        ("p4_kl_cov", {"name": "kl_cov", "frac": 0.002, "coef": 1.0}),
-        ("p4_unlikely", {"name": "unlikely", "beta_rank": 0.25}),
-        ("p4_forking", {"name": "forking", "frac": 0.2}),
-        ("p4_grpo", {"name": "none"}),
+        ("ce_gppo/entropy_bonus_0001", {"name": "entropy_bonus", "coef": 0.001}),
+        ("ce_gppo/entropy_bonus_0003", {"name": "entropy_bonus", "coef": 0.003}),
+        ("dynamic_clip/clip_cov", {"name": "clip_cov", "frac": 2e-4, "cov_low": 1.0, "cov_high": 5.0}),
+        ("entropy_dynamics/clip_b", {"name": "clip_b", "mu_low": 2.5, "mu_high": INF, "tokens": "negative"}),
+        ("entropy_dynamics/clip_v_qwen3_4b", {"name": "clip_v", "tokens": "negative"}),
+        ("entropy_dynamics/kl_cov", {"name": "kl_cov", "frac": 0.002, "coef": 1.0}),
+        ("entropy_dynamics/unlikely", {"name": "unlikely", "beta_rank": 0.25}),
+        ("entropy_dynamics/forking", {"name": "forking", "frac": 0.2}),
+        ("entropy_dynamics/grpo", {"name": "none"}),
     ],
 )
 def test_selections_are_the_papers(recipe: str, selection: dict[str, Any], load: Load) -> None:
@@ -192,17 +199,17 @@ def facts(config: Config) -> tuple[Any, ...]:
 @pytest.mark.parametrize(
     ("recipe", "expected"),  # lr, prompts, n, response tokens, updates per rollout, steps, advantage
     [
-        ("p2_ce_gppo", (1e-6, 128, 8, 16384, 8, 1000, "grpo")),
-        ("p2_ce_gppo_7b_script", (1e-6, 128, 8, 16384, 8, 1000, "grpo")),
-        ("p0_id", (1e-6, 512, 8, 4096, 16, 400, "grpo")),
-        ("p0_grpo_qwen25_7b", (1e-6, 512, 8, 8192, 16, 400, "grpo")),
-        ("p0_phase_04", (1e-6, 512, 8, 4096, 16, 200, "grpo")),
-        ("p3_gsm8k_clip_lower", (5e-7, 512, 8, 4096, 16, 200, "dr_grpo")),
-        ("p3_dapo17k_symmetric", (1e-6, 512, 8, 4096, 16, 200, "dr_grpo")),
-        ("p3_random_symmetric", (5e-7, 512, 8, 4096, 16, 200, "dr_grpo")),
-        ("p4_grpo", (4e-7, 64, 16, 7168, 1, 400, "grpo")),
-        ("p4_clip_b_qwen3_4b", (4e-7, 64, 8, 7168, 1, 400, "grpo")),
-        ("p4_clip_v_internlm3_8b", (4e-7, 64, 16, 7168, 1, 400, "grpo")),
+        ("ce_gppo/ce_gppo", (1e-6, 128, 8, 16384, 8, 1000, "grpo")),
+        ("ce_gppo/ce_gppo_7b_script", (1e-6, 128, 8, 16384, 8, 1000, "grpo")),
+        ("dynamic_clip/id", (1e-6, 512, 8, 4096, 16, 400, "grpo")),
+        ("dynamic_clip/grpo_qwen25_7b", (1e-6, 512, 8, 8192, 16, 400, "grpo")),
+        ("dynamic_clip/phase_04", (1e-6, 512, 8, 4096, 16, 200, "grpo")),
+        ("clip_low_high/gsm8k_clip_lower", (5e-7, 512, 8, 4096, 16, 200, "dr_grpo")),
+        ("clip_low_high/dapo17k_symmetric", (1e-6, 512, 8, 4096, 16, 200, "dr_grpo")),
+        ("clip_low_high/random_symmetric", (5e-7, 512, 8, 4096, 16, 200, "dr_grpo")),
+        ("entropy_dynamics/grpo", (4e-7, 64, 16, 7168, 1, 400, "grpo")),
+        ("entropy_dynamics/clip_b_qwen3_4b", (4e-7, 64, 8, 7168, 1, 400, "grpo")),
+        ("entropy_dynamics/clip_v_internlm3_8b", (4e-7, 64, 16, 7168, 1, 400, "grpo")),
     ],
 )
 def test_settings_are_the_papers(recipe: str, expected: tuple[Any, ...], load: Load) -> None:
@@ -210,7 +217,7 @@ def test_settings_are_the_papers(recipe: str, expected: tuple[Any, ...], load: L
 
 
 def test_what_the_authors_script_adds_to_the_paper(load: Load) -> None:
-    paper, script = load("p2_ce_gppo"), load("p2_ce_gppo_script")
+    paper, script = load("ce_gppo/ce_gppo"), load("ce_gppo/ce_gppo_script")
     assert (paper.rollout.generated_prompts, script.rollout.generated_prompts) == (None, 256)
     assert not paper.advantage.drop_uniform_groups and paper.optim.warmup_steps == 0
     assert script.advantage.drop_uniform_groups and script.advantage.max_refills == 1
@@ -219,8 +226,8 @@ def test_what_the_authors_script_adds_to_the_paper(load: Load) -> None:
 
 
 def test_beta_switch_and_random_rewards(load: Load) -> None:
-    assert load("p2_beta_switch").schedule == {"name": "piecewise", "points": {"beta1": [[0, 0.0], [585, 0.5]]}}
-    rewards = [load(f"p3_random_{name}").reward for name in ("symmetric", "p03", "p07")]
+    assert load("ce_gppo/beta_switch").schedule == {"name": "piecewise", "points": {"beta1": [[0, 0.0], [585, 0.5]]}}
+    rewards = [load(f"clip_low_high/random_{name}").reward for name in ("symmetric", "p03", "p07")]
     assert [(r.name, r.params["distribution"], r.params["p"]) for r in rewards] == [
         ("random", "bernoulli", 0.5),
         ("random", "bernoulli", 0.3),
@@ -231,7 +238,7 @@ def test_beta_switch_and_random_rewards(load: Load) -> None:
 
 
 def test_gsm8k_and_dapo17k_differ_as_table_1_says(load: Load) -> None:
-    gsm8k, dapo = load("p3_gsm8k_symmetric"), load("p3_dapo17k_symmetric")
+    gsm8k, dapo = load("clip_low_high/gsm8k_symmetric"), load("clip_low_high/dapo17k_symmetric")
     assert (gsm8k.advantage.drop_uniform_groups, dapo.advantage.drop_uniform_groups) == (False, True)
     assert (gsm8k.advantage.overlong, dapo.advantage.overlong) == ("none", "penalty")
     assert dapo.advantage.overlong_factor == 1.0
@@ -240,11 +247,14 @@ def test_gsm8k_and_dapo17k_differ_as_table_1_says(load: Load) -> None:
 def test_rewards_templates_and_verifiers_of_the_recipes_are_valid(load: Load) -> None:
     from recipes.rewards import make_verifier
 
-    for recipe in ("p0_id", "p2_ce_gppo", "p3_gsm8k_symmetric", "p3_random_p03", "p3_dapo17k_symmetric", "p4_grpo"):
+    for recipe in (
+        *("dynamic_clip/id", "ce_gppo/ce_gppo", "clip_low_high/gsm8k_symmetric", "clip_low_high/random_p03"),
+        *("clip_low_high/dapo17k_symmetric", "entropy_dynamics/grpo"),
+    ):
         config = load(recipe)
         make_verifier(config.reward.name, **config.reward.params)
         assert config.data.template.startswith("chat:") and config.data.template.count("{problem}") == 1
-    assert load("p0_id").data.template == (
+    assert load("dynamic_clip/id").data.template == (
         "chat:{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
     )
 
@@ -284,7 +294,7 @@ class DynamicSampling(Collector):
     ],
 )
 def test_the_scripts_dynamic_sampling(every: int, asked: list[tuple[int, int]], trained: int, load: Load) -> None:
-    collector = DynamicSampling(load("p2_ce_gppo_script"), every)
+    collector = DynamicSampling(load("ce_gppo/ce_gppo_script"), every)
     record = collector._collect(step=3, start=1000)
     assert collector.asked == asked and len(record["groups"]) == trained
     assert record["position"] == asked[-1][0] + 256  # problems that were dropped do not come again
@@ -292,7 +302,7 @@ def test_the_scripts_dynamic_sampling(every: int, asked: list[tuple[int, int]], 
 
 def test_evaluation_has_its_own_length(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    collector = DynamicSampling(load("p2_ce_gppo"), 1)
+    collector = DynamicSampling(load("ce_gppo/ce_gppo"), 1)
     monkeypatch.setattr(collector, "heldout", lambda n: collector.problems(0, 2), raising=False)
     generate = collector._generate
     monkeypatch.setattr(collector, "_generate", lambda *a: seen.append(a[2]) or generate(*a))

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from stand_in import StandIn, make_pool, prompts, wait_until
 
-from recipes.rollout import Sampling
-from recipes.vllm_client import Line, ServerError, parse_choice, request_seed
-from recipes.vllm_pool import PoolOptions, VLLMPool
-from recipes.vllm_server import (
+from recipes.rollout.engine import Sampling
+from recipes.rollout.vllm.client import Line, ServerError, parse_choice, request_seed
+from recipes.rollout.vllm.pool import PoolOptions, VLLMPool
+from recipes.rollout.vllm.server import (
     ServerOptions,
 )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.vllm_server import (
+from recipes.rollout.vllm.server import (
     ServerOptions,
     gpu_environment,
     kv_cache_need,

@@ -12,11 +12,11 @@ import torch
 from stand_in import WEIGHTS, StandIn, make_pool, prompts, wait_until
 
 from megatron_ext.sync.base import WeightUpdateError
-from recipes import vllm_update
-from recipes.rollout import Sampling
-from recipes.vllm_client import ServerError
-from recipes.vllm_pool import PoolOptions, VLLMPool
-from recipes.vllm_server import (
+from recipes.rollout.engine import Sampling
+from recipes.rollout.vllm import update as vllm_update
+from recipes.rollout.vllm.client import ServerError
+from recipes.rollout.vllm.pool import PoolOptions, VLLMPool
+from recipes.rollout.vllm.server import (
     ServerOptions,
 )
 

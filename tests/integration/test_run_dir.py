@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from configs.load import load_config
 from configs.schema import Config
 from megatron_ext.rl.types import Rollout, Sample
-from recipes.metrics import StepMetrics
-from recipes.prepare_model import make_tiny_model
-from recipes.run_dir import RunDir
+from recipes.checks.settings import load_checked
+from recipes.loop.metrics import StepMetrics
+from recipes.loop.run_dir import RunDir
+from recipes.models.prepare import make_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def rank_zero(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(model: Path, run: Path, *extra: str) -> Config:
-    return load_config([f"model.path={model}", f"run.dir={run}", "run.report_every=0", "train.steps=9", *extra])
+    return load_checked([f"model.path={model}", f"run.dir={run}", "run.report_every=0", "train.steps=9", *extra])
 
 
 def log(run: RunDir, step: int) -> None:

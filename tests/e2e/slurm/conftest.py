@@ -10,7 +10,7 @@ import pytest
 from cluster import Cluster, install, obstacle
 from jobs import Site
 
-from recipes.prepare_model import make_tiny_model
+from recipes.models.prepare import make_tiny_model
 
 
 @pytest.fixture(scope="session")

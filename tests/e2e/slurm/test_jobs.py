@@ -9,7 +9,7 @@ import pytest
 from jobs import Job, Site
 from training import SETTINGS, assert_same_run, run_here
 
-from recipes.attempt import attempts, checkpoint_step, events
+from recipes.cluster.attempt import attempts, checkpoint_step, events
 from recipes.status import first_error
 
 LOCAL = (*SETTINGS, "eval.every=0", "train.entropy_probe_every=0")

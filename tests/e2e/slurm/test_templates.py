@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.load import load_config
+from recipes.checks.settings import load_checked
 from recipes.plan import data_parallel, learner_memory, read_model
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -88,7 +88,7 @@ def test_training_templates_fit(template: Path, site: Path) -> None:
         "--job-name=servers",
         "--job-name=learner",
     ]
-    config = load_config(plan_arguments(done.stdout))
+    config = load_checked(plan_arguments(done.stdout))
     hf, _ = read_model(config)
     ranks = number(r"--ntasks=(\d+)", " ".join(steps[2]))
     assert config.parallel.nproc == ranks
@@ -110,8 +110,8 @@ def test_training_templates_fit(template: Path, site: Path) -> None:
 def test_arguments_of_sbatch_have_the_last_word(site: Path) -> None:
     template = ROOT / "slurm" / "qwen7b_ce_gppo.sbatch"
     words = plan_arguments(dry(template, site, "optim.lr=3e-7").stdout)
-    config = load_config(words)
-    assert (config.run.name, config.optim.lr, config.loss["beta1"]) == ("p2_ce_gppo_7b", 3e-7, 0.75)
+    config = load_checked(words)
+    assert (config.run.name, config.optim.lr, config.loss["beta1"]) == ("ce_gppo/ce_gppo_7b", 3e-7, 0.75)
     words = plan_arguments(dry(template, site, "recipe=quickstart", LEARNER_NODES="1", ROLLOUT_NODES="3").stdout)
     assert words == ["recipe=quickstart", "parallel.nproc=8", "rollout.num_servers=24"]
 
@@ -119,7 +119,7 @@ def test_arguments_of_sbatch_have_the_last_word(site: Path) -> None:
 @pytest.mark.parametrize("strategy", ["id", "did", "od"])
 def test_strategies(site: Path, strategy: str) -> None:
     done = dry(ROOT / "slurm" / "qwen_math7b_dynamic_clip.sbatch", site, STRATEGY=strategy)
-    assert load_config(plan_arguments(done.stdout)).loss["strategy"] == strategy
+    assert load_checked(plan_arguments(done.stdout)).loss["strategy"] == strategy
 
 
 def test_what_does_not_add_up_is_refused(site: Path) -> None:
@@ -134,7 +134,7 @@ def test_what_does_not_add_up_is_refused(site: Path) -> None:
 def test_evaluation_gives_every_gpu_to_a_server(site: Path) -> None:
     done = dry(ROOT / "slurm" / "evaluate.sbatch", site)
     assert done.returncode == 0 and "--ntasks-per-node=8" in done.stdout, done.stderr
-    config = load_config(plan_arguments(done.stdout))
+    config = load_checked(plan_arguments(done.stdout))
     assert (config.parallel.nproc, config.rollout.num_servers, config.eval.n) == (1, 8, 32)
 
 

@@ -1,0 +1,134 @@
+"""What slurm/lib.sh asks of Python, so that a shell script decides nothing about configurations.
+
+    python -m recipes.cluster.job begin key=value ...  check everything, make the attempt's directory, print NAME=value
+    python -m recipes.cluster.job again RUN_DIR        may this job be requeued? Exit status 0 or 3
+
+`begin` ends with status 2 and one sentence for a user's error, and with 3 when the job has been requeued too often
+without progress; neither is worth another requeue.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import secrets
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from configs.schema import Config
+from recipes.checks.model import check_model
+from recipes.checks.settings import load_checked
+from recipes.cluster import attempt
+from recipes.cluster.serve import OPTIONS_FILE, Port, port_candidates
+from recipes.models.locate import model_location, prepare_model
+from recipes.rewards import make_verifier
+from recipes.rollout.vllm.server import ServerOptions
+
+MAX_REQUEUES = 3  # in a row without a newer checkpoint; the environment variable of that name overrules
+
+
+def idle_attempts(run_dir: Path, job: str) -> int:
+    """How many attempts of this job, counted back from the newest, began with the checkpoint that is still newest."""
+    now, count = attempt.checkpoint_step(run_dir), 0
+    for directory in reversed(attempt.attempts(run_dir)):
+        starts = [e for e in attempt.events(directory) if e.role == "job" and e.name == "started"]
+        if not starts or starts[0].details.get("job") != job or starts[0].details.get("step") != now:
+            break
+        count += 1
+    return count
+
+
+def may_start(run_dir: Path, job: str) -> bool:
+    """Whether one more attempt is allowed: the first, and MAX_REQUEUES more for each checkpoint."""
+    return idle_attempts(run_dir, job) <= int(os.environ.get("MAX_REQUEUES", MAX_REQUEUES))
+
+
+def exhausted(run_dir: Path, job: str) -> str:
+    return (
+        f"{idle_attempts(run_dir, job)} attempts in a row ended without a newer checkpoint: not requeued. "
+        f"`python -m recipes.status {run_dir}` shows the first error; MAX_REQUEUES allows more"
+    )
+
+
+def begin(words: Sequence[str]) -> dict[str, str | int]:
+    """Check the run and open its next attempt; the variables that the batch script continues with.
+
+    Raises ValueError for a user's error. ``STATE`` is "ready", "finished" (nothing is left to do) or "exhausted".
+    """
+    config = load_checked(words)
+    make_verifier(config.reward.name, **config.reward.params)
+    run_dir, job = Path(config.run.dir).absolute(), os.environ["SLURM_JOB_ID"]
+    if attempt.finished_steps(run_dir) >= config.train.steps:
+        return {"STATE": "finished", "RUN_DIR": str(run_dir)}
+    if not may_start(run_dir, job):
+        return {"STATE": "exhausted", "RUN_DIR": str(run_dir)}
+    model_dir = model_location(config)
+    prepare_model(config, model_dir)
+    check_model(config, model_dir)
+    directory = attempt.new_attempt(run_dir)
+    (directory / "nonce").write_text(secrets.token_hex(8), encoding="utf-8")
+    options = server_options(config, model_dir)
+    (directory / OPTIONS_FILE).write_text(json.dumps(options, indent=1) + "\n", encoding="utf-8")
+    attempt.record(
+        directory,
+        "job",
+        "started",
+        job=job,
+        restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        step=attempt.checkpoint_step(run_dir),
+        nodes=os.environ.get("SLURM_JOB_NODELIST", ""),
+    )
+    master_port = Port("", port_candidates(int(job), 0))
+    master_port.release()  # the learner's rank 0, on this node, listens on it in a moment
+    return {
+        "STATE": "ready",
+        "RUN_DIR": str(run_dir),
+        "ATTEMPT_DIR": str(directory),
+        "MASTER_PORT": master_port.number,
+        # Servers on other nodes do not see this one's /dev/shm.
+        "SYNC_DIR": (config.rollout.sync_dir or str(run_dir / "sync")) if config.rollout.weight_sync == "disk" else "",
+        "SERVED": int(config.rollout.engine != "local" and config.rollout.replay is None),
+    }
+
+
+def server_options(config: Config, model_dir: Path) -> dict[str, object]:
+    """`ServerOptions` of the run as JSON, for the supervisors; the device is found where the server runs."""
+    rollout = config.rollout
+    options = ServerOptions(
+        model_dir.absolute(),
+        rollout.max_model_len,
+        rollout.max_num_seqs,
+        rollout.dtype,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+    )
+    return dataclasses.asdict(options) | {"model_dir": str(options.model_dir)}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["again"] and len(words) == 2:
+        run_dir, job = Path(words[1]), os.environ["SLURM_JOB_ID"]
+        if may_start(run_dir, job):
+            return 0
+        print(exhausted(run_dir, job), file=sys.stderr)
+        return 3
+    if words[:1] != ["begin"]:
+        print(__doc__, file=sys.stderr)
+        return 2
+    try:
+        variables = begin(words[1:])
+    except (ValueError, OSError) as error:  # also a full disk, or one that may not be written
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if variables["STATE"] == "exhausted":
+        print(exhausted(Path(str(variables["RUN_DIR"])), os.environ["SLURM_JOB_ID"]), file=sys.stderr)
+        return 3
+    for name, value in variables.items():
+        print(f"{name}={value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

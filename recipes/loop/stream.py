@@ -1,0 +1,162 @@
+"""The rollouts of a run as every rank sees them: from the journal if they are there, else collected live by rank 0."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from configs.schema import Config
+from megatron_ext.learner.critic import Critic
+from megatron_ext.learner.learner import Learner, broadcast_bytes
+from megatron_ext.rl.types import Sample
+from recipes.loop import journal
+from recipes.loop.collect import Collector
+from recipes.loop.metrics import StepMetrics
+from recipes.rollout.colocated import Sleeper, Turns
+
+
+class RolloutStream:
+    """Context manager. Rank 0 starts the engine when the first live rollouts are needed: a replay never does."""
+
+    def __init__(
+        self, config: Config, model_dir: Path, run_dir: Path, learner: Learner, critic: Critic | None = None
+    ) -> None:
+        self._config, self._model_dir, self._run_dir, self._learner = config, model_dir, run_dir, learner
+        self._first = torch.distributed.get_rank() == 0
+        self._replay = config.rollout.replay is not None
+        self._collector: Collector | None = None
+        self._journal: journal.Journal | None = None
+        self._served = -1  # weight version that the engine serves
+        self._turns: Turns | None = None
+        if config.rollout.colocated:
+            models = [model for model in (learner, critic) if model is not None]
+            self._turns = Turns(models, self._sleeper if self._first else None)
+
+    def __enter__(self) -> RolloutStream:
+        if self._first:
+            source = Path(self._config.rollout.replay) / journal.FILE if self._config.rollout.replay else None
+            self._journal = journal.Journal(self._run_dir / journal.FILE, source)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._collector is not None:
+            self._collector.close()
+        if self._journal is not None:
+            self._journal.close()
+
+    def next(self, step: int, position: int, metrics: StepMetrics) -> tuple[dict[str, Any], list[Sample]]:
+        """The record and samples of a step; before live ones the engine gets the learner's present weights.
+
+        With ``rollout.max_staleness`` k the collection of the k steps that follow begins here, to run beside the
+        training: a batch is begun with the weights of k steps before its own, and so never older.
+        """
+        ahead = self._config.rollout.max_staleness
+        record: bytes = b""
+        if self._available("rollouts", step):
+            if self._first:
+                assert self._journal is not None
+                record = self._journal.copy("rollouts", step)
+        else:
+            with metrics.clock("wait"):
+                found = self._live().finish(step) if self._first and self._turns is None else None
+            with contextlib.ExitStack() as served:
+                with metrics.clock("sync"):
+                    served.enter_context(self._serving(step))
+                if self._first:
+                    if found is None:
+                        with metrics.clock("wait"):
+                            self._live().begin(step, position, 1 + ahead)
+                            found = self._live().finish(step)
+                    assert found is not None and self._journal is not None
+                    check_staleness(found, ahead)
+                    record = self._journal.put(found)
+                    self._live().begin(step + 1, found["position"], ahead)
+        decoded: dict[str, Any] = json.loads(broadcast_bytes(record, src=0, device=self._learner.device))
+        metrics.add({f"rollout/{name}": float(value) for name, value in decoded.get("counters", {}).items()})
+        first_seq_id = step * self._config.rollout.prompts_per_step * self._config.rollout.n
+        return decoded, journal.decode_samples(decoded, first_seq_id)
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Evaluation of the weights after ``step`` steps; empty in a replay whose journal has none."""
+        line = b"{}"
+        if self._available("eval", step):
+            if self._first:
+                assert self._journal is not None
+                line = self._journal.copy("eval", step)
+        elif not self._replay:
+            with self._serving(step):  # what is in flight for later steps goes on under these weights
+                if self._first:
+                    assert self._journal is not None
+                    line = self._journal.put(self._live().evaluate(step))
+        decoded = json.loads(broadcast_bytes(line, src=0, device=self._learner.device))
+        return dict(decoded.get("metrics", {}))
+
+    def agree(self, flag: bool) -> bool:
+        """Rank 0's flag on every rank."""
+        return broadcast_bytes(bytes([flag]), src=0, device=self._learner.device) == b"\x01"
+
+    # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _available(self, kind: str, step: int) -> bool:
+        mine = self._journal is not None and self._journal.has(kind, step)
+        available = self.agree(mine)
+        if not available and self._replay and kind == "rollouts":
+            raise ValueError(
+                f"rollout.replay={self._config.rollout.replay}: its journal ends before step {step + 1}; "
+                f"set train.steps={step} or replay a longer run"
+            )
+        return available
+
+    def _live(self) -> Collector:
+        if self._collector is None:
+            self._collector = Collector(self._config, self._model_dir, self._run_dir)
+        return self._collector
+
+    def _sleeper(self) -> Sleeper:
+        return cast(Sleeper, self._live().engine)  # configs.load refuses other engines in colocated mode
+
+    @contextlib.contextmanager
+    def _serving(self, version: int) -> Iterator[None]:
+        """Inside, the engine serves the learner's present weights as ``version``. A collective."""
+        if self._turns is None:
+            self._push(version)
+            yield
+        else:
+            with self._turns.rollout(lambda: self._send(version)):
+                yield
+
+    def _push(self, version: int) -> None:
+        """Give the engine the learner's weights as ``version``. A collective. Weights it has already are not sent."""
+        if self._served < 0 and version == 0 and not self._config.rollout.urls:
+            self._served = 0  # the engine starts from the directory that the learner was loaded from
+            if self._first:
+                self._live()
+        if self._served != version:
+            self._send(version)
+
+    def _send(self, version: int) -> None:
+        tensors = self._learner.export(explicit_lm_head=True)
+        if self._turns is not None:
+            # What is sent is hashed through numpy, which would forbid torch to free a CPU weight's storage ever after.
+            tensors = ((name, tensor.clone()) for name, tensor in tensors)
+        if self._first:
+            self._live().engine.push(version, tensors)
+        for _ in tensors:  # other ranks take part in every gather
+            pass
+        self._served = version
+
+
+def check_staleness(record: dict[str, Any], most: int) -> None:
+    """RuntimeError when a token was written by weights more than ``most`` steps older than the step it trains."""
+    versions = (v for group in record["groups"] for response in group["responses"] for v in response["versions"])
+    oldest = min(versions, default=record["step"])
+    if oldest < record["step"] - most:
+        raise RuntimeError(
+            f"rollouts of step {record['step'] + 1} hold tokens of weight version {oldest}, older than "
+            f"rollout.max_staleness={most} allows: this is a defect, please report it"
+        )

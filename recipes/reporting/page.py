@@ -1,0 +1,309 @@
+"""One page that says how a run went: `python -m recipes.report RUN_DIR [RUN_DIR ...]`.
+
+Reads what a run leaves behind (`metrics.jsonl`, `config.yaml`, `samples.jsonl`) and writes a self-contained
+`report.html`: no script, no request to anywhere, no absolute path, no secret. Several directories give an overlay of
+the runs. Model output is hostile text: the template escapes everything, control and bidirectional characters are made
+visible, and a Content-Security-Policy forbids whatever might slip through.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from recipes.cluster import attempt
+from recipes.reporting import charts
+
+Series = dict[str, list[tuple[float, float]]]
+
+SAMPLES_SHOWN = 6
+TEXT_SHOWN = 1500  # characters of a completion
+EDGE = 5  # steps averaged for "start" and "end"
+_SECRET = re.compile(r"(^|[_-])(api_?key|secret|password|passwd|credentials?|token|auth)$", re.IGNORECASE)
+_ABSOLUTE = re.compile(r"(?:file:/+|(?<![\w.:/~<])/|~/)(?:[^\s/:,;'\"]+/)*(?P<name>[^\s/:,;'\"]+)/?")
+
+
+@dataclass
+class Run:
+    """What one run directory holds. ``series`` maps a metric to its (step, value) pairs, finite values only."""
+
+    name: str
+    series: Series
+    config: dict[str, Any]
+    samples: list[dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
+
+    def values(self, key: str) -> list[float]:
+        return [value for _, value in self.series.get(key, [])]
+
+    def steps(self) -> int:
+        """Training steps done; the evaluation before the first step is not one."""
+        return len({step for key, pairs in self.series.items() if not key.startswith("val-core/") for step, _ in pairs})
+
+
+def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], str | None]:
+    """The objects of a JSON-lines file, and a note when its last line is torn.
+
+    A process killed while writing leaves half a line at the end; anywhere else a broken line is an error.
+
+    Raises:
+        ValueError: a line before the last is not a JSON object.
+    """
+    rows: list[dict[str, Any]] = []
+    lines = [(i, line) for i, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
+    for number, line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if number == lines[-1][0]:
+                return rows, f"The last line of {path.name} is incomplete and was left out."
+            raise ValueError(f"{path.name} line {number} is not JSON: remove it or restore the file") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path.name} line {number} is not a JSON object: remove it or restore the file")
+        rows.append(row)
+    return rows, None
+
+
+def series_of(rows: Iterable[dict[str, Any]]) -> Series:
+    """Metric -> sorted (step, value). A step that occurs twice (a resumed run) keeps its later values.
+
+    ``val-before/*`` is an evaluation with the weights that the row's step started from: one step earlier.
+    """
+    table: dict[str, dict[float, float]] = {}
+    for row in rows:
+        for key, value in row.items():
+            if key == "step" or not isinstance(value, (int, float)) or not math.isfinite(value):
+                continue
+            step = float(row["step"])
+            if key.startswith("val-before/"):
+                key, step = key.replace("val-before/", "val-core/", 1), step - 1
+            table.setdefault(key, {})[step] = float(value)
+    return {key: sorted(pairs.items()) for key, pairs in table.items()}
+
+
+def resumed_after(run_dir: Path) -> list[int]:
+    """Steps after which later starts of the run continued."""
+    starts = [e for a in attempt.attempts(run_dir) for e in attempt.events(a) if e.name == "started"]
+    return [e.details["step"] for e in starts if e.role == "learner" and e.details.get("step")]
+
+
+def load_run(run_dir: Path) -> Run:
+    """Read a run directory. Only ``metrics.jsonl`` must exist.
+
+    Raises:
+        ValueError: no such directory, no metrics in it, or a metrics file broken before its end.
+    """
+    metrics = run_dir / "metrics.jsonl"
+    if not metrics.is_file():
+        raise ValueError(f"{run_dir} holds no metrics.jsonl: give the run.dir of a run")
+    rows, note = read_jsonl(metrics)
+    if not any("step" in row for row in rows):
+        raise ValueError(f"{metrics} holds no complete step yet: wait for the first one")
+    notes = [note] if note else []
+    samples: list[dict[str, Any]] = []
+    if (run_dir / "samples.jsonl").is_file():
+        samples, note = read_jsonl(run_dir / "samples.jsonl")
+        notes += [note] if note else []
+    if resumed := resumed_after(run_dir):
+        notes.append(f"Interrupted, and continued after step {', '.join(map(str, resumed))}.")
+    config_file = run_dir / "config.yaml"
+    config = yaml.safe_load(config_file.read_text()) if config_file.is_file() else {}
+    series = series_of(row for row in rows if "step" in row)
+    return Run(run_dir.resolve().name, series, config or {}, samples, notes)
+
+
+def scrub(value: Any, key: str = "") -> Any:
+    """A config without secrets and without absolute paths, of which only the last part is kept."""
+    if isinstance(value, dict):
+        return {k: scrub(v, str(k)) for k, v in value.items()}
+    if isinstance(value, list):
+        return [scrub(v, key) for v in value]
+    if isinstance(value, str):
+        return "***" if value and _SECRET.search(key) else _ABSOLUTE.sub(r"…/\g<name>", value)
+    return value
+
+
+def visible(text: Any) -> str:
+    """Text in which nothing hides: control and direction-changing characters appear as escapes. Long text is cut."""
+    text = str(text)
+    cut = f"\n… {len(text) - TEXT_SHOWN} more characters" if len(text) > TEXT_SHOWN else ""
+    shown = (c if c == "\n" or unicodedata.category(c)[0] != "C" else f"\\u{ord(c):04x}" for c in text[:TEXT_SHOWN])
+    return "".join(shown) + cut
+
+
+def edges(values: list[float]) -> tuple[float, float]:
+    """Means over the first and the last few values (fewer than EDGE when the run is short)."""
+    n = max(1, min(EDGE, len(values) // 3))
+    return sum(values[:n]) / n, sum(values[-n:]) / n
+
+
+def number(value: float, digits: int = 3) -> str:
+    """Three significant digits, thousands separated, no exponent for everyday sizes."""
+    if value == 0 or not 1e-4 <= abs(value) < 1e7:
+        return f"{value:.{digits - 1}g}"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{decimals}f}"
+
+
+def time_shares(run: Run) -> list[dict[str, Any]]:
+    """Mean seconds per step of each phase and its share of the step; "other" is what no phase accounts for."""
+    total = run.values("timing_s/step")
+    steps = len(total) or run.steps()
+    means = {name: sum(v for _, v in pairs) / steps for name, pairs in charts.phases(run.series).items()}
+    step = sum(total) / len(total) if total else sum(means.values())
+    means["other"] = max(0.0, step - sum(means.values()))
+    whole = sum(means.values())
+    return [
+        {"name": name, "seconds": f"{s:.2g} s", "percent": 100 * s / whole, "index": i}
+        for i, (name, s) in enumerate(means.items())
+        if whole and s / whole >= 0.005
+    ]
+
+
+def tiles(run: Run) -> list[dict[str, str]]:
+    """Headline numbers: label, value, small print."""
+    out = []
+    for key in sorted(run.series):
+        match, pairs = charts.EVALUATION.match(key), run.series[key]
+        if match and match["kind"] == "avg":
+            other = run.values(key.replace("/avg@", "/pass@"))
+            small = f"{match['set']}, avg@{match['k']} on held-out problems"
+            if other:
+                small += f"; pass@{match['k']} {other[0]:.1%} → {other[-1]:.1%}"
+            low, high = run.values(f"{key}/low"), run.values(f"{key}/high")
+            if low and high:
+                small += f"; 95 % interval {low[-1]:.1%} – {high[-1]:.1%}"
+            value = f"{pairs[0][1]:.1%} → {pairs[-1][1]:.1%}" if len(pairs) > 1 else f"{pairs[0][1]:.1%}"
+            out.append({"label": "Accuracy", "value": value, "small": small})
+    if not out:
+        out.append({"label": "Accuracy", "value": "–", "small": "this run made no evaluation"})
+    for label, key, unit in (
+        ("Entropy", "actor/entropy", "nats per token"),
+        ("Training reward", "critic/rewards/mean", "mean of a step"),
+    ):
+        if values := run.values(key):
+            start, end = edges(values)
+            out.append({"label": label, "value": f"{number(start)} → {number(end)}", "small": unit + ", start → end"})
+    if values := run.values("perf/throughput"):
+        middle = sorted(values)[len(values) // 2]
+        small = "tokens per second, median step"
+        for part in ("rollout", "learner"):
+            if alone := run.values(f"perf/{part}_tokens_per_s"):
+                small += f"; {part} alone {number(sorted(alone)[len(alone) // 2])}"
+        if mfu := run.values("perf/mfu"):
+            small += f"; MFU {sorted(mfu)[len(mfu) // 2]:.1%}"
+        out.append({"label": "Throughput", "value": number(middle), "small": small})
+    if values := run.values("timing_s/step"):
+        small = f"mean of {len(values)} steps, {sum(values) / 60:.1f} min in all"
+        out.append({"label": "Time per step", "value": f"{number(sum(values) / len(values), 2)} s", "small": small})
+    return out
+
+
+def pick_samples(run: Run) -> list[dict[str, Any]]:
+    """The first sample of the first few prompts of the earliest and the latest step: not chosen by outcome."""
+    steps = sorted({row["step"] for row in run.samples if "step" in row})
+    out = []
+    for title, step in zip(("Early", "Late"), dict.fromkeys([*steps[:1], *steps[-1:]]), strict=False):
+        first: dict[str, dict[str, Any]] = {}
+        for row in run.samples:
+            if row.get("step") == step:
+                first.setdefault(str(row.get("prompt")), row)
+        rows = [
+            {
+                **{k: visible(row.get(k, "")) for k in ("prompt", "response", "gold")},
+                "reward": _signed(row.get("reward")),
+                "advantage": _signed(row.get("advantage")),
+                "good": isinstance(row.get("reward"), (int, float)) and row["reward"] > 0,
+            }
+            for row in list(first.values())[:SAMPLES_SHOWN]
+        ]
+        out.append({"title": f"{title}: step {step}", "rows": rows})
+    return out
+
+
+def _signed(value: Any) -> str:
+    return f"{value:+.2f}" if isinstance(value, (int, float)) else "–"
+
+
+def facts(config: dict[str, Any]) -> list[str]:
+    """The few settings that a reader wants beside the title, where the config has them."""
+    keys = "loss.name model.path data.path optim.lr seed rollout.engine parallel.tp parallel.pp parallel.cp".split()
+    out = []
+    for dotted in keys:
+        value: Any = config
+        for part in dotted.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if isinstance(value, (str, int, float)) and value != "":
+            out.append(f"{dotted.removesuffix('.name').removesuffix('.path').split('.')[-1]} {value}")
+    return out
+
+
+def _unique_names(runs: list[Run]) -> None:
+    """Runs of the same directory name get a number, so that legends can tell them apart."""
+    seen: dict[str, int] = {}
+    for run in runs:
+        seen[run.name] = seen.get(run.name, 0) + 1
+        if seen[run.name] > 1:
+            run.name += f" ({seen[run.name]})"
+
+
+def render(runs: list[Run]) -> str:
+    """The page as one HTML string."""
+    _unique_names(runs)
+    overlay = {run.name: run.series for run in runs}
+    main, used = charts.main_charts(overlay)
+    configs = [scrub(run.config) for run in runs]
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("page.html.j2").render(
+        title=" · ".join(run.name for run in runs),
+        runs=[
+            {
+                "name": run.name,
+                "index": i % charts.COLOURS,
+                "steps": run.steps(),
+                "facts": facts(config),
+                "notes": run.notes,
+                "tiles": tiles(run),
+                "shares": time_shares(run),
+                "samples": pick_samples(run),
+                "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
+            }
+            for i, (run, config) in enumerate(zip(runs, configs, strict=True))
+        ],
+        charts=[(title, caption, Markup(svg)) for title, caption, svg in main],
+        others=[(title, caption, Markup(svg)) for title, caption, svg in charts.other_charts(overlay, used)],
+    )
+
+
+def write_report(run_dir: Path, *others: Path, out: Path | None = None) -> Path:
+    """Write the report of a run, or of several overlaid, and return where.
+
+    Args:
+        run_dir: a run directory with at least ``metrics.jsonl``.
+        others: further runs to compare with it.
+        out: the file to write; by default ``report.html`` in the run directory (one run) or ``comparison.html`` in the
+            current directory (several).
+
+    Raises:
+        ValueError: a directory holds no usable metrics.
+    """
+    run_dirs = [Path(run_dir), *map(Path, others)]
+    target = out or (Path("comparison.html") if others else run_dirs[0] / "report.html")
+    page = render([load_run(path) for path in run_dirs])
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    partial.write_text(page, encoding="utf-8")
+    os.replace(partial, target)  # a reader never sees half a page
+    return target

@@ -1,0 +1,103 @@
+"""Where rollouts come from: one small interface, two engines.
+
+``vllm``: stock vLLM servers over HTTP (`recipes.rollout.vllm.pool`). ``local``: the same weights in this process
+(`recipes.rollout.local`), for tests and for machines without vLLM.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from megatron_ext.rl.types import Rollout
+from megatron_ext.sync.auth import TOKEN_VARIABLE
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn.
+
+    The model's own end-of-sequence tokens (``eos_token_id`` of config.json and generation_config.json) always stop;
+    ``stop_token_ids`` adds to them. ``temperature`` 0 is greedy.
+
+    Raises ValueError for temperature or top_p other than 1 without ``allow_off_policy_sampling``: the policy-gradient
+    ratio would compare two different distributions. Evaluation, and training with mismatch correction, pass it.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+    allow_off_policy_sampling: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens={self.max_tokens}: at least one token must be generated, set it to 1 or more")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"temperature={self.temperature}, top_p={self.top_p}: give >= 0 and a share in (0, 1]")
+        if (self.temperature, self.top_p) != (1.0, 1.0) and not self.allow_off_policy_sampling:
+            raise ValueError(
+                f"temperature={self.temperature}, top_p={self.top_p}: sampling for training needs temperature 1 and "
+                "top_p 1, else rollouts come from another distribution than the learner's; set both to 1, or pass "
+                "allow_off_policy_sampling (evaluation, or training with mismatch correction)"
+            )
+
+
+class RolloutEngine(Protocol):
+    """What the training loop knows of an engine. `generate` may run in several threads, also while `push` runs."""
+
+    version: int  # of the weights it serves
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Since the start, such as "requests", "retries", "server_failures"."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, n: int, sampling: Sampling, seeds: Sequence[int]
+    ) -> list[Rollout]:
+        """``n`` responses per prompt, grouped in prompt order; one seed per prompt. Blocks until all are there."""
+        ...
+
+    def push(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace all weights by ``tensors`` (Hugging Face names) or raise WeightUpdateError; serve ``version``."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def url_token() -> str:
+    """The token of servers given by URL."""
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    if not token:
+        raise ValueError(f"rollout.urls: set {TOKEN_VARIABLE} to the servers' token before starting")
+    return token
+
+
+def stop_tokens(model_dir: Path) -> set[int]:
+    """End-of-sequence token ids that the model's own files name. The same for every engine."""
+    found: set[int] = set()
+    for name in ("config.json", "generation_config.json"):
+        path = model_dir / name
+        value = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+        found |= set(value) if isinstance(value, list) else set() if value is None else {value}
+    return found
+
+
+def check_request(prompts: Sequence[Sequence[int]], n: int, seeds: Sequence[int], max_model_len: int) -> None:
+    """ValueError for what no engine can generate."""
+    if len(seeds) != len(prompts):
+        raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one seed per prompt")
+    if n < 1:
+        raise ValueError(f"n={n}: generate at least one response per prompt")
+    for index, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < max_model_len:
+            raise ValueError(
+                f"prompt {index} has {len(prompt)} tokens: need at least 1 and fewer than rollout.max_model_len="
+                f"{max_model_len}; filter long prompts or raise rollout.max_model_len"
+            )

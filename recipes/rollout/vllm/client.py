@@ -1,0 +1,195 @@
+"""One vLLM server over HTTP: its state as the pool sees it, requests, and what goes in and out of them."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import json
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_ext.rl.types import Rollout
+from recipes.rollout.engine import Sampling
+from recipes.rollout.vllm.server import ServerProcess
+
+GENERATE = "/inference/v1/generate"
+ALIVE = "/is_paused"  # answered by the engine itself: /health also answers when the engine behind it hangs
+
+
+class ServerError(RuntimeError):
+    """A server answered with an error of its own, or with something that cannot be used."""
+
+
+class NoAnswer(ServerError):
+    """A server did not answer, or not in time."""
+
+
+class GivenUp(NoAnswer):
+    """The pool did not wait for the answer: it had found that the server is not to be used."""
+
+
+class Line:
+    """Who is next: one at a time is at the front, then the waiting one with the lowest number, then the oldest."""
+
+    def __init__(self) -> None:
+        self._occupied = False
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []  # a heap
+        self._arrivals = itertools.count()
+
+    @asynccontextmanager
+    async def front(self, number: int) -> AsyncIterator[None]:
+        """Held while at the front."""
+        if self._occupied:
+            turn = asyncio.get_running_loop().create_future()
+            heapq.heappush(self._waiting, (number, next(self._arrivals), turn))
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn.done() and not turn.cancelled():
+                    self._next()  # it had just become ours
+                raise
+        self._occupied = True
+        try:
+            yield
+        finally:
+            self._next()
+
+    def _next(self) -> None:
+        self._occupied = False
+        while self._waiting:
+            _, _, turn = heapq.heappop(self._waiting)
+            if not turn.done():
+                self._occupied = True
+                turn.set_result(None)
+                return
+
+
+@dataclass(eq=False)
+class Server:
+    """One server. Only the event loop's thread changes it.
+
+    States: "serving" the pool's version; "stale" (answers, waits for weights); "down" (failed, to be revived);
+    "gone" (given up).
+    """
+
+    url: str
+    index: int = 0
+    process: ServerProcess | None = None  # None: given by URL, not ours to start or stop
+    state: str = "down"
+    in_flight: int = 0  # samples
+    requests: int = 0
+    updating: bool = False  # within a weight update, where no probe is answered in time
+    tries: int = 0  # to bring it back, since it last served
+    failure: asyncio.Future[str] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    @property
+    def usable(self) -> bool:
+        return self.state == "serving"
+
+
+async def request(
+    session: aiohttp.ClientSession, method: str, server: Server, path: str, body: Any, timeout_s: float
+) -> Any:
+    """Decoded JSON answer. ServerError for an error of the server, NoAnswer for none in time, ValueError for 4xx."""
+    try:
+        limit = aiohttp.ClientTimeout(total=timeout_s)
+        async with session.request(method, server.url + path, json=body, timeout=limit) as response:
+            content = await response.read()
+    except TimeoutError as error:
+        raise NoAnswer(f"{server.url}{path}: no answer within {timeout_s:.0f} s") from error
+    except aiohttp.ClientError as error:
+        raise NoAnswer(f"{server.url}{path}: {type(error).__name__}: {error}") from error
+    if response.status >= 500 or response.status in (401, 403, 404):
+        raise ServerError(f"{server.url}{path}: HTTP {response.status}: {content[:500].decode(errors='replace')}")
+    if response.status != 200:
+        raise ValueError(f"{server.url}{path} refused the request: {content[:500].decode(errors='replace')}")
+    return json.loads(content) if content else None
+
+
+def request_body(
+    prompt: Sequence[int], n: int, sampling: Sampling, seed: int, *, max_tokens: int, eos: Collection[int]
+) -> dict[str, Any]:
+    """Body of a tokens-in-tokens-out request."""
+    params = {
+        "n": n,
+        "seed": seed,
+        "max_tokens": max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "logprobs": 0,  # of the sampled token only
+        # End-of-sequence ids are sent as stop tokens: the server would read them from other files than we do.
+        "ignore_eos": True,
+        "stop_token_ids": sorted({*eos, *sampling.stop_token_ids}),
+        "detokenize": False,
+    }
+    return {"token_ids": list(prompt), "sampling_params": params}
+
+
+@dataclass
+class Piece:
+    """One choice of an answer: a whole response, or the beginning of one that an update cut off."""
+
+    tokens: list[int]
+    logprobs: list[float]
+    versions: list[int]
+    finish_reason: str  # "stop" | "length" | "abort"
+
+    def then(self, rest: Piece) -> Piece:
+        return Piece(
+            self.tokens + rest.tokens,
+            self.logprobs + rest.logprobs,
+            self.versions + rest.versions,
+            rest.finish_reason,
+        )
+
+    def rollout(self, prompt: Sequence[int]) -> Rollout:
+        return Rollout(list(prompt), self.tokens, self.logprobs, self.versions, self.finish_reason)
+
+
+def parse_choice(choice: Mapping[str, Any], labels: Mapping[str, int]) -> Piece:
+    """One choice of vLLM's answer. ``labels``: the version that each label of ours stands for.
+
+    ServerError when it is not whole, or was written by weights that are not ours (a server that was restarted behind
+    our back carries another label).
+    """
+    tokens: list[int] = choice["token_ids"]
+    logprobs = [entry["logprob"] for entry in (choice["logprobs"] or {"content": []})["content"]]
+    versions: list[int] = []
+    for span in choice["weight_versions"] or []:
+        if span["version"] not in labels:
+            raise ServerError(f"the response was written by weights labelled {span['version']!r}, which are not ours")
+        versions += [labels[span["version"]]] * (span["end"] - span["start"])
+    reason = choice["finish_reason"]
+    if reason not in ("stop", "length", "abort") or not len(tokens) == len(logprobs) == len(versions):
+        raise ServerError(
+            f"incomplete response: finish_reason {reason!r}, {len(tokens)} tokens, "
+            f"{len(logprobs)} logprobs, {len(versions)} weight versions"
+        )
+    if min(logprobs, default=0.0) <= -9999.0:
+        raise ServerError("the server reports no log-probability for a sampled token (NaN in its logits?)")
+    return Piece(tokens, logprobs, versions, reason)
+
+
+def request_seed(seed: int, *key: int) -> int:
+    """Seed of a request in [0, 2^62), from the caller's seed and what tells apart the requests it is used for.
+
+    vLLM gives sample i of a request ``seed + i``: neighbouring seeds of the caller would make samples of neighbouring
+    prompts share their random numbers, so they are hashed apart.
+    """
+    words = np.random.SeedSequence([seed % 2**64, *key]).generate_state(1, np.uint64)
+    return int(words[0]) >> 2
+
+
+def cast_floats(tensors: Iterable[tuple[str, Tensor]], dtype: str) -> Iterator[tuple[str, Tensor]]:
+    """Floating-point tensors in the servers' dtype, so that no bytes are sent to be rounded there; "auto": as is."""
+    target = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype)
+    for name, tensor in tensors:
+        yield name, tensor.to(target) if target is not None and tensor.is_floating_point() else tensor

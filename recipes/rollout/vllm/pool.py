@@ -1,0 +1,398 @@
+"""A pool of vLLM servers behind `RolloutEngine`: dispatch, retries, weight versions. docs/rollout.md tells the story.
+
+The caller's side is synchronous; HTTP runs on an event loop in a thread of its own. One request carries one prompt and
+all its samples; token ids go in and out, so nothing is tokenised twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import itertools
+import secrets
+import threading
+import time
+from collections.abc import Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from megatron_ext.rl.types import Rollout
+from megatron_ext.sync.base import WeightSync, WeightUpdateError, stage_weights
+from megatron_ext.sync.broadcast import BroadcastSync
+from megatron_ext.sync.disk import DiskSync
+from recipes.rollout.engine import Sampling, check_request, stop_tokens, url_token
+from recipes.rollout.vllm.client import (
+    GENERATE,
+    GivenUp,
+    Line,
+    NoAnswer,
+    Piece,
+    Server,
+    ServerError,
+    cast_floats,
+    parse_choice,
+    request_body,
+    request_seed,
+)
+from recipes.rollout.vllm.fleet import Fleet, FleetOptions
+from recipes.rollout.vllm.server import ServerOptions
+from recipes.rollout.vllm.update import Updater
+
+T = TypeVar("T")
+ATTEMPTS = 3  # servers on which a request may fail before its prompt is blamed
+
+
+@dataclass(frozen=True)
+class PoolOptions:
+    """Time limits in seconds, and how weights travel. See configs/schema.py, section rollout."""
+
+    request_timeout_s: float = 600.0  # one generation request, waiting in the server's queue included
+    update_timeout_s: float = 120.0  # the transfer of one weight update to one server
+    start_timeout_s: float = 300.0
+    probe_s: float = 30.0  # a server whose engine does not answer for so long has failed
+    revive_timeout_s: float = 300.0  # how long to wait for a server to come back when none is left
+    weight_sync: str = "disk"  # "disk" | "nccl" | "gloo"
+    sync_dir: Path | None = None  # must be seen by the servers; None: a private directory in /dev/shm
+    in_flight: str = "wait"  # at an update, requests are: "wait" | "keep" | "abort"
+
+
+class VLLMPool:
+    """`RolloutEngine` over HTTP.
+
+    A server that fails a request, or whose engine is silent, gets no further one until it has come back and confirmed
+    the weights; its requests are sent to others. `generate` may be called from several threads at a time, and while
+    `push` runs: requests are dispatched in the order of the calls, and wait while an update is delivered.
+    """
+
+    def __init__(
+        self, server: ServerOptions, options: PoolOptions, *, num_servers: int, urls: Sequence[str], log_dir: Path
+    ) -> None:
+        if num_servers < 1 and not urls:
+            raise ValueError(f"rollout.num_servers={num_servers}: start at least one server, or give rollout.urls")
+        self.version = 0
+        self._requests = {"requests": 0, "retries": 0, "continued": 0}
+        self._server_options, self._options = server, options
+        self._eos = stop_tokens(server.model_dir)
+        self._token = url_token() if urls else secrets.token_urlsafe(32)
+        # What responses carry as the version of their weights. With the checksum in it, a server that was restarted,
+        # or fed by somebody else, cannot pass for ours.
+        self._label = f"0-{secrets.token_hex(8)}"
+        self._labels = {self._label: 0}
+        self._holding = False  # no request is dispatched: an update is being delivered
+        self._closed = False
+        self._sync = make_sync(server, options)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-http", daemon=True)
+        self._thread.start()
+        self._fleet: Fleet | None = None
+        atexit.register(self.close)
+        try:
+            self._run(self._start(num_servers, urls, log_dir))
+        except BaseException:
+            self.close()
+            raise
+
+    async def _start(self, num_servers: int, urls: Sequence[str], log_dir: Path) -> None:
+        self._line = Line()  # whose request is dispatched next: of the batch that was asked for first
+        self._batches = itertools.count()
+        self._delivering = asyncio.Lock()  # to all servers, or to one that came back
+        self._fleet = Fleet(
+            self._server_options,
+            FleetOptions(self._options.start_timeout_s, self._options.probe_s),
+            num_servers=num_servers,
+            urls=urls,
+            token=self._token,
+            log_dir=log_dir,
+            initial_label=self._label,
+            offer=self._offer,
+        )
+        limits = {"timeout_s": self._options.update_timeout_s, "answer_s": self._options.probe_s}
+        self._updater = Updater(self._sync, self._fleet.post, self._fleet.get, **limits)
+        await self._fleet.start()
+
+    @property
+    def servers(self) -> list[Server]:
+        return self._fleet.servers if self._fleet is not None else []
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Since the start: requests, retries, continued (cut off by an update), server_failures, revived."""
+        return self._requests | (self._fleet.counters if self._fleet is not None else {})
+
+    # ---- generation -------------------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, n: int, sampling: Sampling, seeds: Sequence[int]
+    ) -> list[Rollout]:
+        """See `RolloutEngine`. RuntimeError when no server is left, or a prompt failed on three of them."""
+        check_request(prompts, n, seeds, self._server_options.max_model_len)
+        if sampling.temperature == 0 and n > 1:
+            raise ValueError(f"n={n} with temperature=0: greedy responses are all the same, use n=1")
+        return self._run(self._generate(prompts, n, sampling, seeds))
+
+    async def _generate(
+        self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, seeds: Sequence[int]
+    ) -> list[Rollout]:
+        per_request = min(n, self._server_options.max_num_seqs)
+        batch = next(self._batches)
+        async with asyncio.TaskGroup() as group:  # one failure cancels the rest
+            tasks = [
+                group.create_task(self._respond(batch, prompt, min(per_request, n - first), sampling, (seed, first)))
+                for prompt, seed in zip(prompts, seeds, strict=True)
+                for first in range(0, n, per_request)
+            ]
+        return [rollout for task in tasks for rollout in task.result()]
+
+    async def _respond(
+        self,
+        batch: int,
+        prompt: Sequence[int],
+        n: int,
+        sampling: Sampling,
+        key: tuple[int, ...],
+        written: Piece | None = None,
+    ) -> list[Rollout]:
+        """``n`` responses to one prompt. Those that an update cuts off are continued, each by a request of its own."""
+        so_far = written.tokens if written else []
+        context = [*prompt, *so_far]
+        room = min(sampling.max_tokens - len(so_far), self._server_options.max_model_len - len(context))
+        pieces = await self._ask(batch, context, n, sampling, request_seed(*key), room)
+        if written:
+            pieces = [written.then(piece) for piece in pieces]
+        cut_off = [index for index, piece in enumerate(pieces) if piece.finish_reason == "abort"]
+        self._requests["continued"] += len(cut_off)
+        async with asyncio.TaskGroup() as group:
+            rest = {
+                index: group.create_task(
+                    self._respond(batch, prompt, 1, sampling, (*key, index, len(pieces[index].tokens)), pieces[index])
+                )
+                for index in cut_off
+            }
+        return [
+            rest[index].result()[0] if index in rest else piece.rollout(prompt) for index, piece in enumerate(pieces)
+        ]
+
+    async def _ask(
+        self, batch: int, context: list[int], n: int, sampling: Sampling, seed: int, max_tokens: int
+    ) -> list[Piece]:
+        """One request, on up to three servers one after the other."""
+        self._requests["requests"] += 1
+        for attempt in range(ATTEMPTS):
+            server = await self._server_for(batch, n)
+            body = request_body(context, n, sampling, seed, max_tokens=max_tokens, eos=self._eos)
+            try:
+                answer = await self._post_unless_failed(server, body)
+                return [parse_choice(choice, self._labels) for choice in answer["choices"]]
+            except ServerError as error:
+                if not isinstance(error, GivenUp):
+                    self.fleet.fail(server, error)
+                if attempt + 1 == ATTEMPTS:
+                    raise ServerError(
+                        f"a request with {len(context)} tokens of prompt, {context[:8]}..., failed on {ATTEMPTS} "
+                        f"servers, the last time because of {error}"
+                    ) from error
+                self._requests["retries"] += 1
+            finally:
+                server.in_flight -= n
+                self.fleet.notify()
+        raise AssertionError("unreachable")
+
+    async def _server_for(self, batch: int, n: int) -> Server:
+        """The least busy server, once it is this request's turn and one has room. The batch asked for first goes first.
+
+        A server gets at most twice what it can decode at a time: its queue never runs dry, and never grows long either.
+        RuntimeError when no server serves and none comes back in time.
+        """
+        most = 2 * self._server_options.max_num_seqs
+        async with self._line.front(batch):
+            deadline = time.monotonic() + self._options.revive_timeout_s
+            while True:
+                serving = [server for server in self.servers if server.usable]
+                free = [s for s in serving if not s.in_flight or s.in_flight + n <= most]
+                if free and not self._holding:
+                    server = min(free, key=lambda s: (s.in_flight, s.requests))
+                    server.in_flight += n
+                    server.requests += 1
+                    return server
+                if serving or self._holding:
+                    deadline = time.monotonic() + self._options.revive_timeout_s
+                self._check_hope()
+                if not await self.fleet.until_changed(deadline) and not serving and not self._holding:
+                    raise ServerError(self._nobody())
+
+    async def _post_unless_failed(self, server: Server, body: dict[str, Any]) -> Any:
+        """The server's answer, or ServerError as soon as the server is found to have failed."""
+        timeout_s = self._options.request_timeout_s
+        answer = asyncio.ensure_future(self.fleet.post(server, GENERATE, body, timeout_s))
+        failure = server.failure
+        try:
+            await asyncio.wait({answer, failure}, return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                raise GivenUp(failure.result())
+            return answer.result()
+        finally:
+            answer.cancel()
+
+    def _check_hope(self) -> None:
+        if all(server.state == "gone" for server in self.servers):
+            raise ServerError("every rollout server has failed and been given up; see the servers' logs")
+
+    def _nobody(self) -> str:
+        states = ", ".join(f"{server.url} {server.state}" for server in self.servers)
+        return (
+            f"no usable rollout server came back within {self._options.revive_timeout_s:.0f} s "
+            f"(rollout.revive_timeout_s): {states}; see the servers' logs"
+        )
+
+    # ---- weight updates ---------------------------------------------------------------------------------------------
+
+    def push(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """See `RolloutEngine`. The servers go on generating while the tensors are staged."""
+        self._run(self._delivering.acquire())  # a server that is just coming back finishes first
+        try:
+            checksum = stage_weights(self._sync, version, cast_floats(tensors, self._server_options.dtype))
+            self._run(self._update(version, f"{version}-{checksum[:16]}"))
+        finally:
+            self._loop.call_soon_threadsafe(self._delivering.release)
+
+    async def _update(self, version: int, label: str) -> None:
+        """Deliver to all that live. WeightUpdateError, with nothing served, when not one of them takes it over."""
+        self._holding = True
+        self._labels[label] = version  # responses in flight carry it from the moment a server has it
+        try:
+            if self._options.in_flight == "wait":
+                while any(server.in_flight for server in self.servers):
+                    await self.fleet.until_changed(time.monotonic() + 1.0)
+            updated = await self._deliver_to_all(label)
+        except BaseException:
+            self._sync.discard()
+            raise
+        finally:
+            self._holding = False
+            self.fleet.notify()
+        self.fleet.initial_label = None
+        self.version, self._label = version, label
+        for server in self.servers:
+            if server in updated:
+                self.fleet.serve(server)
+            elif server.usable:  # came back with the first weights meanwhile
+                server.state = "stale"
+
+    async def _deliver_to_all(self, label: str) -> list[Server]:
+        deadline = time.monotonic() + self._options.revive_timeout_s
+        while True:
+            ready = [server for server in self.servers if server.state in ("serving", "stale")]
+            for server in ready:
+                server.state = "stale"
+            failed = await self._deliver(ready, label)
+            updated = [server for server in ready if server not in failed]
+            if updated:
+                return updated
+            if refusals := [error for error in failed.values() if not isinstance(error, NoAnswer)]:
+                raise WeightUpdateError(f"weight update failed: {refusals[0]}") from refusals[0]
+            if all(server.state == "gone" for server in self.servers):
+                raise WeightUpdateError("every rollout server has failed and been given up; see the servers' logs")
+            if not await self.fleet.until_changed(deadline):
+                raise WeightUpdateError(self._nobody())
+
+    async def _deliver(self, servers: Sequence[Server], label: str) -> dict[Server, Exception]:
+        failed = await self._updater.deliver(servers, label, self._options.in_flight)
+        for server, error in failed.items():
+            if isinstance(error, NoAnswer):
+                self.fleet.fail(server, error)
+            else:
+                self.fleet.refuse(server, error)
+        return failed
+
+    async def _offer(self, server: Server) -> None:
+        """Give a server that has come back the version that the others serve, if it is still staged."""
+        async with self._delivering:
+            on_gpu = self._options.weight_sync == "nccl"  # its kernels must not mix with those of a training step
+            if server.state == "stale" and self._sync.info and not on_gpu:
+                if not await self._deliver([server], self._label):
+                    self.fleet.serve(server)
+
+    # ---- turns on a GPU (`recipes.rollout.colocated.Sleeper`) ------------------------------------------
+
+    def sleep(self) -> None:
+        """All servers give back the memory of weights and KV cache, whose contents are lost. No request may run.
+
+        WeightUpdateError when one cannot, or is just being restarted and would take memory later.
+        """
+        self._run(self._put_to_sleep())
+
+    def wake(self, tag: str) -> None:
+        """All servers take the memory of "weights" or "kv_cache" again; `push` comes between the two."""
+        self._run(self._on_all([server for server in self.servers if server.state != "gone"], f"/wake_up?tags={tag}"))
+
+    async def _put_to_sleep(self) -> None:
+        servers = [server for server in self.servers if server.state != "gone"]
+        if down := [server.url for server in servers if server.state == "down"]:
+            raise WeightUpdateError(f"{down[0]} is down and cannot be put to sleep: its memory is in an unknown state")
+        for server in servers:
+            server.updating = True  # no probe finds a sleeping server dead, and restarts it in the learner's memory
+        await self._on_all(servers, "/sleep?level=2&mode=wait")
+        for server in servers:
+            server.state = "stale"
+
+    async def _on_all(self, servers: Sequence[Server], path: str) -> None:
+        calls = [self.fleet.post(server, path, None, self._options.update_timeout_s) for server in servers]
+        for answer in await asyncio.gather(*calls, return_exceptions=True):
+            if isinstance(answer, BaseException):
+                raise WeightUpdateError(f"sleep or wake-up failed: {answer}") from answer
+
+    # ---- inside -----------------------------------------------------------------------------------------------------
+
+    @property
+    def fleet(self) -> Fleet:
+        assert self._fleet is not None
+        return self._fleet
+
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result()
+        except BaseExceptionGroup as errors:  # of a TaskGroup: the first is the cause, the others follow from it
+            error: BaseException = errors
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
+            raise error from None
+        finally:
+            future.cancel()  # after Ctrl-C here, the requests must not go on
+
+    def close(self) -> None:
+        """Stop own servers and wait until their processes are gone; remove staged weights. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        self._run(self._end())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        if self._fleet is not None:
+            self._fleet.stop()
+        self._sync.close()
+
+    async def _end(self) -> None:
+        """Whatever still runs, and whoever waits for it in another thread, ends."""
+        if self._fleet is not None:
+            await self._fleet.close()
+        rest = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+
+
+def make_sync(server: ServerOptions, options: PoolOptions) -> WeightSync:
+    """The transport that ``options.weight_sync`` names."""
+    if options.weight_sync == "nccl" and not torch.cuda.is_available():
+        raise ValueError("rollout.weight_sync=nccl: there is no GPU here; set rollout.weight_sync to disk or gloo")
+    if options.weight_sync != "disk":
+        return BroadcastSync(options.weight_sync)
+    on_disk = sum(path.stat().st_size for path in server.model_dir.glob("*.safetensors"))
+    return DiskSync(options.sync_dir, 4 * on_disk)  # bfloat16 sent as float32, and twice that to spare

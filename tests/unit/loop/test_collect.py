@@ -1,0 +1,65 @@
+"""Batches generated ahead: which are begun when, from which problem on, and what is refused."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from recipes.checks.settings import load_checked
+from recipes.loop.collect import Collector
+from recipes.loop.stream import check_staleness
+
+
+class Stub(Collector):
+    """Only the order of things: a batch takes a problem more than it was asked for when groups are dropped."""
+
+    def __init__(self, *overrides: str) -> None:
+        self.config = load_checked(["rollout.prompts_per_step=8", "train.mini_batches=1", "train.steps=6", *overrides])
+        self._executor, self._pending = ThreadPoolExecutor(4), {}
+        self.started: list[tuple[int, int]] = []
+        self.may_end = {step: threading.Event() for step in range(6)}
+
+    def _collect(self, step: int, start: int | Future[dict[str, Any]]) -> dict[str, Any]:
+        position: int = start if isinstance(start, int) else start.result()["position"]
+        self.started.append((step, position))
+        assert self.may_end[step].wait(10)
+        return {"step": step, "position": position + 8 + (1 if self._refills() else 0)}
+
+
+def test_batches_ahead_are_begun_at_once_where_their_problems_are_known() -> None:
+    collector = Stub()
+    collector.begin(0, 100, 3)
+    collector.may_end[0].set()
+    assert collector.finish(0) == {"step": 0, "position": 108}
+    collector.begin(1, 108, 2)  # what step 0 asks for: both are begun already
+    for event in collector.may_end.values():
+        event.set()
+    assert collector.finish(1) == {"step": 1, "position": 116} and collector.finish(2) == {"step": 2, "position": 124}
+    assert sorted(collector.started) == [(0, 100), (1, 108), (2, 116)]
+    collector.begin(5, 200, 3)
+    assert collector.finish(5) is not None and collector.finish(6) is None, "no batch after the last step"
+
+
+def test_with_refills_each_batch_waits_for_the_problems_of_the_one_before() -> None:
+    collector = Stub("advantage.drop_uniform_groups=true", "advantage.max_refills=2")
+    collector.begin(0, 100, 3)
+    collector.may_end[1].set()
+    collector.may_end[0].set()
+    assert collector.finish(0) == {"step": 0, "position": 109}
+    assert collector.finish(1) == {"step": 1, "position": 118}
+    collector.may_end[2].set()
+    assert collector.finish(2) == {"step": 2, "position": 127}
+    assert collector.started == [(0, 100), (1, 109), (2, 118)]
+
+
+def test_tokens_older_than_allowed_end_the_run() -> None:
+    record = {"step": 5, "groups": [{"responses": [{"versions": [5, 5]}, {"versions": [3, 4]}]}]}
+    check_staleness(record, 2)
+    with pytest.raises(
+        RuntimeError, match="step 6 hold tokens of weight version 3, older than rollout.max_staleness=1"
+    ):
+        check_staleness(record, 1)
+    check_staleness({"step": 5, "groups": []}, 0)

@@ -1,0 +1,94 @@
+"""Estimators against closed forms and brute force."""
+
+from fractions import Fraction
+from itertools import combinations
+from math import comb
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recipes.loop.estimators import avg_at_k, bootstrap_interval, pass_at_k, summarise
+
+
+@pytest.mark.parametrize(
+    ("n", "c", "k", "value"), [(8, 0, 8, 0), (8, 1, 8, 1), (4, 2, 1, 0.5), (4, 2, 2, 5 / 6), (5, 4, 2, 1)]
+)
+def test_pass_at_k_closed_forms(n: int, c: int, k: int, value: float) -> None:
+    assert pass_at_k(n, c, k) == pytest.approx(value, abs=1e-15)
+
+
+@given(st.data())
+def test_pass_at_k_is_the_share_of_subsets_with_a_hit(data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, 9))
+    c, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
+    subsets = list(combinations([True] * c + [False] * (n - c), k))
+    assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-15)
+
+
+def test_pass_at_k_is_unbiased() -> None:
+    # Expectation over c ~ Binomial(n, p), in exact arithmetic, is 1 - (1-p)^k for every n >= k.
+    n, k, p = 10, 4, Fraction(3, 10)
+    expectation = sum(
+        comb(n, c) * p**c * (1 - p) ** (n - c) * (1 - Fraction(comb(n - c, k), comb(n, k))) for c in range(n + 1)
+    )
+    assert expectation == 1 - (1 - p) ** k
+    measured = sum(comb(n, c) * 0.3**c * 0.7 ** (n - c) * pass_at_k(n, c, k) for c in range(n + 1))
+    assert measured == pytest.approx(float(expectation), abs=1e-12)
+
+
+def test_pass_at_k_survives_large_n() -> None:
+    assert pass_at_k(10_000, 1, 5_000) == pytest.approx(0.5, abs=1e-12)
+    assert 0 < pass_at_k(4096, 1, 1) < 1e-3
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(4, 5, 1), (4, -1, 1), (4, 2, 0), (4, 2, 5)])
+def test_pass_at_k_refuses_the_undefined(n: int, c: int, k: int) -> None:
+    with pytest.raises(ValueError, match="undefined"):
+        pass_at_k(n, c, k)
+
+
+def test_avg_at_k() -> None:
+    assert avg_at_k([[True, False], [True, True], [False] * 4]) == [0.5, 1.0, 0.0]
+    for empty in ([], [[]]):
+        with pytest.raises(ValueError, match="at least one"):
+            avg_at_k(empty)
+
+
+def test_bootstrap_interval_covers_the_truth_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for trial in range(300):
+        low, high = bootstrap_interval(rng.random(60).tolist(), confidence=0.9, resamples=300, seed=trial)
+        covered += low <= 0.5 <= high
+    assert 0.84 < covered / 300 < 0.95
+
+
+def test_bootstrap_interval_has_the_width_of_the_central_limit() -> None:
+    values = np.random.default_rng(1).normal(size=2000)
+    low, high = bootstrap_interval(values.tolist(), seed=2)
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 2000**0.5, rel=0.1)
+    assert low < values.mean() < high
+    assert bootstrap_interval(values.tolist(), seed=2) == (low, high)
+
+
+def test_bootstrap_interval_of_a_constant_is_a_point() -> None:
+    assert bootstrap_interval([0.25] * 7) == (0.25, 0.25)
+    with pytest.raises(ValueError, match="at least one problem"):
+        bootstrap_interval([])
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        bootstrap_interval([1.0], confidence=95)
+
+
+def test_summarise() -> None:
+    outcomes = [[True, False, False, False], [True, True, True, True], [False, False, False, False]]
+    summary = summarise(outcomes, [1, 4])
+    assert list(summary) == ["avg@4", "pass@1", "pass@4"]
+    assert summary["avg@4"].mean == summary["pass@1"].mean == pytest.approx(5 / 12)
+    assert summary["pass@4"].mean == pytest.approx(2 / 3)
+    assert all(0 <= estimate.low <= estimate.mean <= estimate.high <= 1 for estimate in summary.values())
+    with pytest.raises(ValueError, match=r"same number of samples, got \[1, 2\]"):
+        summarise([[True], [True, False]], [1])
+    with pytest.raises(ValueError, match="same number"):
+        summarise([], [1])
