@@ -1,8 +1,8 @@
 """From the rewards of a batch to its advantages: by group, or per token from a critic's values.
 
 Entropy Dynamics (app. E.4) prints the recursion of GAE and nothing else. Ours: the reward comes on the last token of a
-response and nothing before it; advantages are whitened over the response tokens of the rollout batch; the critic's objective is the
-mean over response tokens of a mini-batch, whatever the policy's aggregation and selection are.
+response and nothing before it; advantages are whitened over the response tokens of the rollout batch; the critic's
+objective is the mean over response tokens of a mini-batch, whatever the policy's aggregation and selection are.
 """
 
 from __future__ import annotations

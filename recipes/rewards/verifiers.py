@@ -170,7 +170,8 @@ def _as_latex(answer: str) -> str:
 class Format:
     """Answer and format together (Entropy Dynamics, appendix B).
 
-    1 both right; 0 answer right, format wrong; both wrong: -1 if the response ran into the length limit, else -0.1. "Format right, answer wrong" is not given there: -0.1 here.
+    1 both right; 0 answer right, format wrong; both wrong: -1 if the response ran into the length limit, else -0.1.
+    "Format right, answer wrong" is not given there: -0.1 here.
 
     The format itself is not printed in Entropy Dynamics either; the default is the ``<think>``/``<answer>`` template.
     """
