@@ -32,7 +32,6 @@ from megatron_ext.learner.policy_head import put_hidden_states
 from megatron_ext.learner.reference import Reference
 from megatron_ext.learner.step import (
     DIAGNOSTIC,
-    Loss,
     MicroBatch,
     TrainBatch,
     make_micro_batch,
@@ -43,6 +42,7 @@ from megatron_ext.learner.value_head import WEIGHT
 from megatron_ext.learner.vocab_parallel import tensor_parallel_shard
 from megatron_ext.learner.work import Work, WorkReport
 from megatron_ext.rl import packing
+from megatron_ext.rl.objective import PolicyLoss
 from megatron_ext.rl.types import LossInputs, TokenStats
 
 
@@ -50,7 +50,9 @@ from megatron_ext.rl.types import LossInputs, TokenStats
 class UpdateMetrics:
     """What one optimizer step reports, over the whole mini-batch."""
 
-    means: dict[str, float]  # over response tokens; the objective `pg_loss`, `grad_norm`, `lr`, `skipped_updates`
+    means: dict[
+        str, float
+    ]  # over response tokens; `loss` (the objective), `pg_loss`, `grad_norm`, `lr`, `skipped_updates`
     diagnostic_sums: dict[str, float]  # for `entropy_theory.diagnostics`, additive over updates
     tokens: float  # response tokens
 
@@ -283,7 +285,7 @@ class Learner(Trainable):
         batch: TrainBatch,
         samples: Sequence[int],
         weights_B: Tensor,
-        loss: Loss,
+        loss: PolicyLoss,
         *,
         selection_inside: Callable[[LossInputs], Tensor] | None = None,
     ) -> UpdateMetrics:
@@ -293,9 +295,10 @@ class Learner(Trainable):
         """
         step = partial(self._training_step, batch=batch, loss=loss, selection_inside=selection_inside)
         totals, about = self._optimize(batch, samples, weights_B, step)
-        tokens, objective = totals.pop("tokens"), totals.pop("pg_loss")
+        tokens = totals.pop("tokens")
+        objective = {k: totals.pop(k) for k in ("loss", "pg_loss")}
         sums = {k.removeprefix(DIAGNOSTIC): totals.pop(k) for k in list(totals) if k.startswith(DIAGNOSTIC)}
-        means = {k: v / max(tokens, 1.0) for k, v in totals.items()} | {"pg_loss": objective} | about
+        means = {k: v / max(tokens, 1.0) for k, v in totals.items()} | objective | about
         return UpdateMetrics(means, sums, tokens)
 
     @torch.no_grad()

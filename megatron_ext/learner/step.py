@@ -19,11 +19,9 @@ from megatron_ext.learner import context_parallel
 from megatron_ext.learner.attention import packed_sequences
 from megatron_ext.learner.policy_head import output_weight
 from megatron_ext.rl import packing
-from megatron_ext.rl.entropy_theory import diagnostic_sums
-from megatron_ext.rl.losses.kl import kl_to_reference
-from megatron_ext.rl.types import LossInputs, LossOutputs, TokenStats
-
-Loss = Callable[[LossInputs], LossOutputs]
+from megatron_ext.rl.diagnostics import diagnostic_sums
+from megatron_ext.rl.objective import Coefficients, Objective, PolicyLoss, evaluate
+from megatron_ext.rl.types import LossInputs, TokenStats
 
 
 @dataclass(slots=True)
@@ -133,7 +131,7 @@ def training_step(
     model: Any,
     *,
     batch: TrainBatch,
-    loss: Loss,
+    loss: PolicyLoss,
     selection_inside: Callable[[LossInputs], Tensor] | None,
     device: torch.device,
     shard: VocabShard | None,
@@ -166,46 +164,39 @@ def training_step(
             seq_ids=at(batch.seq_ids),
             entropy=stats.entropy,
         )
-        out = loss(inputs)
         keep = at(batch.keep)
         if selection_inside is not None:
             keep = keep & selection_inside(inputs)
-        per_token = torch.where(keep, out.loss, 0.0)
-        per_token = per_token + at(batch.kl_coef) * (inputs.logp - inputs.old_logp).abs()
-        per_token = per_token - at(batch.entropy_coef) * stats.entropy
-        to_reference = None
-        if batch.ref_logp is not None:
-            to_reference = kl_to_reference(reference.kl_type, inputs.logp, at(batch.ref_logp))
-            per_token = per_token + reference.kl_coef * to_reference
         assert mb.weight_R is not None
-        weight = torch.where(inputs.mask, mb.weight_R.to(stats.logp) * at(batch.is_weight), 0.0)
-        total = (weight * torch.where(inputs.mask, per_token, 0.0)).sum()
-        sums = metric_sums(loss, out, inputs, stats)
-        sums["pg_loss"] = total.detach().double()
-        if to_reference is not None:
-            sums["kl_ref"] = torch.where(inputs.mask, to_reference, 0.0).sum().detach().double()
+        coefficients = Coefficients(
+            weight=mb.weight_R.to(stats.logp) * at(batch.is_weight),
+            keep=keep,
+            kl_coef=at(batch.kl_coef),
+            entropy_coef=at(batch.entropy_coef),
+            ref_logp=None if batch.ref_logp is None else at(batch.ref_logp),
+            ref_coef=reference.kl_coef,
+            ref_kl_type=reference.kl_type,
+        )
+        result = evaluate(loss, inputs, coefficients)
         divisor = torch.tensor(int(mb.counts_divisor), dtype=torch.int, device=device)
-        return total, divisor, sums
+        return result.total, divisor, metric_sums(inputs, stats, result)
 
     return forward(model, mb, device), objective
 
 
-DIAGNOSTIC = "diagnostic/"  # prefix of the sums that `entropy_theory.diagnostics` takes
+DIAGNOSTIC = "diagnostic/"  # prefix of the sums that `diagnostics` takes
 
 
-def metric_sums(loss: Loss, out: LossOutputs, inputs: LossInputs, stats: TokenStats) -> dict[str, Tensor]:
-    """Additive float64 scalars: the loss's metrics times the token count, ``tokens``, and the diagnostics of the spec.
-
-    The gradient weight F that the diagnostics want is read off the loss itself: d(-loss)/d logp = F A.
+def metric_sums(inputs: LossInputs, stats: TokenStats, result: Objective) -> dict[str, Tensor]:
+    """Additive float64 scalars: the loss's metrics times the token count, ``tokens``, ``loss`` (the objective),
+    ``pg_loss`` (the policy loss in it), and the sums that `megatron_ext.rl.diagnostics.diagnostics` takes.
     """
     count = inputs.mask.sum().double()
-    sums = {name: value.detach().double() * count for name, value in out.metrics.items()}
-    sums["tokens"] = count
+    sums = {name: value.detach().double() * count for name, value in result.outputs.metrics.items()}
+    sums |= {"tokens": count, "loss": result.total.detach().double(), "pg_loss": result.policy.double()}
+    if result.kl_ref is not None:
+        sums["kl_ref"] = result.kl_ref.sum().double()
     if torch.is_grad_enabled():
-        (slope,) = torch.autograd.grad(out.loss.sum(), inputs.logp, retain_graph=True)
-        nonzero = inputs.advantages != 0
-        weight = torch.where(nonzero, -slope / torch.where(nonzero, inputs.advantages, 1.0), 0.0)
-        eps = {key: value for key in ("eps_low", "eps_high") if isinstance(value := getattr(loss, key, None), float)}
-        diagnostic = diagnostic_sums(stats, inputs.old_logp, inputs.advantages, inputs.mask, grad_weight=weight, **eps)
+        diagnostic = diagnostic_sums(stats, inputs, result)
         sums |= {DIAGNOSTIC + name: value for name, value in diagnostic.items()}
     return sums

@@ -1,17 +1,11 @@
-"""What the papers say a policy-gradient step does to entropy: per-batch diagnostics, and the theorems themselves.
+"""The papers' theorems about entropy, on a tabular softmax, as (direction of the logits, slope of H) pairs.
 
-Pure: torch only, no gradient flows through anything here. Shape legend: T tokens (flat, any packing), V actions of a
-tabular softmax with logits ``z_V``. Entropies in nats. Papers: P0 Flexible Entropy Control, P2 CE-GPPO,
-P3 Clip-Low/Clip-High, P4 entropy dynamics (Clip_B / Clip_V).
+Pure: torch only. Shape legend: V actions of a tabular softmax with logits ``z_V``. Entropies in nats. Papers: P0
+Flexible Entropy Control, P2 CE-GPPO, P3 Clip-Low/Clip-High, P4 entropy dynamics (Clip_B / Clip_V).
+`residual_order` checks a pair: about 2 if the claim is right (halving the step quarters the error), 1 if not.
 
 Notation: ``S_v = p_v (H + log p_v)`` is P4's entropy discriminant (P3 calls it Q), ``S`` the one of the token taken,
-``D = S - E_p[S]`` with ``E_p[S] = H sum p^2 + sum p^2 log p``, and ``r = pi_theta / pi_old``.
-
-First half: diagnostics of a batch. ``*_sums`` return additive float64 scalars, including their denominators: add them
-over micro-batches and ranks (one all-reduce), then call `diagnostics` once. Nothing in them is a mean.
-
-Second half: the theorems on a tabular softmax as (direction of the logits, slope of H) pairs, so that
-`residual_order` can check them: about 2 if the claim is right (halving the step quarters the error), 1 if not.
+``D = S - E_p[S]``, and ``r = pi_theta / pi_old``. `megatron_ext.rl.diagnostics` has the same for a batch of tokens.
 
 Where the papers slip, and what is done here:
 * P3 theorems 1 and 2 hold with p_k, q_k and E under ``a ~ pi_k``; X_k and Y_k are defined by actions
@@ -33,135 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_ext.rl.types import TokenStats
-
-REGIONS = ("E1", "E2", "E3", "E4")
-QUADRANTS = ("PA_HP", "PA_LP", "NA_HP", "NA_LP")
-
-
-# --- diagnostics of a batch --------------------------------------------------------------------------------------
-
-
-def discriminant(stats: TokenStats) -> Tensor:
-    """``S = p (H + log p)`` of the token taken, (T,). P4 section 3.1; Q in P3 theorem 1."""
-    return stats.logp.exp() * (stats.entropy + stats.logp)
-
-
-def expected_discriminant(stats: TokenStats) -> Tensor:
-    """``E_p[S] = sum_v p_v^2 (H + log p_v)``, (T,). P4 theorem 2."""
-    return stats.entropy * stats.sum_p2 + stats.sum_p2_logp
-
-
-def score_norm(stats: TokenStats) -> Tensor:
-    """``||d log p / d z||_2 = ||e_y - p||_2 = sqrt(1 - 2 p + sum p^2)``, (T,): a token's gradient at the logits."""
-    return (1 - 2 * stats.logp.exp() + stats.sum_p2).clamp(min=0).sqrt()
-
-
-def diagnostic_sums(
-    stats: TokenStats,
-    old_logp: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    *,
-    grad_weight: Tensor | None = None,
-    eps_low: float | Tensor = 0.2,
-    eps_high: float | Tensor = 0.2,
-    hp_threshold: float = 0.5,
-) -> dict[str, Tensor]:
-    """All sums that `diagnostics` needs, as additive float64 scalars.
-
-    Args:
-        stats: of the weights in force (statistics pass: then ``old_logp = stats.logp``; or a mini-update's forward).
-        old_logp, advantages: (T,).
-        mask: (T,) bool; other tokens may hold anything, NaN included.
-        grad_weight: (T,) F of the loss, ``d(-loss)/d theta = F A grad log p``; by default r, the unclipped one.
-        eps_low, eps_high: the events of P3 are r < 1 - eps_low and r > 1 + eps_high, scalar or per token.
-        hp_threshold: a token is "high-probability" (HP) above it. P2 gives no number; 0.5 is ours.
-    """
-    stats = TokenStats(*(_masked(x, mask) for x in (stats.logp, stats.entropy, stats.sum_p2, stats.sum_p2_logp)))
-    advantages = _masked(advantages, mask)
-    ratio = torch.where(mask, (stats.logp - _masked(old_logp, mask)).exp(), 0.0)
-    weight = ratio if grad_weight is None else _masked(grad_weight, mask)
-    mass = (weight * advantages).abs() * score_norm(stats)
-    sums = {"tokens": mask.sum().double(), "grad": mass.sum()}
-    sums |= _entropy_change_sums(stats, ratio, advantages)
-    sums |= _clip_sums(stats, ratio, mask, eps_low, eps_high)
-    groups = region_masks(stats.logp, ratio, advantages) | quadrant_masks(stats.logp, advantages, hp_threshold)
-    for name, member in groups.items():
-        sums[f"tokens/{name}"] = (member & mask).sum().double()
-        sums[f"grad/{name}"] = torch.where(member & mask, mass, 0.0).sum()
-    return sums
-
-
-def diagnostics(sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Numbers to log from sums over the global batch; 0 where there is nothing to average.
-
-    * ``entropy_slope``: -Cov_B(A, r D), P4 cor. 4.1; times the learning rate it predicts the change of mean entropy
-      under plain gradient ascent on independent logits. Under Adam its sign and correlation mean something, not its
-      size. ``entropy_slope_raw``: -E_B[A r D], what theorem 2 says of this very batch, before cor. 2 is assumed.
-    * ``tokens/<region>``, ``grad/<region>``: share of response tokens, and of gradient mass |F A| ||e_y - p||, in
-      P0's E1..E4 and in P2's positive/negative advantage x high/low probability.
-    * ``q_gap_low``, ``q_gap_high``: E[Q] - E[Q|X] and E[Q] - E[Q|Y] (P3 eq. 7), expectations under pi_theta:
-      clipped tokens weighted by r, each against E_p[S] of its own state.
-    * ``clip_low_term``, ``clip_high_term``: p_k and q_k times these (P3 theorem 1): the mean over all tokens.
-    """
-    n = sums["tokens"]
-    mean = {name: _ratio(sums[name], n) for name in ("a", "rd", "ard", "low_gap", "high_gap")}
-    out = {
-        "entropy_slope": mean["a"] * mean["rd"] - mean["ard"],
-        "entropy_slope_raw": -mean["ard"],
-        "q_gap_low": _ratio(sums["low_gap"], sums["low_r"]),
-        "q_gap_high": _ratio(sums["high_gap"], sums["high_r"]),
-        "clip_low_term": mean["low_gap"],
-        "clip_high_term": mean["high_gap"],
-    }
-    for name in REGIONS + QUADRANTS:
-        out[f"tokens/{name}"] = _ratio(sums[f"tokens/{name}"], n)
-        out[f"grad/{name}"] = _ratio(sums[f"grad/{name}"], sums["grad"])
-    return out
-
-
-def region_masks(logp: Tensor, ratio: Tensor, advantages: Tensor) -> dict[str, Tensor]:
-    """P0 section 3: E1/E2 = A > 0, 1 < r < 1.3, p > 0.7 / p <= 0.3; E3/E4 = A < 0, 0.7 < r < 1, likewise."""
-    prob = logp.exp()
-    raised = (advantages > 0) & (ratio > 1) & (ratio < 1.3)
-    lowered = (advantages < 0) & (ratio > 0.7) & (ratio < 1)
-    high, low = prob > 0.7, prob <= 0.3
-    return {"E1": raised & high, "E2": raised & low, "E3": lowered & high, "E4": lowered & low}
-
-
-def quadrant_masks(logp: Tensor, advantages: Tensor, hp_threshold: float = 0.5) -> dict[str, Tensor]:
-    """P2 figure 1: positive (PA) or negative (NA) advantage x high (HP) or low (LP) probability."""
-    high = logp.exp() > hp_threshold
-    positive, negative = advantages > 0, advantages < 0
-    return {"PA_HP": positive & high, "PA_LP": positive & ~high, "NA_HP": negative & high, "NA_LP": negative & ~high}
-
-
-def _entropy_change_sums(stats: TokenStats, ratio: Tensor, advantages: Tensor) -> dict[str, Tensor]:
-    rd = ratio * (discriminant(stats) - expected_discriminant(stats))
-    return {"a": advantages.sum(), "rd": rd.sum(), "ard": (advantages * rd).sum()}
-
-
-def _clip_sums(
-    stats: TokenStats, ratio: Tensor, mask: Tensor, eps_low: float | Tensor, eps_high: float | Tensor
-) -> dict[str, Tensor]:
-    """Tokens come from pi_old, so r turns their sums into expectations under pi_theta."""
-    gap = ratio * (expected_discriminant(stats) - discriminant(stats))
-    low, high = mask & (ratio < 1 - eps_low), mask & (ratio > 1 + eps_high)
-    return {
-        "low_r": torch.where(low, ratio, 0.0).sum(),
-        "low_gap": torch.where(low, gap, 0.0).sum(),
-        "high_r": torch.where(high, ratio, 0.0).sum(),
-        "high_gap": torch.where(high, gap, 0.0).sum(),
-    }
-
-
-def _masked(x: Tensor, mask: Tensor) -> Tensor:
-    return torch.where(mask, x.detach().double(), 0.0)
-
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    return torch.where(denominator != 0, numerator / denominator, 0.0)
+from megatron_ext.rl.diagnostics import ratio_or_zero
 
 
 def exponential_fit(entropy: Tensor, reward: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,12 +38,9 @@ def exponential_fit(entropy: Tensor, reward: Tensor) -> tuple[Tensor, Tensor, Te
     """
     x, y = entropy.double().exp(), reward.double()
     x0, y0 = x - x.mean(), y - y.mean()
-    a = _ratio((x0 * y0).sum(), x0.square().sum())
+    a = ratio_or_zero((x0 * y0).sum(), x0.square().sum())
     residual = (y0 - a * x0).square().sum()
-    return a, y.mean() - a * x.mean(), _ratio(y0.square().sum() - residual, y0.square().sum())
-
-
-# --- theorems on a tabular softmax -------------------------------------------------------------------------------
+    return a, y.mean() - a * x.mean(), ratio_or_zero(y0.square().sum() - residual, y0.square().sum())
 
 
 class FirstOrder(NamedTuple):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_ext.rl import advantages as _advantages
 from megatron_ext.rl import params as _params
+from megatron_ext.rl.diagnostics import centred_discriminant, discriminant, region_masks
 from megatron_ext.rl.global_stats import (
     Local,
     Reduce,
@@ -102,17 +103,6 @@ class Selection:
         return zeros, zeros, {}
 
 
-def discriminator(stats: TokenStats) -> Tensor:
-    """S = p (H + log p), P4 thm 1, float64 (T,): raising this token's logit by eps changes H by -eps S."""
-    logp = stats.logp.double()
-    return logp.exp() * (stats.entropy.double() + logp)
-
-
-def centred_discriminator(stats: TokenStats) -> Tensor:
-    """D = S - E_p[S], P4 thm 2, float64 (T,), with E_p[S] = sum_v p_v^2 (H + log p_v) = H sum p^2 + sum p^2 log p."""
-    return discriminator(stats) - (stats.entropy.double() * stats.sum_p2.double() + stats.sum_p2_logp.double())
-
-
 def _of_sign(advantages: Tensor, tokens: str) -> Tensor:
     """Tokens with A < 0, A > 0, or all."""
     return {"negative": advantages < 0, "positive": advantages > 0, "all": torch.ones_like(advantages).bool()}[tokens]
@@ -137,7 +127,7 @@ class ClipB(Selection):
 
     def _score(self, x: SelectionInputs, reduce: Reduce) -> tuple[Tensor, Tensor, Tensor]:
         """(deviation (T,), mean, sigma) of the score that is clipped."""
-        score = discriminator(x.stats)
+        score = discriminant(x.stats)
         mean, sigma = global_mean_std(score, x.mask, reduce)
         return score - mean, mean, sigma
 
@@ -161,12 +151,12 @@ class ClipV(ClipB):
     mu_high: float = 2.0
 
     def _score(self, x: SelectionInputs, reduce: Reduce) -> tuple[Tensor, Tensor, Tensor]:
-        score = centred_discriminator(x.stats)
+        score = centred_discriminant(x.stats)
         mean, sigma = global_mean_std(score, x.mask, reduce)
         return score, mean, sigma
 
 
-def covariance(x: SelectionInputs, reduce: Reduce) -> Tensor:
+def advantage_covariance(x: SelectionInputs, reduce: Reduce) -> Tensor:
     """(A - A_mean)(logp - logp_mean) of each token, means over the global batch, float64 (T,). Cui et al. 2025."""
     n = max(global_count(x.mask, reduce), 1)
     advantages, logp = x.advantages.double(), x.stats.logp.double()
@@ -198,7 +188,7 @@ class ClipCov(Selection):
         check_offsets(self.eps_low, self.eps_high)
 
     def _keep(self, x: SelectionInputs, reduce: Reduce) -> tuple[Tensor, dict[str, Tensor]]:
-        cov = covariance(x, reduce)
+        cov = advantage_covariance(x, reduce)
         candidates = x.mask & (cov > self.cov_low) & (cov < self.cov_high)
         if x.old_logp is not None:
             ratio = (x.stats.logp.double() - x.old_logp.double()).exp()
@@ -228,7 +218,7 @@ class KlCov(Selection):
         self, x: SelectionInputs, reduce: Reduce, zeros: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         k = _share(self.frac, x, reduce)
-        picked = global_top_k(covariance(x, reduce), x.mask, x.seq_ids, x.positions, k, reduce)
+        picked = global_top_k(advantage_covariance(x, reduce), x.mask, x.seq_ids, x.positions, k, reduce)
         share = torch.tensor(global_count(picked, reduce) / max(global_count(x.mask, reduce), 1))
         return self.coef * picked.to(zeros.dtype), zeros, {"selection/penalised_frac": share}
 
@@ -271,7 +261,7 @@ class Region(Selection):
     def _keep(self, x: SelectionInputs, reduce: Reduce) -> tuple[Tensor, dict[str, Tensor]]:
         if self.region.startswith("e"):
             return x.mask, {}
-        score = discriminator(x.stats)
+        score = discriminant(x.stats)
         chosen = score > 0 if self.region == "s_positive" else score < 0
         drop = _of_sign(x.advantages, self.advantage) & (chosen if self.mode == "drop" else ~chosen)
         return ~drop, {}
@@ -279,20 +269,11 @@ class Region(Selection):
     def inside(self, x: LossInputs) -> Tensor:
         if not self.region.startswith("e"):
             return x.mask
-        regions = entropy_regions(x)
-        chosen = regions.pop(self.region)
+        logp = x.logp.detach()
+        regions = region_masks(logp, (logp - x.old_logp).exp(), x.advantages)
+        chosen = regions.pop(self.region.upper())
         drop = chosen if self.mode == "drop" else torch.stack(list(regions.values())).any(dim=0)
         return x.mask & ~drop
-
-
-def entropy_regions(x: LossInputs) -> dict[str, Tensor]:
-    """E1-E4 of P0 sec. 3 as bool (T,); P0 also writes p < 0.3 for the low side, its fig. 2 p <= 0.3 (taken here)."""
-    logp = x.logp.detach()
-    ratio, p = (logp - x.old_logp).exp(), logp.exp()
-    up = (x.advantages > 0) & (ratio > 1) & (ratio < 1.3)
-    down = (x.advantages < 0) & (ratio < 1) & (ratio > 0.7)
-    likely, unlikely = p > 0.7, p <= 0.3
-    return {"e1": up & likely, "e2": up & unlikely, "e3": down & likely, "e4": down & unlikely}
 
 
 @dataclass(frozen=True, kw_only=True)

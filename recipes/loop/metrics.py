@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from megatron_ext.rl.entropy_theory import diagnostics
+from megatron_ext.rl.diagnostics import diagnostics
 from megatron_ext.rl.types import Sample, TokenStats
 
 if TYPE_CHECKING:  # importing Megatron takes seconds
@@ -112,7 +112,7 @@ class StepMetrics:
             return {}
         names = self._updates[0].diagnostic_sums
         sums = {name: torch.tensor(sum(u.diagnostic_sums[name] for u in self._updates)) for name in names}
-        return {name: float(value) for name, value in diagnostics(sums).items()}
+        return {name: float(value) for name, value in diagnostics(sums, updates=len(self._updates)).items()}
 
     def result(self, timing: Mapping[str, float], elapsed_s: float | None = None) -> dict[str, Any]:
         """One JSON object. ``timing``: seconds measured elsewhere, by phase."""
@@ -158,4 +158,4 @@ class StepMetrics:
 
 
 LEARNER_PHASES = ("statistics", "values", "update", "probe")  # when its models compute
-PER_UPDATE = ("pg_loss", "grad_norm", "lr", "skipped_updates")  # the rest are means over tokens
+PER_UPDATE = ("loss", "pg_loss", "grad_norm", "lr", "skipped_updates")  # the rest are means over tokens

@@ -191,7 +191,7 @@ def _trained(variant: Variant, learner: Learner, objective: str, stats: TokenSta
         inside = build_selection("region", region="e3").inside if step == 2 else None
         result = learner.update(batch, mini, weights_B, loss, selection_inside=inside)
         for key, value in result.means.items() | {f"sum {k}": v for k, v in result.diagnostic_sums.items()}.items():
-            kind = {"grad_norm": "norm", "pg_loss": "loss"}.get(key, "metric")
+            kind = {"grad_norm": "norm", "loss": "loss", "pg_loss": "loss"}.get(key, "metric")
             out[f"{kind}/{step}/{key}"] = torch.tensor(value, dtype=torch.float64)
     out |= {f"weight/{k}": tensor for k, tensor in _exported(learner).items()}
     if objective == "ce_gppo":

@@ -71,7 +71,7 @@ def _layout(layout: Layout, root: Path) -> dict[str, Tensor]:
         config.reference.kl_type = kind
         weights_B = cases.aggregation_weights("token_mean", samples)
         means = learner.update(batch, samples, weights_B, build_loss("ppo")).means
-        out |= {f"{kind}/{n}": torch.tensor(means[n], dtype=torch.float64) for n in ("kl_ref", "pg_loss", "grad_norm")}
+        out |= {f"{kind}/{n}": torch.tensor(means[n], dtype=torch.float64) for n in ("kl_ref", "loss", "grad_norm")}
         out |= {f"{kind}/gradient/{n}": (before[n] - t).double() / LR for n, t in learner.export()}
     work = learner.work_report()
     assert (work.ranks, work.peak_tflops) == (layout.world, 2.0) and work.peak_memory_gib > 0.1
@@ -163,7 +163,7 @@ def test_one_process_is_what_transformers_and_autograd_say(root: Path) -> None:
         said = d if kind == "k1" else value
         expected = float(said[batch.mask].mean().detach())
         assert float(results[f"{kind}/kl_ref"]) == pytest.approx(expected, rel=1e-4)
-        assert float(results[f"{kind}/pg_loss"]) == pytest.approx(COEF * expected, rel=1e-4)
+        assert float(results[f"{kind}/loss"]) == pytest.approx(COEF * expected, rel=1e-4)
 
 
 def test_every_pass_is_counted_once(root: Path) -> None:

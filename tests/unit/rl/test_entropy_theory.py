@@ -1,4 +1,4 @@
-"""The theorems of the papers, checked by taking the step; the batch diagnostics, checked by hand and by enumeration."""
+"""The theorems of the papers, checked by taking the step."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ext.kernels import vocab_statistics
 from megatron_ext.rl import entropy_theory as theory
-from megatron_ext.rl.types import TokenStats
 
 ETA = 1e-3
 
@@ -27,9 +25,6 @@ def close(actual: Tensor, expected: Tensor | float, tolerance: float = 1e-12) ->
 def holds(z: Tensor, claim: theory.FirstOrder) -> bool:
     """Halving the step quarters the error: 2 up to the third-order term."""
     return abs(theory.residual_order(z, claim, ETA).item() - 2) < 0.1
-
-
-# --- theorems ----------------------------------------------------------------------------------------------------
 
 
 def test_entropy_gradient_is_minus_the_discriminant() -> None:
@@ -214,145 +209,3 @@ def test_exponential_fit() -> None:
     close(theory.exponential_fit(h, torch.full_like(h, 0.4))[2], 0.0)
     noisy = theory.exponential_fit(h, -0.3 * h.exp() + torch.tensor([1.0, -1.0] * 4 + [1.0]))[2]
     assert 0 < noisy < 0.9
-
-
-# --- diagnostics of a batch --------------------------------------------------------------------------------------
-
-
-def batch(seed: int, tokens: int = 40, vocab: int = 6) -> tuple[Tensor, Tensor, TokenStats, Tensor, Tensor, Tensor]:
-    """logits, actions, statistics, old logp, advantages, mask."""
-    z = logits(seed, tokens, vocab)
-    z_old = z + logits(seed + 1, tokens, vocab, scale=0.3)
-    actions = torch.multinomial(z_old.softmax(-1), 1, generator=torch.Generator().manual_seed(seed)).squeeze(1)
-    old_logp = z_old.log_softmax(-1).gather(1, actions[:, None]).squeeze(1)
-    mask = torch.arange(tokens) % 5 != 0
-    return z, actions, vocab_statistics(z, actions), old_logp, logits(seed + 2, tokens), mask
-
-
-def test_token_quantities_equal_the_tabular_ones() -> None:
-    z, actions, stats, *_ = batch(0)
-    s = theory.discriminants(z)
-    close(theory.discriminant(stats), s.gather(1, actions[:, None]).squeeze(1))
-    close(theory.expected_discriminant(stats), (z.softmax(-1) * s).sum(-1))
-    score = torch.nn.functional.one_hot(actions, z.shape[1]) - z.softmax(-1)
-    close(theory.score_norm(stats), score.norm(dim=-1))
-
-
-def test_entropy_slope_is_the_masked_covariance() -> None:
-    z, actions, stats, old_logp, advantages, mask = batch(1)
-    got = theory.diagnostics(theory.diagnostic_sums(stats, old_logp, advantages, mask))
-    d = theory.centred_discriminants(z).gather(1, actions[:, None]).squeeze(1)
-    rd, a = ((stats.logp - old_logp).exp() * d)[mask], advantages[mask]
-    close(got["entropy_slope"], -((a - a.mean()) * (rd - rd.mean())).mean())
-    close(got["entropy_slope_raw"], -(a * rd).mean())
-
-
-def test_entropy_slope_raw_predicts_the_measured_change() -> None:
-    """One step of every token's own logits along r A grad log p, measured on the same tokens."""
-    z, actions, stats, old_logp, advantages, mask = batch(2)
-    slope = theory.diagnostics(theory.diagnostic_sums(stats, old_logp, advantages, mask))["entropy_slope_raw"]
-    score = torch.nn.functional.one_hot(actions, z.shape[1]) - z.softmax(-1)
-    step = ((stats.logp - old_logp).exp() * advantages)[:, None] * score
-
-    def error(eta: float) -> Tensor:
-        return ((theory.entropy(z + eta * step) - theory.entropy(z))[mask].mean() - eta * slope).abs()
-
-    assert abs(torch.log2(error(ETA) / error(ETA / 2)).item() - 2) < 0.1
-
-
-def test_sums_add_up_over_any_cut_and_ignore_what_is_masked() -> None:
-    _, _, stats, old_logp, advantages, mask = batch(3)
-    whole = theory.diagnostic_sums(stats, old_logp, advantages, mask)
-    spoiled = [torch.where(mask, x, float("nan")) for x in (stats.logp, stats.entropy, stats.sum_p2, stats.sum_p2_logp)]
-    old_nan = torch.where(mask, old_logp, float("nan"))
-    parts: list[dict[str, Tensor]] = []
-    for rows in (slice(0, 7), slice(7, 8), slice(8, 40)):
-        cut = TokenStats(*(x[rows] for x in spoiled))
-        parts.append(theory.diagnostic_sums(cut, old_nan[rows], advantages[rows], mask[rows]))
-    for name, value in whole.items():
-        assert value.dtype == torch.float64 and value.dim() == 0
-        close(torch.stack([part[name] for part in parts]).sum(), value)
-
-
-def test_an_empty_mask_gives_zeros() -> None:
-    _, _, stats, old_logp, advantages, mask = batch(4)
-    got = theory.diagnostics(theory.diagnostic_sums(stats, old_logp, advantages, torch.zeros_like(mask)))
-    assert all(value == 0 for value in got.values())
-
-
-def test_regions_by_hand() -> None:
-    """p, r, A of eleven tokens and where each belongs; boundaries: p = 0.3 is low, p = 0.7 is neither."""
-    cases = [
-        (0.8, 1.1, 1.0, "E1", "PA_HP"),
-        (0.2, 1.1, 1.0, "E2", "PA_LP"),
-        (0.3, 1.2, 1.0, "E2", "PA_LP"),
-        (0.8, 0.9, -1.0, "E3", "NA_HP"),
-        (0.1, 0.9, -1.0, "E4", "NA_LP"),
-        (0.5, 1.1, 1.0, None, "PA_LP"),
-        (0.6, 1.1, 1.0, None, "PA_HP"),
-        (0.8, 0.9, 1.0, None, "PA_HP"),
-        (0.1, 1.4, 1.0, None, "PA_LP"),
-        (0.1, 0.6, -1.0, None, "NA_LP"),
-        (0.8, 1.1, 0.0, None, None),
-    ]
-    # exp(log 0.3) may round to just above 0.3, hence the nudge.
-    logp = torch.tensor([c[0] for c in cases], dtype=torch.float64).log()
-    logp[2] = math.log(0.3) - 1e-12
-    ratio = torch.tensor([c[1] for c in cases], dtype=torch.float64)
-    advantages = torch.tensor([c[2] for c in cases], dtype=torch.float64)
-    regions = theory.region_masks(logp, ratio, advantages)
-    quadrants = theory.quadrant_masks(logp, advantages)
-    for i, (*_, region, quadrant) in enumerate(cases):
-        assert [name for name, member in regions.items() if member[i]] == ([region] if region else [])
-        assert [name for name, member in quadrants.items() if member[i]] == ([quadrant] if quadrant else [])
-    assert tuple(regions) == theory.REGIONS and tuple(quadrants) == theory.QUADRANTS
-
-
-def test_shares_of_tokens_and_of_gradient_mass() -> None:
-    """Two-action states with p = 0.8 (A = 1) and p = 0.2 (A = -1): the score norms are 0.2 sqrt 2 and 0.8 sqrt 2."""
-    p = torch.tensor([0.8, 0.2, 0.2, 0.2], dtype=torch.float64)
-    q = 1 - p
-    h = -(p * p.log() + q * q.log())
-    stats = TokenStats(p.log(), h, p * p + q * q, p * p * p.log() + q * q * q.log())
-    advantages = torch.tensor([1.0, -1.0, -1.0, 9.0], dtype=torch.float64)
-    mask = torch.tensor([True, True, True, False])
-    got = theory.diagnostics(theory.diagnostic_sums(stats, stats.logp, advantages, mask))
-    close(got["tokens/PA_HP"], 1 / 3)
-    close(got["tokens/NA_LP"], 2 / 3)
-    close(got["grad/PA_HP"], 0.2 / (0.2 + 0.8 + 0.8))
-    close(got["grad/NA_LP"], 1.6 / 1.8)
-    assert got["tokens/E1"] == 0  # r = 1 exactly is in no region
-    weight = torch.tensor([4.0, 0.5, 0.5, 7.0])
-    weighted = theory.diagnostic_sums(stats, stats.logp, advantages, mask, grad_weight=weight)
-    close(theory.diagnostics(weighted)["grad/PA_HP"], 0.8 / (0.8 + 0.4 + 0.4))
-
-
-def test_clip_terms_estimate_theorem_1() -> None:
-    """Each state with every action once per its probability under pi_old (an exact batch): the terms are P3's."""
-    p_old = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)  # 10 draws: 5, 3, 2 times
-    z_old = p_old.log()
-    z = z_old + torch.tensor([0.5, -0.7, 0.1], dtype=torch.float64)
-    actions = torch.tensor([0] * 5 + [1] * 3 + [2] * 2)
-    stats = vocab_statistics(z.expand(10, 3), actions)
-    old_logp = z_old[actions]
-    sums = theory.diagnostic_sums(stats, old_logp, torch.ones(10), torch.ones(10, dtype=torch.bool))
-    got = theory.diagnostics(sums)
-    p, s = z.softmax(-1), theory.discriminants(z)
-    low, high = theory.clip_events(z, z_old, eps_low=0.2, eps_high=0.2)
-    assert low.tolist() == [0, 1, 0] and high.tolist() == [1, 0, 0]
-    mean_q = (p * s).sum()
-    close(got["q_gap_low"], mean_q - s[1])
-    close(got["q_gap_high"], mean_q - s[0])
-    slope = theory.clipped_gradient(z, z_old, eps_low=0.2, eps_high=0.2).slope
-    close(got["clip_low_term"] - got["clip_high_term"], slope)
-
-
-def test_clip_events_take_bounds_per_token() -> None:
-    _, _, stats, old_logp, advantages, mask = batch(5)
-    wide = theory.diagnostic_sums(stats, old_logp, advantages, mask, eps_low=1.0, eps_high=math.inf)
-    assert wide["low_r"] == 0 and wide["high_r"] == 0
-    same = torch.full((40,), 0.1)
-    scalar = theory.diagnostic_sums(stats, old_logp, advantages, mask, eps_low=0.1, eps_high=0.1)
-    tensor = theory.diagnostic_sums(stats, old_logp, advantages, mask, eps_low=same.double(), eps_high=same.double())
-    assert scalar["low_r"] > 0
-    close(tensor["low_r"], scalar["low_r"], 1e-6)

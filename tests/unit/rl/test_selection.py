@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_ext.rl.advantages import unlikely
+from megatron_ext.rl.diagnostics import centred_discriminant, discriminant
 from megatron_ext.rl.global_stats import _splitmix64, exact_sum, random_keys
 from megatron_ext.rl.selection import (
     SELECTIONS,
@@ -24,8 +25,6 @@ from megatron_ext.rl.selection import (
     SelectionInputs,
     SelectionOutputs,
     build_selection,
-    centred_discriminator,
-    discriminator,
 )
 from megatron_ext.rl.types import LossInputs, TokenStats
 
@@ -152,7 +151,7 @@ def test_the_discriminator_is_the_entropy_derivative() -> None:
     stats = TokenStats(
         *(t.detach() for t in (logp, h.expand(9), (p * p).sum().expand(9), (p * p * logp).sum().expand(9)))
     )
-    s, d = discriminator(stats), centred_discriminator(stats)
+    s, d = discriminant(stats), centred_discriminant(stats)
     torch.testing.assert_close(s, -grad, rtol=1e-12, atol=1e-15)
     assert (p.detach() * d).sum().item() == pytest.approx(0, abs=1e-15)
     torch.testing.assert_close(d, s - (p.detach() * s).sum())
@@ -189,7 +188,7 @@ def test_equal_scores_are_no_outliers() -> None:
         same = replace(x, stats=TokenStats(*(torch.full_like(x.stats.logp, v) for v in (-0.3, h, 0.5, -0.2))))
         out = build_selection("clip_b", mu_low=0.0, mu_high=0.0, tokens="all").select(same)
         assert out.keep[x.mask].all()
-        rounded += out.metrics["selection/score_mean"] != discriminator(same.stats)[0]
+        rounded += out.metrics["selection/score_mean"] != discriminant(same.stats)[0]
     assert rounded, "the means must differ from the scores somewhere, or this tests nothing"
 
 
