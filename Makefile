@@ -1,5 +1,6 @@
 # make train [RECIPE=quickstart] [ARGS="key=value ..."] [DRY_RUN=1]   train; a run directory that exists is resumed
-# make test                                                           linter, type checker, all tests
+# make check                                                          linter, types, import layers, unit tests: a minute
+# make test                                                           make check, then all other tests
 # make doctor                                                         what this machine has, what it lacks, what that costs
 #
 # Each installs what is pinned in constraints/ into .venv first, once.
@@ -19,7 +20,7 @@ DRY_RUN ?=
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help env train test doctor
+.PHONY: help env train check test doctor
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -34,8 +35,14 @@ train: env
 doctor: env
 	@$(PY) -m recipes.doctor
 
-# In order of what fails fastest: unit, integration, distributed, e2e, gpu (pyproject.toml); the last skips itself without a GPU.
-test: env
+# Two test processes, whatever the machine: most tests use one thread, and several start processes of their own.
+check: env
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/lint-imports
 	$(PY) -m mypy
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 tests/unit
+
+# GPU tests skip themselves without a GPU.
+test: check
+	$(PY) -m pytest -n 2 tests/integration tests/distributed tests/e2e tests/gpu
