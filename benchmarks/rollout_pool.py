@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    from configs.schema import RolloutConfig
     from recipes.rollout.engine import Sampling
     from recipes.rollout.make import make_engine
 
@@ -37,14 +38,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as logs:
         pools = {
             count: make_engine(
-                "vllm",
+                RolloutConfig(engine="vllm", num_servers=count, max_model_len=16 + options.tokens, max_num_seqs=128),
                 options.model,
-                num_servers=count,
-                urls=[],
-                max_model_len=16 + options.tokens,
-                max_num_seqs=128,
-                dtype="float32",
-                log_dir=Path(logs) / str(count),
+                Path(logs) / str(count),
             )
             for count in seconds
         }

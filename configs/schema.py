@@ -93,10 +93,14 @@ class RolloutConfig:
     sync_dir: str | None = None  # "disk": where weights are staged, seen by all servers; None: this host's memory
     colocated: bool = False  # learner and servers share the GPUs of this machine, in turns; see docs/gpu.md
     gpu_memory_utilization: float = 0.85  # share of its GPU's memory that a server takes
+    server_gpus: int = 1  # GPUs of each server; tensor parallel unless `extra_args` says otherwise
+    extra_args: list[str] = field(default_factory=list)  # appended to vLLM's command line, such as [--swap-space,"8"]
     dtype: str = "float32"  # of the servers
     max_model_len: int = 128
     max_num_seqs: int = 256
-    timeout_s: float = 300.0  # for one generation request, and for the transfer of one weight update
+    timeout_s: float = 300.0  # for one generation request, waiting in the server's queue included
+    update_timeout_s: float = 300.0  # for the transfer of one weight update
+    start_timeout_s: float = 300.0  # for a server to start and generate a first token
     probe_s: float = 30.0  # a server whose engine answers nothing for so long has failed
     revive_timeout_s: float = 300.0  # how long to wait for a server to come back when none is left
     replay: str | None = None  # run directory whose rollout journal is trained on, without any server

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from configs.schema import Config
+from configs.schema import Config, RolloutConfig
+from recipes.rollout.vllm.server import parallel_size
 
 
 def check_settings(c: Config) -> None:
     """Raises ValueError, in one sentence that names the key, for settings that contradict each other."""
     rollout, train = c.rollout, c.train
-    for key, value in (("probe_s", rollout.probe_s), ("revive_timeout_s", rollout.revive_timeout_s)):
-        if not value > 0:
-            raise ValueError(f"rollout.{key}={value} must be above 0 seconds")
+    for key in ("probe_s", "revive_timeout_s", "start_timeout_s", "timeout_s", "update_timeout_s"):
+        if not getattr(rollout, key) > 0:
+            raise ValueError(f"rollout.{key}={getattr(rollout, key)} must be above 0 seconds")
     if rollout.max_staleness < 0:
         raise ValueError(f"rollout.max_staleness={rollout.max_staleness} must be 0 (synchronous) or more steps")
     if rollout.max_staleness and train.tis_cap is None and train.old_logprobs == "learner":
@@ -29,12 +30,27 @@ def check_settings(c: Config) -> None:
             "flight at an update: set rollout.max_staleness to 1 or more, or leave it out"
         )
     _check_colocated(c)
+    _check_server_gpus(rollout)
     if rollout.engine == "local":
         for key, usual in (("in_flight", "wait"), ("weight_sync", "disk")):
             if getattr(rollout, key) != usual:
                 raise ValueError(
                     f"rollout.{key}={getattr(rollout, key)} has no effect with rollout.engine=local: set it to vllm"
                 )
+
+
+def _check_server_gpus(r: RolloutConfig) -> None:
+    if r.server_gpus < 1:
+        raise ValueError(f"rollout.server_gpus={r.server_gpus} must be at least 1")
+    try:
+        asked = parallel_size(r.extra_args)
+    except ValueError as error:
+        raise ValueError(f"rollout.extra_args={r.extra_args}: a parallel size is not a number ({error})") from error
+    if asked > 1 and asked != r.server_gpus:
+        raise ValueError(
+            f"rollout.extra_args={r.extra_args} spread a server over {asked} GPUs, and rollout.server_gpus="
+            f"{r.server_gpus}: set both to the same number"
+        )
 
 
 def _check_colocated(c: Config) -> None:

@@ -24,7 +24,6 @@ from recipes.cluster import attempt
 from recipes.cluster.serve import OPTIONS_FILE, Port, port_candidates
 from recipes.models.locate import model_location, prepare_model
 from recipes.rewards import make_verifier
-from recipes.rollout.vllm.server import ServerOptions
 
 MAX_REQUEUES = 3  # in a row without a newer checkpoint; the environment variable of that name overrules
 
@@ -94,16 +93,8 @@ def begin(words: Sequence[str]) -> dict[str, str | int]:
 
 
 def server_options(config: Config, model_dir: Path) -> dict[str, object]:
-    """`ServerOptions` of the run as JSON, for the supervisors; the device is found where the server runs."""
-    rollout = config.rollout
-    options = ServerOptions(
-        model_dir.absolute(),
-        rollout.max_model_len,
-        rollout.max_num_seqs,
-        rollout.dtype,
-        gpu_memory_utilization=rollout.gpu_memory_utilization,
-    )
-    return dataclasses.asdict(options) | {"model_dir": str(options.model_dir)}
+    """What the supervisors start servers with, as JSON; the device is found where the server runs."""
+    return {"model_dir": str(model_dir.absolute()), "rollout": dataclasses.asdict(config.rollout)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,10 +24,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from configs.schema import RolloutConfig
 from megatron_ext.sync import process_guard
 from megatron_ext.sync.auth import TOKEN_VARIABLE
 from recipes.cluster import attempt
-from recipes.rollout.vllm.server import CLOSE_S, ServerOptions, server_command, server_environment
+from recipes.rollout.vllm.server import CLOSE_S, Place, server_command, server_environment
 
 OPTIONS_FILE = "server.json"  # in the attempt's directory, written by `recipes.cluster.job`
 FIRST_PORT, BLOCK, BLOCKS = 12000, 16, 1250  # 12000 to 31999; Linux gives away 32768 and up unless told otherwise
@@ -119,14 +120,14 @@ class Supervisor:
     def __init__(self, directory: Path, index: int, local: int, address: str, extra: list[str], hang_s: float) -> None:
         values: dict[str, Any] = json.loads((directory / OPTIONS_FILE).read_text(encoding="utf-8"))
         device = "cuda" if shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES") != "" else "cpu"
-        options = ServerOptions(
-            **values | {"model_dir": Path(values["model_dir"]), "device": device, "extra_args": extra}
-        )
+        rollout = RolloutConfig(**values["rollout"])
+        rollout.extra_args = [*rollout.extra_args, *extra]
+        place = Place(Path(values["model_dir"]), directory, device)
         self._directory, self._role, self._hang_s = directory, f"server-{index}", hang_s
         job = int(os.environ.get("SLURM_JOB_ID", "0"))
         self._port = Port(address, port_candidates(job, 1 + local))
         self.url = f"http://{address}:{self._port.number}"
-        vllm = server_command(options, self._port.number, address)
+        vllm = server_command(rollout, place, self._port.number, address)
         self._command = [sys.executable, process_guard.__file__, str(os.getpid()), *vllm]
         self._token = os.environ.get(TOKEN_VARIABLE, "")
         if not self._token:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections.abc import Sequence
@@ -25,13 +24,8 @@ from recipes.data.sources import encode_prompt, make_source
 from recipes.loop.estimators import summarise
 from recipes.loop.journal import encode_group
 from recipes.rewards import RewardItem, make_scorer
-from recipes.rollout.engine import RolloutEngine, Sampling
+from recipes.rollout.engine import RolloutEngine, Sampling, request_seed
 from recipes.rollout.make import make_engine
-
-
-def request_seed(*key: object) -> int:
-    """A 31-bit seed from anything printable: the same for the same key, on every machine."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "big") >> 1
 
 
 class Collector:
@@ -58,25 +52,7 @@ class Collector:
             memory_mb=reward.memory_mb,
             failure_score=reward.failure_score,
         )
-        self.engine: RolloutEngine = make_engine(
-            rollout.engine,
-            model_dir,
-            num_servers=rollout.num_servers,
-            urls=rollout.urls,
-            max_model_len=rollout.max_model_len,
-            max_num_seqs=rollout.max_num_seqs,
-            dtype=rollout.dtype,
-            log_dir=run_dir / LOGS / LATEST,
-            request_timeout_s=rollout.timeout_s,
-            update_timeout_s=rollout.timeout_s,
-            sync_dir=Path(rollout.sync_dir).absolute() if rollout.sync_dir else None,
-            probe_s=rollout.probe_s,
-            revive_timeout_s=rollout.revive_timeout_s,
-            weight_sync=rollout.weight_sync,
-            in_flight=rollout.in_flight,
-            gpu_memory_utilization=rollout.gpu_memory_utilization,
-            sleep_mode=rollout.colocated,
-        )
+        self.engine: RolloutEngine = make_engine(rollout, model_dir, run_dir / LOGS / LATEST)
         self.sampling = Sampling(
             max_tokens=rollout.max_tokens,
             temperature=rollout.temperature,
@@ -146,14 +122,14 @@ class Collector:
     def _generate(self, problems: Sequence[Problem], n: int, sampling: Sampling, key: tuple[Any, ...]) -> list[Rollout]:
         with self._text:
             prompts = [encode_prompt(self.tokenizer, problem, self.config.data.template) for problem in problems]
-        seeds = [request_seed(self.config.seed, *key, index) for index in range(len(prompts))]
+        seeds = [_seed(self.config.seed, *key, index) for index in range(len(prompts))]
         return self.engine.generate(prompts, n=n, sampling=sampling, seeds=seeds)
 
     def _judge(self, problems: Sequence[Problem], rollouts: Sequence[Rollout], n: int, step: int) -> list[Sample]:
         with self._text:
             texts = [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
         items = [
-            RewardItem(text, problems[i // n].answer, rollout.finish_reason == "length", key=request_seed(step, i))
+            RewardItem(text, problems[i // n].answer, rollout.finish_reason == "length", key=_seed(step, i))
             for i, (text, rollout) in enumerate(zip(texts, rollouts, strict=True))
         ]
         results = self.scorer.score(items)  # one batch at a time, by itself
@@ -210,6 +186,11 @@ class Collector:
         self.engine.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
         self.scorer.close()
+
+
+def _seed(*key: object) -> int:
+    """31 bits, which every sampler takes."""
+    return request_seed(*key) >> 31
 
 
 def _informative(samples: Sequence[Sample]) -> bool:

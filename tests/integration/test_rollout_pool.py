@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 from stand_in import StandIn, make_pool, prompts, wait_until
 
-from recipes.rollout.engine import Sampling
-from recipes.rollout.vllm.client import Line, ServerError, parse_choice, request_seed
-from recipes.rollout.vllm.pool import PoolOptions, VLLMPool
-from recipes.rollout.vllm.server import (
-    ServerOptions,
-)
+from configs.schema import RolloutConfig
+from recipes.rollout.engine import Sampling, request_seed
+from recipes.rollout.vllm.client import Line, ServerError, parse_choice
+from recipes.rollout.vllm.pool import VLLMPool
+from recipes.rollout.vllm.server import Place
 
 
 def test_order_spread_and_bound(pool: VLLMPool, stand_ins: list[StandIn]) -> None:
@@ -159,9 +158,8 @@ def test_bad_requests_are_the_callers_fault(pool: VLLMPool) -> None:
 
 def test_urls_need_a_token(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    server = ServerOptions(model_dir, max_model_len=32, max_num_seqs=8, dtype="float32")
     with pytest.raises(ValueError, match="VLLM_API_KEY"):
-        VLLMPool(server, PoolOptions(), num_servers=0, urls=["http://127.0.0.1:1"], log_dir=model_dir)
+        VLLMPool(RolloutConfig(urls=["http://127.0.0.1:1"]), Place(model_dir, model_dir))
 
 
 def test_parse_choice_labels_every_token_and_refuses_torn_answers() -> None:

@@ -6,24 +6,29 @@ from pathlib import Path
 
 import pytest
 
+from configs.schema import RolloutConfig
 from recipes.rollout.vllm.server import (
-    ServerOptions,
+    Place,
     gpu_environment,
     kv_cache_need,
+    parallel_size,
     server_command,
     server_environment,
     server_gpus,
 )
 
+SHAPE = '{"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 4}'
+
 
 def test_command_and_environment(model_dir: Path) -> None:
-    options = ServerOptions(model_dir, 32, 8, "float32", kv_cache_bytes=1 << 26)
-    command = " ".join(server_command(options, 4711))
+    (model_dir / "config.json").write_text(SHAPE)
+    options = (RolloutConfig(max_model_len=32, max_num_seqs=8), Place(model_dir, model_dir))
+    command = " ".join(server_command(*options, 4711))
     assert "--host 127.0.0.1 --port 4711" in command and "--no-enable-chunked-prefill" in command
-    assert "--host 10.1.2.3 --port 4711" in " ".join(server_command(options, 4711, "10.1.2.3"))
+    assert "--host 10.1.2.3 --port 4711" in " ".join(server_command(*options, 4711, "10.1.2.3"))
     for everywhere in ("0.0.0.0", "::", ""):
         with pytest.raises(ValueError, match="every network"):
-            server_command(options, 4711, everywhere)
+            server_command(*options, 4711, everywhere)
     base = {"RANK": "3", "MASTER_ADDR": "h", "TORCHELASTIC_RUN_ID": "x", "HOME": "/h", "OMP_NUM_THREADS": "9"}
     environment = server_environment(base, 0, "secret")
     assert "secret" not in command and environment["VLLM_API_KEY"] == "secret"
@@ -32,12 +37,10 @@ def test_command_and_environment(model_dir: Path) -> None:
 
 
 def test_kv_cache_holds_all_sequences(model_dir: Path) -> None:
-    config = '{"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 4}'
-    (model_dir / "config.json").write_text(config)
+    (model_dir / "config.json").write_text(SHAPE)
     # keys and values, 4 layers, 1 head of 32, 4 bytes: 1024 bytes per token; 1000 tokens x 256 sequences
-    assert kv_cache_need(ServerOptions(model_dir, 1000, 256, "float32")) == 1024 * 1000 * 256
-    assert kv_cache_need(ServerOptions(model_dir, 1000, 1, "float32")) == 64 << 20
-    assert kv_cache_need(ServerOptions(model_dir, 100000, 256, "float32")) == 1 << 30
+    for length, sequences, expected in ((1000, 256, 1024 * 1000 * 256), (1000, 1, 64 << 20), (100000, 256, 1 << 30)):
+        assert kv_cache_need(RolloutConfig(max_model_len=length, max_num_seqs=sequences), model_dir) == expected
 
 
 def test_servers_get_the_gpus_that_are_theirs(model_dir: Path) -> None:
@@ -45,14 +48,27 @@ def test_servers_get_the_gpus_that_are_theirs(model_dir: Path) -> None:
     assert server_gpus(visible, 2, colocated=False) == ["2", "3"]
     assert server_gpus(visible, 2, colocated=True) == ["0", "1"]
     assert server_gpus(visible, 4, colocated=False) == visible, "side by side when none is left"
-    options = ServerOptions(model_dir, 32, 8, "auto", "cuda", gpu_memory_utilization=0.8, sleep_mode=True, gpus=["2"])
-    assert gpu_environment(options, 1) == {"CUDA_VISIBLE_DEVICES": "2"}
-    command = " ".join(server_command(options, 4711))
+    rollout = RolloutConfig(colocated=True, gpu_memory_utilization=0.8)
+    place = Place(model_dir, model_dir, "cuda", ["2", "5"])
+    assert [gpu_environment(rollout, place, index)["CUDA_VISIBLE_DEVICES"] for index in range(3)] == ["2", "5", "2"]
+    command = " ".join(server_command(rollout, place, 4711))
     assert "--gpu-memory-utilization 0.8" in command and "--enable-sleep-mode" in command
-    on_cpu = ServerOptions(
-        model_dir, 32, 8, "auto", gpu_memory_utilization=0.8, sleep_mode=True, kv_cache_bytes=1 << 26
-    )
-    assert gpu_environment(on_cpu, 1) == {}
-    assert "--gpu-memory" not in " ".join(server_command(on_cpu, 1)) and "--enable-sleep" not in server_command(
-        on_cpu, 1
-    )
+    assert "--tensor-parallel-size" not in command
+    (model_dir / "config.json").write_text(SHAPE)
+    on_cpu = Place(model_dir, model_dir)
+    assert gpu_environment(rollout, on_cpu, 1) == {}
+    command = " ".join(server_command(rollout, on_cpu, 1))
+    assert "--gpu-memory" not in command and "--enable-sleep" not in command
+
+
+def test_a_server_of_several_gpus(model_dir: Path) -> None:
+    place = Place(model_dir, model_dir, "cuda", [str(number) for number in range(4, 8)])
+    rollout = RolloutConfig(server_gpus=2)
+    assert [gpu_environment(rollout, place, index)["CUDA_VISIBLE_DEVICES"] for index in range(3)] == [
+        *("4,5", "6,7", "4,5"),
+    ]
+    assert "--tensor-parallel-size 2" in " ".join(server_command(rollout, place, 1))
+    rollout.extra_args = ["--data-parallel-size=2", "--enable-expert-parallel"]
+    command = server_command(rollout, place, 1)
+    assert command[-2:] == rollout.extra_args and "--tensor-parallel-size" not in command
+    assert parallel_size(["-tp", "2", "--seed", "3", "--data-parallel-size=4"]) == 8 and parallel_size([]) == 1

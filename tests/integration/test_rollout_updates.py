@@ -11,14 +11,13 @@ import pytest
 import torch
 from stand_in import WEIGHTS, StandIn, make_pool, prompts, wait_until
 
+from configs.schema import RolloutConfig
 from megatron_ext.sync.base import WeightUpdateError
 from recipes.rollout.engine import Sampling
 from recipes.rollout.vllm import update as vllm_update
 from recipes.rollout.vllm.client import ServerError
-from recipes.rollout.vllm.pool import PoolOptions, VLLMPool
-from recipes.rollout.vllm.server import (
-    ServerOptions,
-)
+from recipes.rollout.vllm.pool import VLLMPool
+from recipes.rollout.vllm.server import Place
 
 
 def test_update_phases_in_order_then_the_new_version(pool: VLLMPool, stand_ins: list[StandIn]) -> None:
@@ -73,7 +72,7 @@ def test_an_update_that_nobody_takes_raises_and_serves_nothing(
     assert time.perf_counter() - start < 5 and pool.version == 0
     with pytest.raises(ServerError, match="no usable rollout server"):
         pool.generate(prompts(1), n=1, sampling=Sampling(5), seeds=[0])
-    assert not list(Path(pool._options.sync_dir or "").rglob("*.safetensors")), "weights nobody has are not kept"
+    assert not list(Path(pool._rollout.sync_dir or "").rglob("*.safetensors")), "weights nobody has are not kept"
 
 
 def test_staged_weights_stay_for_revivals_and_go_with_the_pool(
@@ -89,9 +88,8 @@ def test_staged_weights_stay_for_revivals_and_go_with_the_pool(
 def test_servers_given_by_url_serve_only_what_they_were_sent(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = StandIn(label="41")
     monkeypatch.setenv("VLLM_API_KEY", "secret")
-    server = ServerOptions(model_dir, max_model_len=32, max_num_seqs=8, dtype="float32")
-    options = PoolOptions(revive_timeout_s=0.2, sync_dir=model_dir / "sync")
-    pool = VLLMPool(server, options, num_servers=0, urls=[old.url], log_dir=model_dir)
+    rollout = RolloutConfig(urls=[old.url], max_model_len=32, revive_timeout_s=0.2, sync_dir=str(model_dir / "sync"))
+    pool = VLLMPool(rollout, Place(model_dir, model_dir))
     with pytest.raises(ServerError, match="no usable"):
         pool.generate(prompts(1), n=1, sampling=Sampling(5), seeds=[0])
     pool.push(3, WEIGHTS.items())

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -176,16 +175,6 @@ def parse_choice(choice: Mapping[str, Any], labels: Mapping[str, int]) -> Piece:
     if min(logprobs, default=0.0) <= -9999.0:
         raise ServerError("the server reports no log-probability for a sampled token (NaN in its logits?)")
     return Piece(tokens, logprobs, versions, reason)
-
-
-def request_seed(seed: int, *key: int) -> int:
-    """Seed of a request in [0, 2^62), from the caller's seed and what tells apart the requests it is used for.
-
-    vLLM gives sample i of a request ``seed + i``: neighbouring seeds of the caller would make samples of neighbouring
-    prompts share their random numbers, so they are hashed apart.
-    """
-    words = np.random.SeedSequence([seed % 2**64, *key]).generate_state(1, np.uint64)
-    return int(words[0]) >> 2
 
 
 def cast_floats(tensors: Iterable[tuple[str, Tensor]], dtype: str) -> Iterator[tuple[str, Tensor]]:

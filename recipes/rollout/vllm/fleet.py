@@ -11,35 +11,24 @@ import asyncio
 import contextlib
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiohttp
 
+from configs.schema import RolloutConfig
 from recipes.rollout.engine import Sampling
 from recipes.rollout.vllm.client import ALIVE, GENERATE, NoAnswer, Server, ServerError, request, request_body
-from recipes.rollout.vllm.server import ServerOptions, ServerProcess, stop_all
+from recipes.rollout.vllm.server import Place, ServerProcess, stop_all
 
 MAX_RESTARTS = 5  # in a row without serving in between
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # before a restart, or between two questions to a lost server
-
-
-@dataclass(frozen=True)
-class FleetOptions:
-    """Time limits in seconds."""
-
-    start_timeout_s: float = 300.0
-    probe_s: float = 30.0  # a server whose engine does not answer for so long has failed
 
 
 class Fleet:
     """Servers with their processes and connections.
 
     Args:
-        options: of servers started here.
-        urls: running servers to use instead of starting ``num_servers``.
         initial_label: given to servers started here, whose weights are those of the model directory; None once the
             pool has sent weights of its own: then nothing else may be served.
         offer: called with a server that has come back, to give it weights.
@@ -47,26 +36,23 @@ class Fleet:
 
     def __init__(
         self,
-        server: ServerOptions,
-        options: FleetOptions,
+        rollout: RolloutConfig,
+        place: Place,
         *,
-        num_servers: int,
-        urls: Sequence[str],
         token: str,
-        log_dir: Path,
         initial_label: str,
         offer: Callable[[Server], Awaitable[None]],
     ) -> None:
         self.counters = {"server_failures": 0, "revived": 0}
         self.initial_label: str | None = initial_label
         self.changed = asyncio.Event()  # set at every change of a server's state or load
-        self._server_options, self._options, self._token, self._log_dir = server, options, token, log_dir
+        self._rollout, self._place, self._token = rollout, place, token
         self._offer = offer
         self._session: aiohttp.ClientSession | None = None
         self._watchers: list[asyncio.Task[None]] = []
-        self.servers = [Server(url.rstrip("/"), index) for index, url in enumerate(urls)]
-        for index in range(0 if urls else num_servers):
-            process = ServerProcess(index, server, token=token, log_dir=log_dir)
+        self.servers = [Server(url.rstrip("/"), index) for index, url in enumerate(rollout.urls)]
+        for index in range(0 if rollout.urls else rollout.num_servers):
+            process = ServerProcess(index, rollout, place, token=token)
             self.servers.append(Server(process.url, index, process))
 
     async def start(self) -> None:
@@ -77,13 +63,13 @@ class Fleet:
         headers = {"Authorization": f"Bearer {self._token}"}
         self._session = aiohttp.ClientSession(connector=connector, headers=headers)
         try:
-            async with asyncio.timeout(self._options.start_timeout_s):
+            async with asyncio.timeout(self._rollout.start_timeout_s):
                 await asyncio.gather(*(self._come_up(server) for server in self.servers))
         except TimeoutError as error:
             late = [server for server in self.servers if server.state == "down"]
             tail = late[0].process.log_tail() if late and late[0].process else ""
             raise RuntimeError(
-                f"{len(late)} rollout server(s) not ready after {self._options.start_timeout_s:.0f} s\n{tail}"
+                f"{len(late)} rollout server(s) not ready after {self._rollout.start_timeout_s:.0f} s\n{tail}"
             ) from error
         self._watchers = [asyncio.create_task(self._watch(server)) for server in self.servers]
 
@@ -157,17 +143,17 @@ class Fleet:
         server.state = "stale"
         if server.process and self.initial_label is not None:
             body = {"new_version": self.initial_label}
-            await self.post(server, "/update_weight_version", body, self._options.probe_s)
+            await self.post(server, "/update_weight_version", body, self._rollout.probe_s)
             self.serve(server)
         self.notify()
 
     async def _generate_something(self, server: Server) -> None:
         body = request_body([0], 2, Sampling(max_tokens=2), 0, max_tokens=2, eos=())
-        await self.post(server, GENERATE, body, self._options.start_timeout_s)
+        await self.post(server, GENERATE, body, self._rollout.start_timeout_s)
 
     async def _watch(self, server: Server) -> None:
         """For ever: find out that a server has failed, bring it back."""
-        pause = max(min(self._options.probe_s / 6, 5.0), 0.05)
+        pause = max(min(self._rollout.probe_s / 6, 5.0), 0.05)
         while server.state != "gone":
             if server.state == "down":
                 await self._bring_back(server)
@@ -178,7 +164,7 @@ class Fleet:
             try:
                 if server.process and not server.process.running:
                     raise NoAnswer(f"its process ended:\n{server.process.log_tail(5)}")
-                await self.get(server, ALIVE, self._options.probe_s)
+                await self.get(server, ALIVE, self._rollout.probe_s)
             except (ServerError, ValueError) as error:
                 if not server.updating:  # begun meanwhile: an engine that loads weights answers nothing else
                     self.fail(server, error)
@@ -195,7 +181,7 @@ class Fleet:
         try:
             if server.process:
                 await self._restart(server, server.process)
-            async with asyncio.timeout(self._options.start_timeout_s):
+            async with asyncio.timeout(self._rollout.start_timeout_s):
                 await self._come_up(server)
         except (ServerError, ValueError, RuntimeError, TimeoutError) as error:
             if server.process or server.tries == 1:
@@ -208,8 +194,7 @@ class Fleet:
     async def _restart(self, server: Server, old: ServerProcess) -> None:
         old.terminate()
         await asyncio.to_thread(old.wait)
-        options, token, log_dir = self._server_options, self._token, self._log_dir
-        server.process = ServerProcess(server.index, options, token=token, log_dir=log_dir, append=True)
+        server.process = ServerProcess(server.index, self._rollout, self._place, token=self._token, append=True)
         server.url = server.process.url
 
     async def until_changed(self, deadline: float) -> bool:

@@ -1,4 +1,4 @@
-"""A pool of vLLM servers behind `RolloutEngine`: dispatch, retries, weight versions. docs/rollout.md tells the story.
+"""A pool of vLLM servers behind `RolloutEngine`: dispatch, retries, weight versions. See docs/rollout.md.
 
 The caller's side is synchronous; HTTP runs on an event loop in a thread of its own. One request carries one prompt and
 all its samples; token ids go in and out, so nothing is tokenised twice.
@@ -13,18 +13,18 @@ import secrets
 import threading
 import time
 from collections.abc import Coroutine, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from configs.schema import RolloutConfig
 from megatron_ext.rl.types import Rollout
 from megatron_ext.sync.base import WeightSync, WeightUpdateError, stage_weights
 from megatron_ext.sync.broadcast import BroadcastSync
 from megatron_ext.sync.disk import DiskSync
-from recipes.rollout.engine import Sampling, check_request, stop_tokens, url_token
+from recipes.rollout.engine import Sampling, check_request, request_seed, stop_tokens, url_token
 from recipes.rollout.vllm.client import (
     GENERATE,
     GivenUp,
@@ -36,28 +36,13 @@ from recipes.rollout.vllm.client import (
     cast_floats,
     parse_choice,
     request_body,
-    request_seed,
 )
-from recipes.rollout.vllm.fleet import Fleet, FleetOptions
-from recipes.rollout.vllm.server import ServerOptions
+from recipes.rollout.vllm.fleet import Fleet
+from recipes.rollout.vllm.server import Place
 from recipes.rollout.vllm.update import Updater
 
 T = TypeVar("T")
 ATTEMPTS = 3  # servers on which a request may fail before its prompt is blamed
-
-
-@dataclass(frozen=True)
-class PoolOptions:
-    """Time limits in seconds, and how weights travel. See configs/schema.py, section rollout."""
-
-    request_timeout_s: float = 600.0  # one generation request, waiting in the server's queue included
-    update_timeout_s: float = 120.0  # the transfer of one weight update to one server
-    start_timeout_s: float = 300.0
-    probe_s: float = 30.0  # a server whose engine does not answer for so long has failed
-    revive_timeout_s: float = 300.0  # how long to wait for a server to come back when none is left
-    weight_sync: str = "disk"  # "disk" | "nccl" | "gloo"
-    sync_dir: Path | None = None  # must be seen by the servers; None: a private directory in /dev/shm
-    in_flight: str = "wait"  # at an update, requests are: "wait" | "keep" | "abort"
 
 
 class VLLMPool:
@@ -68,49 +53,40 @@ class VLLMPool:
     `push` runs: requests are dispatched in the order of the calls, and wait while an update is delivered.
     """
 
-    def __init__(
-        self, server: ServerOptions, options: PoolOptions, *, num_servers: int, urls: Sequence[str], log_dir: Path
-    ) -> None:
-        if num_servers < 1 and not urls:
-            raise ValueError(f"rollout.num_servers={num_servers}: start at least one server, or give rollout.urls")
+    def __init__(self, rollout: RolloutConfig, place: Place) -> None:
+        if rollout.num_servers < 1 and not rollout.urls:
+            raise ValueError(
+                f"rollout.num_servers={rollout.num_servers}: start at least one server, or give rollout.urls"
+            )
         self.version = 0
         self._requests = {"requests": 0, "retries": 0, "continued": 0}
-        self._server_options, self._options = server, options
-        self._eos = stop_tokens(server.model_dir)
-        self._token = url_token() if urls else secrets.token_urlsafe(32)
+        self._rollout, self._place = rollout, place
+        self._eos = stop_tokens(place.model_dir)
+        self._token = url_token() if rollout.urls else secrets.token_urlsafe(32)
         # What responses carry as the version of their weights. With the checksum in it, a server that was restarted,
-        # or fed by somebody else, cannot pass for ours.
+        # or given weights by another program, cannot pass for ours.
         self._label = f"0-{secrets.token_hex(8)}"
         self._labels = {self._label: 0}
         self._holding = False  # no request is dispatched: an update is being delivered
         self._closed = False
-        self._sync = make_sync(server, options)
+        self._sync = make_sync(rollout, place.model_dir)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-http", daemon=True)
         self._thread.start()
         self._fleet: Fleet | None = None
         atexit.register(self.close)
         try:
-            self._run(self._start(num_servers, urls, log_dir))
+            self._run(self._start())
         except BaseException:
             self.close()
             raise
 
-    async def _start(self, num_servers: int, urls: Sequence[str], log_dir: Path) -> None:
+    async def _start(self) -> None:
         self._line = Line()  # whose request is dispatched next: of the batch that was asked for first
         self._batches = itertools.count()
         self._delivering = asyncio.Lock()  # to all servers, or to one that came back
-        self._fleet = Fleet(
-            self._server_options,
-            FleetOptions(self._options.start_timeout_s, self._options.probe_s),
-            num_servers=num_servers,
-            urls=urls,
-            token=self._token,
-            log_dir=log_dir,
-            initial_label=self._label,
-            offer=self._offer,
-        )
-        limits = {"timeout_s": self._options.update_timeout_s, "answer_s": self._options.probe_s}
+        self._fleet = Fleet(self._rollout, self._place, token=self._token, initial_label=self._label, offer=self._offer)
+        limits = {"timeout_s": self._rollout.update_timeout_s, "answer_s": self._rollout.probe_s}
         self._updater = Updater(self._sync, self._fleet.post, self._fleet.get, **limits)
         await self._fleet.start()
 
@@ -129,7 +105,7 @@ class VLLMPool:
         self, prompts: Sequence[Sequence[int]], *, n: int, sampling: Sampling, seeds: Sequence[int]
     ) -> list[Rollout]:
         """See `RolloutEngine`. RuntimeError when no server is left, or a prompt failed on three of them."""
-        check_request(prompts, n, seeds, self._server_options.max_model_len)
+        check_request(prompts, n, seeds, self._rollout.max_model_len)
         if sampling.temperature == 0 and n > 1:
             raise ValueError(f"n={n} with temperature=0: greedy responses are all the same, use n=1")
         return self._run(self._generate(prompts, n, sampling, seeds))
@@ -137,7 +113,7 @@ class VLLMPool:
     async def _generate(
         self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, seeds: Sequence[int]
     ) -> list[Rollout]:
-        per_request = min(n, self._server_options.max_num_seqs)
+        per_request = min(n, self._rollout.max_num_seqs)
         batch = next(self._batches)
         async with asyncio.TaskGroup() as group:  # one failure cancels the rest
             tasks = [
@@ -159,7 +135,7 @@ class VLLMPool:
         """``n`` responses to one prompt. Those that an update cuts off are continued, each by a request of its own."""
         so_far = written.tokens if written else []
         context = [*prompt, *so_far]
-        room = min(sampling.max_tokens - len(so_far), self._server_options.max_model_len - len(context))
+        room = min(sampling.max_tokens - len(so_far), self._rollout.max_model_len - len(context))
         pieces = await self._ask(batch, context, n, sampling, request_seed(*key), room)
         if written:
             pieces = [written.then(piece) for piece in pieces]
@@ -207,9 +183,9 @@ class VLLMPool:
         A server gets at most twice what it can decode at a time: its queue never runs dry, and never grows long either.
         RuntimeError when no server serves and none comes back in time.
         """
-        most = 2 * self._server_options.max_num_seqs
+        most = 2 * self._rollout.max_num_seqs
         async with self._line.front(batch):
-            deadline = time.monotonic() + self._options.revive_timeout_s
+            deadline = time.monotonic() + self._rollout.revive_timeout_s
             while True:
                 serving = [server for server in self.servers if server.usable]
                 free = [s for s in serving if not s.in_flight or s.in_flight + n <= most]
@@ -219,14 +195,14 @@ class VLLMPool:
                     server.requests += 1
                     return server
                 if serving or self._holding:
-                    deadline = time.monotonic() + self._options.revive_timeout_s
+                    deadline = time.monotonic() + self._rollout.revive_timeout_s
                 self._check_hope()
                 if not await self.fleet.until_changed(deadline) and not serving and not self._holding:
                     raise ServerError(self._nobody())
 
     async def _post_unless_failed(self, server: Server, body: dict[str, Any]) -> Any:
         """The server's answer, or ServerError as soon as the server is found to have failed."""
-        timeout_s = self._options.request_timeout_s
+        timeout_s = self._rollout.timeout_s
         answer = asyncio.ensure_future(self.fleet.post(server, GENERATE, body, timeout_s))
         failure = server.failure
         try:
@@ -244,7 +220,7 @@ class VLLMPool:
     def _nobody(self) -> str:
         states = ", ".join(f"{server.url} {server.state}" for server in self.servers)
         return (
-            f"no usable rollout server came back within {self._options.revive_timeout_s:.0f} s "
+            f"no usable rollout server came back within {self._rollout.revive_timeout_s:.0f} s "
             f"(rollout.revive_timeout_s): {states}; see the servers' logs"
         )
 
@@ -254,7 +230,7 @@ class VLLMPool:
         """See `RolloutEngine`. The servers go on generating while the tensors are staged."""
         self._run(self._delivering.acquire())  # a server that is just coming back finishes first
         try:
-            checksum = stage_weights(self._sync, version, cast_floats(tensors, self._server_options.dtype))
+            checksum = stage_weights(self._sync, version, cast_floats(tensors, self._rollout.dtype))
             self._run(self._update(version, f"{version}-{checksum[:16]}"))
         finally:
             self._loop.call_soon_threadsafe(self._delivering.release)
@@ -264,7 +240,7 @@ class VLLMPool:
         self._holding = True
         self._labels[label] = version  # responses in flight carry it from the moment a server has it
         try:
-            if self._options.in_flight == "wait":
+            if self._rollout.in_flight == "wait":
                 while any(server.in_flight for server in self.servers):
                     await self.fleet.until_changed(time.monotonic() + 1.0)
             updated = await self._deliver_to_all(label)
@@ -283,7 +259,7 @@ class VLLMPool:
                 server.state = "stale"
 
     async def _deliver_to_all(self, label: str) -> list[Server]:
-        deadline = time.monotonic() + self._options.revive_timeout_s
+        deadline = time.monotonic() + self._rollout.revive_timeout_s
         while True:
             ready = [server for server in self.servers if server.state in ("serving", "stale")]
             for server in ready:
@@ -300,7 +276,7 @@ class VLLMPool:
                 raise WeightUpdateError(self._nobody())
 
     async def _deliver(self, servers: Sequence[Server], label: str) -> dict[Server, Exception]:
-        failed = await self._updater.deliver(servers, label, self._options.in_flight)
+        failed = await self._updater.deliver(servers, label, self._rollout.in_flight)
         for server, error in failed.items():
             if isinstance(error, NoAnswer):
                 self.fleet.fail(server, error)
@@ -311,7 +287,7 @@ class VLLMPool:
     async def _offer(self, server: Server) -> None:
         """Give a server that has come back the version that the others serve, if it is still staged."""
         async with self._delivering:
-            on_gpu = self._options.weight_sync == "nccl"  # its kernels must not mix with those of a training step
+            on_gpu = self._rollout.weight_sync == "nccl"  # its kernels must not mix with those of a training step
             if server.state == "stale" and self._sync.info and not on_gpu:
                 if not await self._deliver([server], self._label):
                     self.fleet.serve(server)
@@ -340,7 +316,7 @@ class VLLMPool:
             server.state = "stale"
 
     async def _on_all(self, servers: Sequence[Server], path: str) -> None:
-        calls = [self.fleet.post(server, path, None, self._options.update_timeout_s) for server in servers]
+        calls = [self.fleet.post(server, path, None, self._rollout.update_timeout_s) for server in servers]
         for answer in await asyncio.gather(*calls, return_exceptions=True):
             if isinstance(answer, BaseException):
                 raise WeightUpdateError(f"sleep or wake-up failed: {answer}") from answer
@@ -388,11 +364,12 @@ class VLLMPool:
         await asyncio.gather(*rest, return_exceptions=True)
 
 
-def make_sync(server: ServerOptions, options: PoolOptions) -> WeightSync:
-    """The transport that ``options.weight_sync`` names."""
-    if options.weight_sync == "nccl" and not torch.cuda.is_available():
+def make_sync(rollout: RolloutConfig, model_dir: Path) -> WeightSync:
+    """The transport that ``rollout.weight_sync`` names."""
+    if rollout.weight_sync == "nccl" and not torch.cuda.is_available():
         raise ValueError("rollout.weight_sync=nccl: there is no GPU here; set rollout.weight_sync to disk or gloo")
-    if options.weight_sync != "disk":
-        return BroadcastSync(options.weight_sync)
-    on_disk = sum(path.stat().st_size for path in server.model_dir.glob("*.safetensors"))
-    return DiskSync(options.sync_dir, 4 * on_disk)  # bfloat16 sent as float32, and twice that to spare
+    if rollout.weight_sync != "disk":
+        return BroadcastSync(rollout.weight_sync)
+    on_disk = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
+    parent = Path(rollout.sync_dir).absolute() if rollout.sync_dir else None
+    return DiskSync(parent, 4 * on_disk)  # bfloat16 sent as float32, and twice that to spare

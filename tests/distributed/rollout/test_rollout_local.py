@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from configs.schema import RolloutConfig
 from megatron_ext.rl.types import Rollout
 from megatron_ext.sync.base import WeightUpdateError
 from recipes.rollout.engine import Sampling, stop_tokens
@@ -190,12 +191,11 @@ def test_off_policy_sampling_is_refused() -> None:
 
 
 def test_make_engine_says_what_is_wrong(model_dir: Path, tmp_path: Path) -> None:
-    common = {"num_servers": 1, "urls": (), "max_model_len": 32, "max_num_seqs": 4, "dtype": "float32"}
     with pytest.raises(ValueError, match="rollout.engine='sglang'"):
-        make_engine("sglang", model_dir, log_dir=tmp_path, **common)
+        make_engine(RolloutConfig(engine="sglang"), model_dir, tmp_path)
     with pytest.raises(ValueError, match="no config.json"):
-        make_engine("local", tmp_path, log_dir=tmp_path, **common)
-    assert isinstance(make_engine("local", model_dir, log_dir=tmp_path, **common), LocalEngine)
+        make_engine(RolloutConfig(engine="local"), tmp_path, tmp_path)
+    assert isinstance(make_engine(RolloutConfig(engine="local"), model_dir, tmp_path), LocalEngine)
 
 
 def test_stop_tokens_come_from_both_files(tmp_path: Path) -> None:
