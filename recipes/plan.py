@@ -16,6 +16,7 @@ from typing import Any
 
 import conversion
 from configs.layout import learner_processes
+from configs.load import to_yaml
 from configs.schema import Config
 from recipes.checks.model import check_model
 from recipes.checks.settings import load_checked
@@ -183,7 +184,6 @@ def print_plan(config: Config, gpu_gib: float | None = None) -> None:
     Args:
         gpu_gib: memory of one GPU to compare with, GiB; None: that of the GPU that is here, if any.
     """
-    from omegaconf import OmegaConf
     from rich.columns import Columns
     from rich.console import Console
 
@@ -199,7 +199,7 @@ def print_plan(config: Config, gpu_gib: float | None = None) -> None:
     for remark in remarks(config):
         console.print(f"[yellow]Note:[/yellow] {remark}")
     console.print("\n[bold]Configuration[/bold]")
-    print(OmegaConf.to_yaml(OmegaConf.structured(config)), end="")
+    print(to_yaml(config), end="")
 
 
 def _count(hf: conversion.HFConfig) -> str:

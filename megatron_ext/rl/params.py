@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, TypeVar
+from functools import cache
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -23,7 +25,8 @@ def build(group: str, table: Mapping[str, type[T]], name: str, params: Mapping[s
         table: name -> dataclass.
         params: field -> value.
     Raises:
-        ValueError: unknown name or field, with the nearest known one; or whatever the class's own check says.
+        ValueError: unknown name or field, with the nearest known one; a value of another type than the field's; or
+            whatever the class's own check says.
     """
     if name not in table:
         raise ValueError(f"{group}.name={name!r} is unknown{suggest(name, table)}; choose one of {', '.join(table)}.")
@@ -35,7 +38,44 @@ def build(group: str, table: Mapping[str, type[T]], name: str, params: Mapping[s
                 f"{group}.{key}={params[key]!r} is not a parameter of {name!r}{suggest(key, known)}; "
                 f"it takes {', '.join(known) or 'none'}."
             )
+        check_type(f"{group}.{key}", params[key], _hints(cls)[key])  # type: ignore[arg-type]
     return cls(**params)
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def check_type(key: str, value: object, hint: Any) -> None:
+    """Raise ``ValueError`` naming ``key`` unless ``value`` has the type ``hint``. NaN is no number here."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        if value is None and type(None) in arguments:
+            return
+        (hint,) = (argument for argument in arguments if argument is not type(None))
+        check_type(key, value, hint)
+    elif origin is Literal:
+        check_choice(key, value, arguments)
+    elif isinstance(origin, type) and issubclass(origin, Mapping):
+        _require(key, value, Mapping, "a mapping such as {name: value}")
+        for name, item in value.items():  # type: ignore[attr-defined]
+            check_type(f"{key}.{name}", item, arguments[1])
+    elif isinstance(origin, type) and issubclass(origin, Sequence):
+        _require(key, value, (list, tuple), "a list such as [1,2]")
+        for item in value:  # type: ignore[attr-defined]
+            check_type(key, item, arguments[0])
+    elif hint is float:
+        check_number(key, value)
+    elif hint is int:
+        _require(key, value, int, "a whole number", bool)
+    elif hint in (bool, str):
+        _require(key, value, hint, "true or false" if hint is bool else "text")
+
+
+def _require(key: str, value: object, wanted: Any, words: str, unwanted: Any = ()) -> None:
+    if not isinstance(value, wanted) or isinstance(value, unwanted):
+        raise ValueError(f"{key}={value!r} is not of the right type: give {words}.")
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
@@ -55,8 +95,9 @@ def check_number(
     raise ValueError(f"{key}={value!r} is out of range: set a number in {brackets[0]}{low:g}, {high:g}{brackets[1]}.")
 
 
-def check_choice(key: str, value: object, choices: Iterable[str]) -> None:
+def check_choice(key: str, value: object, choices: Iterable[object]) -> None:
     """Raise ``ValueError`` naming ``key`` unless ``value`` is one of ``choices``."""
     choices = list(choices)
-    if value not in choices:
-        raise ValueError(f"{key}={value!r} is unknown{suggest(str(value), choices)}; choose {' | '.join(choices)}.")
+    names = [str(choice) for choice in choices]
+    if value not in choices or isinstance(value, bool):
+        raise ValueError(f"{key}={value!r} is unknown{suggest(str(value), names)}; choose {' | '.join(names)}.")

@@ -15,13 +15,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 from megatron_ext.rl import params as _params
 from megatron_ext.rl.losses import LOSSES, build_loss
 from megatron_ext.rl.losses.base import Actuator, Loss
 from megatron_ext.rl.losses.dynamic_clip import hysteresis
-from megatron_ext.rl.params import check_choice, check_number, suggest
+from megatron_ext.rl.params import check_number, suggest
 
 State = dict[str, Any]
 Curve = Sequence[Sequence[float]]
@@ -111,7 +111,7 @@ class EntropyTarget(Schedule):
     that raises entropy most, u = -1 the one that lowers it most; linear in between.
     """
 
-    curve: str = "constant"
+    curve: Literal["constant", "linear", "cosine", "id", "did", "od"] = "constant"
     """constant | linear | cosine (start to end) | id (start, peak, end) | did (start, end, peak, end) | od: falls to
     ``end``, then up to the envelope end + (start - end)(1 - k/T), and so on (P0's hysteresis, as a target)."""
     start: float = 1.0
@@ -131,7 +131,6 @@ class EntropyTarget(Schedule):
     """Loss parameter -> +1 if raising it raises entropy, else -1; set by `build_controller` from `Loss.actuators`."""
 
     def __post_init__(self) -> None:
-        check_choice("schedule.curve", self.curve, ("constant", "linear", "cosine", "id", "did", "od"))
         for key in ("start", "end", "peak", "gain", "integral_gain"):
             check_number(f"schedule.{key}", getattr(self, key), 0)
         check_number("schedule.phase_ratio", self.phase_ratio, 0, 1, exclusive=True)
@@ -256,6 +255,8 @@ def build_controller(
     """
     given = {key: value for key, value in loss_params.items() if key != "name"}
     loss = build_loss(loss_name, **given)
+    for key in sorted(given.keys() & set(loss.runtime)):
+        raise ValueError(f"loss.{key}={given[key]!r} follows the rollout step by itself: leave it out.")
     base = {f.name: getattr(loss, f.name) for f in fields(loss) if f.name not in loss.runtime}  # type: ignore[arg-type]
     if schedule_name == "entropy_target":
         limits = _limits(loss_name, loss.actuators, schedule_params.get("limits"))

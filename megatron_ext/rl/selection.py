@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from megatron_ext.rl.global_stats import (
     random_keys,
 )
 from megatron_ext.rl.losses.ppo import check_offsets
-from megatron_ext.rl.params import check_choice, check_number
+from megatron_ext.rl.params import check_number
 from megatron_ext.rl.types import LossInputs, TokenStats
 
 _TOLERANCE = 1e-12
@@ -117,13 +117,12 @@ class ClipB(Selection):
 
     mu_low: float = 2.5
     mu_high: float = math.inf
-    tokens: str = "negative"
-    """negative | positive | all: advantage sign of the tokens that can be dropped."""
+    tokens: Literal["negative", "positive", "all"] = "negative"
+    """Advantage sign of the tokens that can be dropped."""
 
     def __post_init__(self) -> None:
         check_number("selection.mu_low", self.mu_low, 0)
         check_number("selection.mu_high", self.mu_high, 0)
-        check_choice("selection.tokens", self.tokens, ("negative", "positive", "all"))
 
     def _score(self, x: SelectionInputs, reduce: Reduce) -> tuple[Tensor, Tensor, Tensor]:
         """(deviation (T,), mean, sigma) of the score that is clipped."""
@@ -248,15 +247,10 @@ class Region(Selection):
     ``advantage``; ``drop`` drops these, ``keep`` drops all others of that sign. The other sign trains normally.
     """
 
-    region: str = "e1"
-    mode: str = "drop"
-    advantage: str = "positive"
-    """positive | negative, for s_positive and s_negative."""
-
-    def __post_init__(self) -> None:
-        check_choice("selection.region", self.region, ("e1", "e2", "e3", "e4", "s_positive", "s_negative"))
-        check_choice("selection.mode", self.mode, ("drop", "keep"))
-        check_choice("selection.advantage", self.advantage, ("positive", "negative"))
+    region: Literal["e1", "e2", "e3", "e4", "s_positive", "s_negative"] = "e1"
+    mode: Literal["drop", "keep"] = "drop"
+    advantage: Literal["positive", "negative"] = "positive"
+    """For s_positive and s_negative."""
 
     def _keep(self, x: SelectionInputs, reduce: Reduce) -> tuple[Tensor, dict[str, Tensor]]:
         if self.region.startswith("e"):

@@ -9,16 +9,16 @@ Megatron-Core's ``TransformerConfig.__post_init__``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_type_hints
 
-from configs.schema import Config
+from configs.load import allowed
+from configs.schema import Config, ModelConfig
 from megatron_ext.learner.fp8 import alignment
 
 if TYPE_CHECKING:
     import conversion
 
-FORMATS = ("e4m3", "hybrid")
-RECIPES = ("blockwise", "tensorwise", "delayed", "mxfp8")
+RECIPES = allowed(get_type_hints(ModelConfig)["fp8_recipe"])
 # Lowest compute capability and CUDA version. MXFP8 has no kernels from 12.0 (workstation Blackwell) on.
 _NEEDS = {
     "tensorwise": ((8, 9), (12, 1)),
@@ -42,12 +42,8 @@ def check_settings(config: Config) -> None:
             raise ValueError(f"{key}={value} has no effect without FP8: set model.fp8=e4m3 or unset it")
         if value and m.fp8_recipe == "delayed":
             raise ValueError(f"{key}={value} is not possible with model.fp8_recipe=delayed: choose blockwise")
-    if m.fp8_recipe not in RECIPES:
-        raise ValueError(f"model.fp8_recipe={m.fp8_recipe} is unknown; choose {' | '.join(RECIPES)}")
     if m.fp8 is None:
         return
-    if m.fp8 not in FORMATS:
-        raise ValueError(f"model.fp8={m.fp8} is unknown; choose {' | '.join(FORMATS)}, or null for none")
     if m.transformer_impl == "local":
         raise ValueError(f"model.fp8={m.fp8} needs Transformer Engine's layers: set model.transformer_impl=auto")
     if m.dtype != "bfloat16":

@@ -42,7 +42,6 @@ def check(config: Config) -> None:
 
 
 def _check_algorithm(c: Config) -> None:
-
     schedule = {key: value for key, value in c.schedule.items() if key != "name"}
     build_controller(c.loss["name"], c.loss, c.schedule["name"], **schedule)
     build_selection(**c.selection)
@@ -56,21 +55,11 @@ def _check_algorithm(c: Config) -> None:
     if c.reference.path is not None and not c.reference.kl_coef:
         raise ValueError(f"reference.path={c.reference.path} has no effect: set reference.kl_coef above 0 or unset it")
     _one_of("advantage.aggregation", c.advantage.aggregation, AGGREGATIONS)
-    _one_of("advantage.overlong", c.advantage.overlong, ("none", "filter", "penalty"))
-    _one_of("optim.optimizer", c.optim.optimizer, ("adam", "sgd"))
-    _one_of("optim.decay", c.optim.decay, ("constant", "linear", "cosine"))
-    _one_of("model.dtype", c.model.dtype, ("float32", "bfloat16", "float64"))
-    _one_of("model.transformer_impl", c.model.transformer_impl, ("auto", "local", "transformer_engine"))
     if c.optim.distributed and (c.optim.optimizer != "adam" or c.model.dtype == "float64"):
         raise ValueError(
             "optim.distributed=true works with optim.optimizer=adam in float32 or bfloat16, not with "
             f"{c.optim.optimizer} in {c.model.dtype}: set optim.distributed=false"
         )
-    _one_of("train.old_logprobs", c.train.old_logprobs, ("learner", "rollout"))
-    _one_of("rollout.engine", c.rollout.engine, ("auto", "vllm", "local"))
-    _one_of("rollout.dtype", c.rollout.dtype, ("float32", "bfloat16", "auto"))
-    _one_of("rollout.weight_sync", c.rollout.weight_sync, ("disk", "nccl", "gloo"))
-    _one_of("rollout.in_flight", c.rollout.in_flight, ("wait", "keep", "abort"))
     _one_of("reward.name", c.reward.name, tuple(VERIFIERS))
     off_policy = c.rollout.temperature != 1.0 or c.rollout.top_p != 1.0
     if off_policy and c.train.tis_cap is None:

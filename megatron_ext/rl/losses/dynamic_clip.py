@@ -14,17 +14,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from megatron_ext.rl.losses.base import Actuator, Loss, Terms
 from megatron_ext.rl.losses.ppo import clipped_terms
-from megatron_ext.rl.params import check_choice, check_number
+from megatron_ext.rl.params import check_number
 from megatron_ext.rl.types import LossInputs
-
-STRATEGIES = ("id", "did", "od", "upper", "lower", "both")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +44,7 @@ class DynamicClip(Loss):
         }
     )
 
-    strategy: str = "id"
+    strategy: Literal["id", "did", "od", "upper", "lower", "both"] = "id"
     """id | did | od, or without a schedule: upper (H, eps), lower (eps, M), both (H, M)."""
     eps: float = 0.2
     """eps_std, the constant offset of the sides that are not dynamic."""
@@ -56,21 +54,19 @@ class DynamicClip(Loss):
     b_low: float = 0.3
     phase_ratio: float = 0.5
     """Share of the steps in phase I, for id and did; studied: 0.3, 0.4, 0.5, 0.6."""
-    lower_ramp: str = "text"
-    """text | printed, see the head of this file."""
+    lower_ramp: Literal["text", "printed"] = "text"
+    """See the head of this file."""
     entropy_floor: float = 0.2
     """od: H_min as a share of the first batch's entropy."""
-    initial_state: int = 0
+    initial_state: Literal[0, 1] = 0
     """od: s before the first switch (P0 does not say): 0 suppress, 1 boost."""
     step: int | None = None
     """Rollout step k, 0 <= k <= total_steps; required by id and did."""
     total_steps: int | None = None
-    state: int | None = None
+    state: Literal[0, 1] | None = None
     """od's s: 1 boost, 0 suppress; required by od."""
 
     def __post_init__(self) -> None:
-        check_choice("loss.strategy", self.strategy, STRATEGIES)
-        check_choice("loss.lower_ramp", self.lower_ramp, ("text", "printed"))
         check_number("loss.eps", self.eps, 0, 1)
         check_number("loss.phase_ratio", self.phase_ratio, 0, 1, exclusive=True)
         check_number("loss.entropy_floor", self.entropy_floor, 0, 1)
@@ -78,9 +74,6 @@ class DynamicClip(Loss):
             alpha, b = getattr(self, f"alpha_{side}"), getattr(self, f"b_{side}")
             check_number(f"loss.b_{side}", b, 0)
             check_number(f"loss.alpha_{side}", alpha, -b)  # so that the offset is >= 0 for every p in [0, 1]
-        for key in ("initial_state", "state"):
-            if getattr(self, key) not in ((0, 1) if key == "initial_state" else (0, 1, None)):
-                raise ValueError(f"loss.{key}={getattr(self, key)!r} is unknown: set 0 (suppress) or 1 (boost).")
         if self.total_steps is not None:
             check_number("loss.total_steps", self.total_steps, 1)
             if self.step is not None:
