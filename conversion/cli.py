@@ -40,6 +40,7 @@ def positive(text: str) -> int:
 def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="cast all tensors (default: keep)")
     parser.add_argument("--threads", type=positive, default=default_threads(), help="default: %(default)s")
+    parser.add_argument("--check-finite", action="store_true", help="refuse NaN and infinite numbers")
     parser.add_argument(
         "--overwrite",
         action="store_true",

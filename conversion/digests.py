@@ -48,12 +48,38 @@ def file_matches(path: Path, expected: str) -> bool:
     return _of_file(path, expected.partition(":")[0]) == expected
 
 
-def data_matches(data: Any, expected: str) -> bool:
-    """As `file_matches` for bytes in memory."""
-    algorithm = expected.partition(":")[0]
-    digest = _ALGORITHMS[algorithm]()
-    digest.update(data)
-    return f"{algorithm}:{digest.hexdigest()}" == expected
+class RunningCheck:
+    """Compares the pieces of something with its checksum while they pass by in order.
+
+    `position` counts what has passed, in the caller's unit. A caller that reads out of order starts again at 0.
+    """
+
+    def __init__(self, expected: str) -> None:
+        self._expected = expected
+        self._algorithm = expected.partition(":")[0]
+        self.restart()
+
+    def restart(self) -> None:
+        self._digest = _ALGORITHMS[self._algorithm]()
+        self.position = 0
+
+    def update(self, data: Any, count: int) -> None:
+        self._digest.update(data)
+        self.position += count
+
+    def holds(self) -> bool:
+        return f"{self._algorithm}:{self._digest.hexdigest()}" == self._expected
+
+
+def range_digest(path: Path, start: int, stop: int, algorithm: str = BULK) -> str:
+    """The checksum of the bytes [start, stop) of a file."""
+    digest, buffer = _ALGORITHMS[algorithm](), memoryview(bytearray(_PIECE_BYTES))
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while (left := stop - start) and (count := file.readinto(buffer[: min(left, _PIECE_BYTES)])):
+            digest.update(buffer[:count])
+            start += count
+    return f"{algorithm}:{digest.hexdigest()}"
 
 
 def known(checksum: Any) -> bool:

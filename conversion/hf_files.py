@@ -19,7 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from conversion.digests import bulk_digest, text
+from conversion.digests import RunningCheck, bulk_digest, text
+from conversion.publish import ManifestError, check_file, read_manifest
+from conversion.values import Values
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -79,10 +81,18 @@ class HFReader:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.tensors: dict[str, Located] = {}
-        expected = read_index(self.directory / INDEX, ".safetensors")
+        single = self.directory / SINGLE  # where both are, transformers takes it and leaves a stale index alone
+        expected = {} if single.is_file() else read_index(self.directory / INDEX, ".safetensors")
         paths = {self.directory / file for file in expected.values()} or set(self.directory.glob("*.safetensors"))
         if not paths:
             raise ValueError(f"{self.directory} has no *.safetensors files")
+        if single.is_file():
+            paths = {single}
+        manifest = read_manifest(self.directory) or {}
+        self._promised: dict[str, str] = manifest.get("tensors", {})
+        self._entries: dict[str, Any] = manifest.get("files", {})
+        self._running: dict[str, RunningCheck] = {}
+        self.checked: set[str] = set()  # tensors that were read to the end and are what the manifest promises
         self._fds: dict[Path, int] = {}
         for path in sorted(paths):
             self._open(path)
@@ -124,7 +134,44 @@ class HFReader:
             if count == 0:
                 raise ValueError(f"{where.path} ended inside tensor {name!r}: the file was cut while being read")
             view, offset = view[count:], offset + count
+        if self._promised:
+            self._follow(name, start, stop, _bytes_of(tensor))
         return tensor
+
+    def _follow(self, name: str, start: int, stop: int, data: memoryview) -> None:
+        """Take rows that were read in order into the tensor's checksum, and compare it after the last one."""
+        where = self.tensors[name]
+        if name not in self._promised:
+            raise ManifestError(f"the manifest of {self.directory} does not list tensor {name!r} of {where.path.name}")
+        running = self._running.setdefault(name, RunningCheck(self._promised[name]))
+        if start == 0:
+            running.restart()
+        if running.position == start:
+            running.update(data, stop - start)
+        if running.position == where.shape[0]:
+            del self._running[name]
+            if not running.holds():
+                raise ManifestError(
+                    f"tensor {name!r} in {where.path} does not have the bytes that the manifest promises: copy the "
+                    "file again, or remove the manifest if the tensor was changed on purpose"
+                )
+            self.checked.add(name)
+
+    def check_rest(self, names: Iterable[str]) -> str:
+        """Compare those of the named tensors with the manifest that have not been read in order from end to end.
+
+        Returns a sentence on what was compared; ManifestError names the tensor and the file.
+        """
+        if not self._entries:
+            return "the source has no manifest to compare with"
+        for name in names if self._promised else ():
+            if name not in self.checked:
+                self(name)
+        for path in () if self._promised else sorted({where.path for where in self.tensors.values()}):
+            if path.name not in self._entries:
+                raise ManifestError(f"the manifest of {self.directory} does not list {path.name}")
+            check_file(path, self._entries[path.name])
+        return "every tensor read is what the source's manifest promises"
 
     def __call__(self, name: str) -> Tensor:
         return self.rows(name, 0, self.tensors[name].shape[0])
@@ -156,7 +203,8 @@ class HFWriter:
 
     Args:
         shapes: every tensor that will be written, in file order.
-        dtype: of all tensors, or one dtype per name.
+        dtypes: by name.
+        values: casts and counts the numbers.
     """
 
     def __init__(
@@ -165,8 +213,10 @@ class HFWriter:
         shapes: Mapping[str, tuple[int, ...]],
         dtypes: Mapping[str, torch.dtype],
         max_shard_size: int,
+        values: Values | None = None,
     ) -> None:
         self.directory = directory
+        self._values = values or Values()
         self._fds: dict[Path, int] = {}
         self._where: dict[str, Located] = {}
         self._next_row = dict.fromkeys(shapes, 0)
@@ -206,7 +256,7 @@ class HFWriter:
         """Write rows of a tensor, beginning where the last block of the same tensor ended; casts to its dtype."""
         where = self._where[name]
         assert row == self._next_row[name], f"{name}: expected row {self._next_row[name]}, got {row}"
-        view = _bytes_of(rows.to(where.dtype).contiguous())
+        view = _bytes_of(self._values.cast(name, rows, where.dtype).contiguous())
         offset = where.offset + row * where.row_bytes
         for at in range(0, len(view), PIECE_BYTES):
             piece = view[at : at + PIECE_BYTES]

@@ -19,7 +19,8 @@ from conversion.megatron_reader import HF_FILES
 from conversion.megatron_writer import Progress, write_megatron
 from conversion.parse import read_config
 from conversion.pickled import PickledReader, open_hf
-from conversion.publish import published, require_space, write_manifest
+from conversion.publish import check_manifest, published, require_space, write_manifest
+from conversion.values import Values
 
 
 def check_source(hf: HFConfig, reader: HFReader | PickledReader) -> None:
@@ -52,26 +53,39 @@ def convert(
     threads: int = 1,
     overwrite: bool = False,
     allow_pickle: bool = False,
+    check_finite: bool = False,
     progress: Progress = lambda count: None,
-) -> None:
-    """Write `out` completely or not at all; `allow_pickle` reads `pytorch_model.bin` where there are no safetensors.
+) -> str:
+    """Write `out` completely or not at all; a sentence on what was found in the numbers.
 
-    ValueError, OSError: what is wrong with the source or the destination.
+    What a manifest of the source promises is compared with the bytes as they are read.
+
+    Args:
+        allow_pickle: read `pytorch_model.bin` where there are no safetensors.
+        check_finite: NaN and infinite numbers are an error.
+
+    Raises:
+        ValueError, OSError: what is wrong with the source or the destination.
     """
-    hf_dir = Path(hf_dir)
+    hf_dir, values = Path(hf_dir), Values(check_finite)
+    check_manifest(hf_dir, contents=False)
     hf = read_config(hf_dir)
     reader = open_hf(hf_dir, allow_pickle=allow_pickle)
     try:
         check_source(hf, reader)
         with published(out, overwrite, [hf_dir]) as partial:
             require_space(partial, total_bytes(hf, reader, dtype))
-            digests = write_megatron(hf, reader, partial, dtype=dtype, threads=threads, progress=progress)
+            segments = write_megatron(
+                hf, reader, partial, dtype=dtype, threads=threads, values=values, progress=progress
+            )
+            checked = reader.check_rest(hf_shapes(hf))
             (partial / HF_FILES).mkdir()
             for path in side_files(hf_dir):
                 shutil.copyfile(path, partial / HF_FILES / path.name)
-            write_manifest(partial, files=digests, base_model=hf_dir.resolve().name)
+            write_manifest(partial, segments=segments, base_model=hf_dir.resolve().name)
     finally:
         reader.close()
+    return f"{checked}; {values.report()}"
 
 
 def total_bytes(hf: HFConfig, reader: HFReader | PickledReader, dtype: torch.dtype | None) -> int:
@@ -95,15 +109,17 @@ def main() -> int:
     total = sum(torch.Size(where.shape).numel() * (dtype or where.dtype).itemsize for where in reader.tensors.values())
     reader.close()
     with cli.progress("Hugging Face -> Megatron", total) as advance:
-        convert(
+        report = convert(
             args.hf,
             args.out,
             dtype=dtype,
             threads=args.threads,
             overwrite=args.overwrite,
             allow_pickle=args.allow_pickle,
+            check_finite=args.check_finite,
             progress=advance,
         )
+    print(report)
     return 0
 
 

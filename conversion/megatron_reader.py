@@ -17,14 +17,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from conversion.config import HFConfig
+from conversion.digests import range_digest
 from conversion.hf_files import NAMES
 from conversion.mapping import megatron_shape, row_unit
 from conversion.megatron_keys import Slot, find_slots
 from conversion.parse import read_config
-from conversion.publish import check_manifest
+from conversion.publish import ManifestError, check_file, check_manifest, spans
 from conversion.sharding import VOCAB_TENSORS
 from conversion.stored_pieces import PieceReader
 
@@ -94,7 +100,8 @@ class MegatronReader:
         self.hf: HFConfig = read_config(self.hf_dir)
         self._slots = find_slots(self.hf, tensor_keys(self._metadata))
         self._pieces = _pieces(self._metadata, {slot.key: len(slot.lead) for slot in self._slots.values()})
-        self._reader = PieceReader(self.directory, self._metadata)
+        self._entries = (self.manifest or {"files": {}})["files"]
+        self._reader = PieceReader(self.directory, self._metadata, {n: spans(e) for n, e in self._entries.items()})
         for name, slot in self._slots.items():
             self._check(name, slot)
 
@@ -131,17 +138,49 @@ class MegatronReader:
         Vocabulary padding stays on. ValueError when a part was not stored or its bytes are damaged.
         """
         slot = self._slots[name]
-        stored = self._tensor(slot.key)
-        pieces = self._pieces[slot.key, slot.lead]
-        axis = len(slot.lead)
-        rows, *tail = stored.size[axis:]
+        rows, *tail = self._tensor(slot.key).size[len(slot.lead) :]
         unit = row_unit(self.hf, name)
-        step = max(BLOCK_BYTES // (stored.properties.dtype.itemsize * math.prod(tail) * unit), 1) * unit
+        step = max(BLOCK_BYTES // (self.dtype(name).itemsize * math.prod(tail) * unit), 1) * unit
         for start in range(0, rows, step):
-            block = torch.empty(min(step, rows - start), *tail, dtype=stored.properties.dtype)
-            if self._fill(slot, pieces, start, block) != block.numel():
-                raise ValueError(f"{slot.key} is not stored completely: {self.directory} was not written to its end")
-            yield start, block
+            yield start, self.rows(name, start, min(start + step, rows))
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the full tensor; errors as `blocks`."""
+        slot = self._slots[name]
+        tail = self._tensor(slot.key).size[len(slot.lead) + 1 :]
+        block = torch.empty(stop - start, *tail, dtype=self.dtype(name))
+        if self._fill(slot, self._pieces[slot.key, slot.lead], start, block) != block.numel():
+            raise ValueError(f"{slot.key} is not stored completely: {self.directory} was not written to its end")
+        return block
+
+    def check_rest(self) -> str:
+        """Compare with the manifest what reading the weights has not: stretches that were not read in order.
+
+        Whole files where an older manifest knows no stretches. Returns a sentence on what was compared; ManifestError
+        names the tensor and the file.
+        """
+        if self.manifest is None:
+            return "the source has no manifest to compare with"
+        places, whole = self._metadata.storage_data or {}, set()
+        for slot in self._slots.values():
+            for piece in self._pieces[slot.key, slot.lead]:
+                place = places[MetadataIndex(slot.key, piece.offsets)]
+                if (place.relative_path, place.offset) in self._reader.checked:
+                    continue
+                entry = self._entries.get(place.relative_path)
+                if entry is None:
+                    raise ManifestError(f"the manifest of {self.directory} does not list {place.relative_path}")
+                end, digest = spans(entry).get(place.offset, (0, ""))
+                if end < place.offset + place.length:
+                    whole.add(place.relative_path)
+                elif range_digest(self.directory / place.relative_path, place.offset, end) != digest:
+                    raise ManifestError(
+                        f"{slot.key} in {self.directory / place.relative_path} does not have the bytes that the "
+                        "manifest promises: copy the checkpoint again"
+                    )
+        for name in sorted(whole):
+            check_file(self.directory / name, self._entries[name])
+        return "every byte read is what the source's manifest promises"
 
     def _fill(self, slot: Slot, pieces: Iterable[ChunkStorageMetadata], start: int, block: Tensor) -> int:
         """Copy what the pieces hold of the rows from `start` on into `block`; how many numbers that were."""
@@ -182,6 +221,14 @@ def read_metadata(directory: Path) -> Metadata:
         if Path(info.relative_path).name != info.relative_path:
             raise ValueError(f"{directory / '.metadata'} names {info.relative_path!r}, not a plain file name: refused")
     return metadata
+
+
+def stored_cuts(directory: Path) -> dict[str, list[int]]:
+    """Where the pieces of a checkpoint begin in its files, for a manifest that can be checked piece by piece."""
+    cuts: dict[str, list[int]] = defaultdict(list)
+    for place in (read_metadata(directory).storage_data or {}).values():
+        cuts[place.relative_path].append(place.offset)
+    return dict(cuts)
 
 
 def tensor_keys(metadata: Metadata) -> list[str]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from conversion.megatron_writer import Progress
 from conversion.parallel import for_each
 from conversion.parse import in_dialect
 from conversion.publish import published, write_manifest
+from conversion.values import Values
 
 MAX_SHARD_SIZE = 5 * 10**9
 CARD_KEYS = ("base_model", "recipe", "step", "data", "commit")
@@ -41,11 +44,15 @@ def convert(
     overwrite: bool = False,
     card: Mapping[str, Any] | None = None,
     dialect: int | None = None,
+    check_finite: bool = False,
     progress: Progress = lambda count: None,
-) -> None:
-    """Write `out` completely or not at all.
+) -> str:
+    """Write `out` completely or not at all; a sentence on what was found in the numbers.
+
+    What a manifest of the source promises is compared with the bytes as they are read.
 
     Args:
+        check_finite: NaN and infinite numbers are an error.
         hf_config: directory with config.json, for checkpoints that do not bring their own.
         dialect: write config.json as transformers 4 or 5 does; None: as it was read.
         card: facts for the model card (`CARD_KEYS`); those in the checkpoint's manifest are the default.
@@ -53,7 +60,7 @@ def convert(
     Raises:
         ValueError, OSError: what is wrong with the source or the destination, in one sentence.
     """
-    reader = MegatronReader(megatron_dir, hf_config)
+    reader, values = MegatronReader(megatron_dir, hf_config), Values(check_finite)
     dtypes = {part: dtype or reader.dtype(name) for name in reader.names() for part in hf_parts(reader.hf, name)}
     facts = {key: (reader.manifest or {}).get(key) for key in CARD_KEYS} | dict(card or {})
 
@@ -64,13 +71,15 @@ def convert(
             progress(block.numel() * dtypes[next(iter(hf_parts(reader.hf, name)))].itemsize)
 
     with published(out, overwrite, [reader.directory, reader.hf_dir]) as partial:
-        writer = HFWriter(partial, hf_shapes(reader.hf), dtypes, max_shard_size)
+        writer = HFWriter(partial, hf_shapes(reader.hf), dtypes, max_shard_size, values)
         try:
             for_each(export, reader.names(), threads)
+            checked = reader.check_rest()
             digests = writer.finish()
         finally:
             writer.close()
-        finish_directory(partial, reader.hf, reader.hf_dir, dtype, facts, digests, dialect)
+        finish_directory(partial, reader.hf, reader.hf_dir, dtypes, facts, digests, dialect)
+    return f"{checked}; {values.report()}"
 
 
 def write_hf(
@@ -99,27 +108,27 @@ def write_hf(
             digests = writer.finish()
         finally:
             writer.close()
-        finish_directory(partial, hf, Path(hf_dir), dtype, dict(card or {}), digests)
+        finish_directory(partial, hf, Path(hf_dir), dict.fromkeys(shapes, dtype), dict(card or {}), digests)
 
 
 def finish_directory(
     out: Path,
     hf: HFConfig,
     hf_dir: Path,
-    dtype: torch.dtype | None,
+    dtypes: Mapping[str, torch.dtype],
     facts: Mapping[str, Any],
     digests: Mapping[str, str],
     dialect: int | None = None,
 ) -> None:
     """Everything but the weights: config, generation config, tokenizer, model card and manifest.
 
-    config.json is copied byte for byte unless `dtype` differs from what it says or a `dialect` is asked for.
+    config.json is copied byte for byte unless it says another dtype than the weights have, or a `dialect` is asked for.
     """
     for path in side_files(hf_dir):
         shutil.copyfile(path, out / path.name)
     config = dict(hf.raw)
-    if dtype is not None:
-        config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
+    for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]:
+        config[key] = str(main_dtype(hf_shapes(hf), dtypes)).removeprefix("torch.")
     if dialect is not None:
         config = in_dialect(config, dialect)
     if config != hf.raw:
@@ -127,6 +136,14 @@ def finish_directory(
         (out / "config.json").write_text(text, encoding="utf-8")
     (out / "README.md").write_text(_card(hf, facts), encoding="utf-8")
     write_manifest(out, tensors=digests, **{key: value for key, value in facts.items() if value is not None})
+
+
+def main_dtype(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
+    """The dtype of most numbers of a model: the one that config.json names."""
+    counts: Counter[torch.dtype] = Counter()
+    for name, shape in shapes.items():
+        counts[dtypes[name]] += math.prod(shape)
+    return counts.most_common(1)[0][0]
 
 
 def _card(hf: HFConfig, facts: Mapping[str, Any]) -> str:
@@ -164,7 +181,7 @@ def main() -> int:
         for shape in hf_parts(reader.hf, name).values():
             total += torch.Size(shape).numel() * (dtype or reader.dtype(name)).itemsize
     with cli.progress("Megatron -> Hugging Face", total) as advance:
-        convert(
+        report = convert(
             args.megatron,
             args.out,
             hf_config=args.hf_config,
@@ -174,8 +191,10 @@ def main() -> int:
             overwrite=args.overwrite,
             card={key: value for key in CARD_KEYS if (value := getattr(args, key)) is not None},
             dialect=args.config_dialect,
+            check_finite=args.check_finite,
             progress=advance,
         )
+    print(report)
     return 0
 
 

@@ -15,7 +15,6 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -40,7 +39,9 @@ from conversion.digests import bulk_digest, text
 from conversion.hf_files import PIECE_BYTES, WRITEBACK_BYTES, HFReader, start_writeback
 from conversion.mapping import hf_parts, import_rows, megatron_names, megatron_shape, row_unit
 from conversion.megatron_keys import extra_state_keys, stacked_slots
+from conversion.parallel import for_each
 from conversion.pickled import PickledReader
+from conversion.values import Values
 
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 FORMAT |= {"common_backend": "torch", "common_backend_version": 1}
@@ -123,18 +124,26 @@ def _frame(sizes: torch.Size, dtype: torch.dtype) -> tuple[bytes, bytes]:
 
 
 class _File:
-    """A file that is hashed while it is written."""
+    """A file that is hashed in segments while it is written."""
 
     def __init__(self, path: Path) -> None:
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        self.digest = bulk_digest()
+        self._digests = {0: bulk_digest()}  # by where the segment begins
         self.size = self._flushed = 0
 
+    def begin_segment(self) -> int:
+        """What is written from here on has a checksum of its own; returns where that is."""
+        self._digests[self.size] = bulk_digest()
+        return self.size
+
+    def segments(self) -> dict[int, str]:
+        return {start: text(digest) for start, digest in self._digests.items()}
+
     def write(self, data: bytes | memoryview) -> None:
-        view = memoryview(data)
+        view, digest = memoryview(data), next(reversed(self._digests.values()))
         while view:
             written = os.write(self._fd, view[:PIECE_BYTES])
-            self.digest.update(view[:written])
+            digest.update(view[:written])
             self.size += written
             view = view[written:]
         if self.size - self._flushed >= WRITEBACK_BYTES:
@@ -155,23 +164,22 @@ class _IndexWriter(dcp.FileSystemWriter):
 class _Importer:
     """Writes pieces into one file per thread."""
 
-    def __init__(self, hf: HFConfig, reader: Reader, out: Path, progress: Progress) -> None:
-        self._hf, self._reader, self._out, self._progress = hf, reader, out, progress
+    def __init__(self, hf: HFConfig, reader: Reader, out: Path, values: Values, progress: Progress) -> None:
+        self._hf, self._reader, self._out, self._values, self._progress = hf, reader, out, values, progress
         self._stop = threading.Event()
-        self.digests: dict[str, str] = {}
+        self.results: list[WriteResult] = []
+        self.segments: dict[str, dict[int, str]] = {}
 
-    def write(self, pieces: list[_Piece], threads: int) -> list[WriteResult]:
+    def write(self, pieces: list[_Piece], threads: int) -> None:
         """All pieces; the first error of any thread stops the others."""
-        with ThreadPoolExecutor(threads) as pool:
-            try:
-                # all threads read near the same place
-                parts = [pool.submit(self._write_file, i, pieces[i::threads]) for i in range(threads)]
-                return [result for part in parts for result in part.result()]
-            except BaseException:
-                self._stop.set()
-                raise
+        try:
+            for_each(self._write_file, enumerate(_share(pieces, threads)), threads)
+        except BaseException:
+            self._stop.set()
+            raise
 
-    def _write_file(self, number: int, pieces: list[_Piece]) -> list[WriteResult]:
+    def _write_file(self, numbered: tuple[int, list[_Piece]]) -> None:
+        number, pieces = numbered
         name = f"__{number}_0.distcp"
         file, results = _File(self._out / name), []
         try:
@@ -179,7 +187,7 @@ class _Importer:
             for piece in pieces:
                 if self._stop.is_set():
                     break
-                start = file.size
+                start = file.begin_segment()
                 before, after = _frame(piece.sizes, piece.dtype)
                 file.write(before)
                 for block in self._blocks(piece):
@@ -191,15 +199,19 @@ class _Importer:
             raise
         finally:
             file.close()
-        self.digests[name] = text(file.digest)
-        return extra + results
+        self.segments[name] = file.segments()
+        self.results += extra + results
 
     def _blocks(self, piece: _Piece) -> Iterator[Tensor]:
         row_bytes = piece.dtype.itemsize * (piece.sizes.numel() // (piece.stop - piece.start))
         step = _step(BLOCK_BYTES, row_unit(self._hf, piece.name), row_bytes)
+
+        def rows(name: str, low: int, high: int) -> Tensor:
+            return self._values.cast(name, self._reader.rows(name, low, high), piece.dtype)
+
         for start in range(piece.start, piece.stop, step):
             stop = min(start + step, piece.stop)
-            block = import_rows(self._hf, piece.name, start, stop, self._reader.rows).to(piece.dtype)
+            block = import_rows(self._hf, piece.name, start, stop, rows)
             yield block
             self._progress(block.nbytes)
 
@@ -218,17 +230,39 @@ def _result(index: MetadataIndex, file: str, start: int, end: int) -> WriteResul
     return WriteResult(index, end - start, _StorageInfo(file, start, end - start))
 
 
+def _share(pieces: list[_Piece], threads: int) -> list[list[_Piece]]:
+    """Divide the pieces among threads, each tensor whole: its source is then read in order and can be checked.
+
+    All threads read near the same place of the source.
+    """
+    shares: list[list[_Piece]] = [[] for _ in range(threads)]
+    sizes = [0] * threads
+    for _, group in itertools.groupby(pieces, key=lambda piece: piece.name):
+        tensor = list(group)
+        smallest = sizes.index(min(sizes))
+        shares[smallest] += tensor
+        sizes[smallest] += sum(piece.sizes.numel() * piece.dtype.itemsize for piece in tensor)
+    return shares
+
+
 def write_megatron(
-    hf: HFConfig, reader: Reader, out: Path, *, dtype: torch.dtype | None, threads: int, progress: Progress
-) -> dict[str, str]:
-    """Write a Hugging Face checkpoint as a Megatron one into an empty directory; checksums by file name.
+    hf: HFConfig,
+    reader: Reader,
+    out: Path,
+    *,
+    dtype: torch.dtype | None,
+    threads: int,
+    values: Values,
+    progress: Progress,
+) -> dict[str, dict[int, str]]:
+    """Write a Hugging Face checkpoint as a Megatron one into an empty directory; checksums of segments by file name.
 
     The vocabulary is stored without padding, so any tensor-parallel size can load it.
     """
     pieces, metadata = _plan(hf, reader, dtype)
-    importer = _Importer(hf, reader, out, progress)
-    results = importer.write(pieces, threads)
-    _IndexWriter(out).finish(metadata, [results])
+    importer = _Importer(hf, reader, out, values, progress)
+    importer.write(pieces, threads)
+    _IndexWriter(out).finish(metadata, [importer.results])
     torch.save({}, out / "common.pt")
     (out / "metadata.json").write_text(json.dumps(FORMAT), encoding="utf-8")
-    return importer.digests
+    return importer.segments

@@ -13,12 +13,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from conversion.digests import file_digest, file_matches, known
+from conversion.digests import file_digest, file_matches, known, range_digest
 
 MANIFEST = "manifest.json"
 TRACKER = "latest_checkpointed_iteration.txt"  # by which Megatron-LM finds a checkpoint
 _WORK = ".megatron-gppo"  # suffix of the hidden directory beside the output that holds what is not published yet
 _MARK = "temporary-of-megatron-gppo"  # file in it: whatever else is there was put there by this module
+_REPAIR = "copy it again, or remove the manifest if you changed the file on purpose"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # Lustre, unless mounted with `flock`
 _NO_FLAGS = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # file systems without renameat2, NFS for one
@@ -199,13 +200,22 @@ def _sync_tree(root: Path) -> None:
         _sync(Path(directory))
 
 
+Segments = Mapping[str, Mapping[int, str]]  # by file name: checksums by where a stretch begins, up to the next one
+
+
 def write_manifest(
-    root: Path, *, files: Mapping[str, str] | None = None, tensors: Mapping[str, str] | None = None, **facts: Any
+    root: Path,
+    *,
+    segments: Segments | None = None,
+    cuts: Mapping[str, Iterable[int]] | None = None,
+    tensors: Mapping[str, str] | None = None,
+    **facts: Any,
 ) -> None:
     """Describe every file below `root` in `root/manifest.json`.
 
     Args:
-        files: checksums by file name, where they were computed while writing; other files are read for them here.
+        segments: checksums of stretches of files that were computed while writing; other files are read here.
+        cuts: where to cut files that are read here into stretches, so that a reader can check the one that it needs.
         tensors: checksums of the bytes of every tensor; files with tensors are then recorded by size alone.
         facts: further JSON values, such as the source and its step. No absolute paths.
     """
@@ -213,10 +223,16 @@ def write_manifest(
     for path in sorted(p for p in root.rglob("*") if p.is_file() and p.name != MANIFEST):
         name = path.relative_to(root).as_posix()
         entry: dict[str, Any] = {"size": path.stat().st_size}
-        if not (tensors and path.suffix == ".safetensors"):
-            entry["digest"] = (files or {}).get(name) or file_digest(path)
+        if name in (segments or {}):
+            entry["segments"] = {str(start): digest for start, digest in sorted((segments or {})[name].items())}
+        elif name in (cuts or {}):
+            starts = sorted({0, *(cuts or {})[name]})
+            stretches = zip(starts, [*starts[1:], entry["size"]], strict=True)
+            entry["segments"] = {str(start): range_digest(path, start, stop) for start, stop in stretches}
+        elif not (tensors and path.suffix == ".safetensors"):
+            entry["digest"] = file_digest(path)
         entries[name] = entry
-    manifest = {"format": 2, **facts, "files": entries, **({"tensors": dict(tensors)} if tensors else {})}
+    manifest = {"format": 3, **facts, "files": entries, **({"tensors": dict(tensors)} if tensors else {})}
     (root / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
@@ -229,11 +245,19 @@ def read_manifest(root: Path) -> dict[str, Any] | None:
         manifest = dict(json.loads(path.read_text(encoding="utf-8")))
         if manifest["format"] == 1:
             _upgrade(manifest)
-        assert manifest["format"] == 2
-        checksums = [entry["digest"] for entry in manifest["files"].values() if "digest" in entry]
+        assert manifest["format"] in (2, 3)
+        entries = manifest["files"].values()
+        assert all(isinstance(entry["size"], int) for entry in entries)
+        checksums = [entry["digest"] for entry in entries if "digest" in entry]
+        for entry in entries:
+            if (starts := [int(start) for start in entry.get("segments", {})]) or "segments" in entry:
+                assert starts[0] == 0 and starts == sorted(set(starts)) and starts[-1] <= entry["size"]
+            checksums += entry.get("segments", {}).values()
         assert all(map(known, [*checksums, *manifest.get("tensors", {}).values()]))
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise ManifestError(f"{path} is not a manifest of a known format") from error
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, IndexError) as error:
+        raise ManifestError(
+            f"{path} is not a manifest of a known format: copy it again, or remove it if another program made it"
+        ) from error
     return manifest
 
 
@@ -265,7 +289,22 @@ def check_manifest(root: Path, *, contents: bool) -> dict[str, Any] | None:
             raise ManifestError(f"{path} is missing, although the manifest lists it")
         if path.stat().st_size != entry["size"]:
             raise ManifestError(f"{path} has {path.stat().st_size} bytes but the manifest says {entry['size']}")
-        small = entry["size"] < 16 << 20
-        if "digest" in entry and (contents or small) and not file_matches(path, entry["digest"]):
-            raise ManifestError(f"{path} does not have the bytes that the manifest promises: copy it again")
+        if contents or ("digest" in entry and entry["size"] < 16 << 20):
+            check_file(path, entry)
     return manifest
+
+
+def check_file(path: Path, entry: Mapping[str, Any]) -> None:
+    """Read a whole file and compare it with its entry in a manifest. ManifestError when it differs."""
+    if "digest" in entry and not file_matches(path, entry["digest"]):
+        raise ManifestError(f"{path} does not have the bytes that its manifest promises: {_REPAIR}")
+    for start, (stop, digest) in spans(entry).items():
+        if range_digest(path, start, stop, digest.partition(":")[0]) != digest:
+            raise ManifestError(f"{path} does not have the bytes that its manifest promises from {start} on: {_REPAIR}")
+
+
+def spans(entry: Mapping[str, Any]) -> dict[int, tuple[int, str]]:
+    """The segments of a file in a manifest: end and checksum by where they begin."""
+    segments = {int(start): digest for start, digest in entry.get("segments", {}).items()}
+    ends = [*list(segments)[1:], entry["size"]] if segments else []
+    return {start: (end, digest) for (start, digest), end in zip(segments.items(), ends, strict=True)}

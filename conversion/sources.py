@@ -1,4 +1,4 @@
-"""One view of the two kinds of checkpoint: Hugging Face tensors by the Megatron parameter that they belong to."""
+"""One view of the two kinds of checkpoint: rows of Megatron parameters, read from either."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ import torch
 from torch import Tensor
 
 from conversion.config import HFConfig
-from conversion.mapping import export_tensors, hf_parts, hf_shapes, unconsumed
+from conversion.mapping import hf_parts, hf_shapes, import_rows, unconsumed
 from conversion.megatron_reader import MegatronReader
 from conversion.parse import read_config
 from conversion.pickled import open_hf
 
 
 class Source(Protocol):
-    """A checkpoint opened for reading, tensor by tensor."""
+    """A checkpoint opened for reading, block by block; safe to share between threads."""
 
     directory: Path
     hf: HFConfig
     kind: str  # "Hugging Face" | "Megatron"
 
-    def tensors(self, megatron_name: str) -> list[tuple[str, Tensor]]:
-        """The Hugging Face tensors that one Megatron parameter is made of."""
+    def rows(self, megatron_name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a full Megatron parameter, without vocabulary padding, in the stored dtype."""
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """By Hugging Face name, without reading any tensor."""
+
+    def check_rest(self) -> str:
+        """Compare with the manifest what `rows` has not; see the readers."""
 
 
 class HFSource:
@@ -40,8 +43,11 @@ class HFSource:
         if odd := sorted(set(hf_shapes(self.hf)) - set(names)) + unconsumed(self.hf, names):
             raise ValueError(f"{directory}: missing or unknown tensors: {', '.join(odd[:8])}")
 
-    def tensors(self, megatron_name: str) -> list[tuple[str, Tensor]]:
-        return [(part, self._reader(part)) for part in hf_parts(self.hf, megatron_name)]
+    def rows(self, megatron_name: str, start: int, stop: int) -> Tensor:
+        return import_rows(self.hf, megatron_name, start, stop, self._reader.rows)
+
+    def check_rest(self) -> str:
+        return self._reader.check_rest(hf_shapes(self.hf))
 
     def dtypes(self) -> dict[str, torch.dtype]:
         return {name: self._reader.tensors[name].dtype for name in hf_shapes(self.hf)}
@@ -55,9 +61,11 @@ class MegatronSource:
         self.reader = MegatronReader(directory, hf_config)
         self.hf = self.reader.hf
 
-    def tensors(self, megatron_name: str) -> list[tuple[str, Tensor]]:
-        full = torch.cat([block for _, block in self.reader.blocks(megatron_name)])
-        return export_tensors(self.hf, megatron_name, full)
+    def rows(self, megatron_name: str, start: int, stop: int) -> Tensor:
+        return self.reader.rows(megatron_name, start, stop)
+
+    def check_rest(self) -> str:
+        return self.reader.check_rest()
 
     def dtypes(self) -> dict[str, torch.dtype]:
         return {p: self.reader.dtype(name) for name in self.reader.names() for p in hf_parts(self.hf, name)}

@@ -25,7 +25,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.utils import unwrap_model
 
 from conversion.hf_files import side_files
-from conversion.megatron_reader import HF_FILES
+from conversion.megatron_reader import HF_FILES, stored_cuts
 from conversion.publish import ManifestError, check_manifest, published, working_directory, write_manifest
 from megatron_ext.learner.critic import Critic
 from megatron_ext.learner.learner import Learner, Trainable
@@ -74,7 +74,8 @@ def save(
                 shutil.copyfile(file, partial / HF_FILES / file.name)
             (partial / STATE).write_text(json.dumps({"step": step, **state}, indent=1) + "\n", encoding="utf-8")
             settings, scales = _settings(learner), _has_scales(learner)
-            write_manifest(partial, kind="megatron-gppo checkpoint", step=step, settings=settings, fp8_scales=scales)
+            facts = {"step": step, "settings": settings, "fp8_scales": scales}
+            write_manifest(partial, cuts=stored_cuts(partial), kind="megatron-gppo checkpoint", **facts)
     if first:
         _write_atomically(root / LATEST, directory.name + "\n")
         for old in sorted(root.glob("step_*[0-9]"))[:-keep] if keep else []:

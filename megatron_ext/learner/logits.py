@@ -14,7 +14,7 @@ from torch import Tensor
 
 from configs.schema import ModelConfig, ParallelConfig
 from conversion import cli
-from conversion.mapping import import_tensor
+from conversion.mapping import megatron_shape
 from conversion.sharding import shard
 from conversion.sources import HFSource, MegatronSource, Source, open_source
 from megatron_ext.learner import model as learner
@@ -55,8 +55,7 @@ def _from_megatron(source: MegatronSource, prompts: list[Tensor]) -> Tensor:
         device = learner.device()
         with torch.inference_mode(False), torch.no_grad():
             for name, parameter in named_parameters(chunks).items():
-                parts = dict(source.tensors(name))
-                parameter.copy_(shard(name, import_tensor(hf, name, parts.__getitem__), 0, 1))
+                parameter.copy_(shard(name, source.rows(name, 0, megatron_shape(hf, name)[0]), 0, 1))
             bounds = torch.tensor([0, *(len(row) for row in prompts)]).cumsum(0).to(torch.int32)
             output = chunks[0].eval()(
                 input_ids=torch.cat(prompts)[None].to(device),

@@ -1,0 +1,54 @@
+"""Numbers on their way through a conversion: cast where asked, counted where they are not finite."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+
+def count_nonfinite(numbers: Tensor) -> int:
+    """How many are NaN or infinite. The sum tells nearly always, at a fraction of the cost of looking at each."""
+    wide = torch.float64 if numbers.dtype == torch.float64 else torch.float32
+    if math.isfinite(numbers.sum(dtype=wide).item()):
+        return 0
+    return int(numbers.numel() - numbers.isfinite().sum())  # a sum may also overflow, with every term finite
+
+
+class Values:
+    """Casts blocks of tensors and counts what is not finite; safe to share between threads.
+
+    Args:
+        check_finite: a NaN or an infinity is an error at once, instead of a count in `nonfinite`.
+    """
+
+    def __init__(self, check_finite: bool = False) -> None:
+        self.check_finite = check_finite
+        self.nonfinite: Counter[str] = Counter()  # by Hugging Face name
+        self._lock = threading.Lock()
+
+    def cast(self, name: str, numbers: Tensor, dtype: torch.dtype) -> Tensor:
+        """The numbers in `dtype`. ValueError when one overflows, or is not finite under `check_finite`."""
+        result = numbers.to(dtype)
+        if count := count_nonfinite(result):
+            if dtype != numbers.dtype and (lost := count - count_nonfinite(numbers)):
+                largest = numbers[numbers.isfinite()].abs().max().item()
+                raise ValueError(
+                    f"{lost} numbers of {name} overflow in {dtype} (the largest is {largest:.3e}, {dtype} ends at "
+                    f"{torch.finfo(dtype).max:.3e}): choose another --dtype"
+                )
+            if self.check_finite:
+                raise ValueError(f"{count} numbers of {name} are NaN or infinite (--check-finite)")
+            with self._lock:
+                self.nonfinite[name] += count
+        return result
+
+    def report(self) -> str:
+        """One sentence for the end of a conversion."""
+        if not self.nonfinite:
+            return "all numbers are finite"
+        name, count = self.nonfinite.most_common(1)[0]
+        return f"{self.nonfinite.total()} numbers are NaN or infinite, {count} of them in {name}"
