@@ -297,10 +297,10 @@ def check_manifest(root: Path, *, contents: bool) -> dict[str, Any] | None:
 def check_file(path: Path, entry: Mapping[str, Any]) -> None:
     """Read a whole file and compare it with its entry in a manifest. ManifestError when it differs."""
     if "digest" in entry and not file_matches(path, entry["digest"]):
-        raise ManifestError(f"{path} does not have the bytes that its manifest promises: {_REPAIR}")
+        raise ManifestError(f"{path} does not have the bytes that the manifest promises: {_REPAIR}")
     for start, (stop, digest) in spans(entry).items():
         if range_digest(path, start, stop, digest.partition(":")[0]) != digest:
-            raise ManifestError(f"{path} does not have the bytes that its manifest promises from {start} on: {_REPAIR}")
+            raise ManifestError(f"{path} does not have the bytes that the manifest promises from {start} on: {_REPAIR}")
 
 
 def spans(entry: Mapping[str, Any]) -> dict[int, tuple[int, str]]:

@@ -88,7 +88,7 @@ class PieceReader:
             running.update(self._bytes(place.relative_path, start + size, end), 0)
             del self._running[index]
             if not running.holds():
-                raise OSError(f"{place.relative_path} does not have the bytes that its manifest promises")
+                raise OSError(f"{place.relative_path} does not have the bytes that the manifest promises")
             self.checked.add((place.relative_path, place.offset))
 
     def _load(self, index: MetadataIndex, device: str) -> Tensor:

@@ -185,7 +185,7 @@ def main() -> int:
     if alone:
         print(f"weights: {values.report()}")
         return int(bool(values.nonfinite))
-    found = compare(*sources, args.threads)
+    found = compare(sources[0], sources[1], args.threads)
     if found.harmless:
         print(f"config.json differs without consequence in: {', '.join(found.harmless)}")
     for line in found.config:

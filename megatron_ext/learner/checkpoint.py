@@ -74,7 +74,7 @@ def save(
                 shutil.copyfile(file, partial / HF_FILES / file.name)
             (partial / STATE).write_text(json.dumps({"step": step, **state}, indent=1) + "\n", encoding="utf-8")
             settings, scales = _settings(learner), _has_scales(learner)
-            facts = {"step": step, "settings": settings, "fp8_scales": scales}
+            facts: dict[str, Any] = {"step": step, "settings": settings, "fp8_scales": scales}
             write_manifest(partial, cuts=stored_cuts(partial), kind="megatron-gppo checkpoint", **facts)
     if first:
         _write_atomically(root / LATEST, directory.name + "\n")
