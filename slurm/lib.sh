@@ -121,12 +121,12 @@ begin() {
 	if [[ $SERVED == 0 ]]; then SERVERS=0; fi
 }
 preflight() {
-	local began; began=$(date +%s)
-	(preflight_step) 2>"$ATTEMPT_DIR/preflight.err" |
-		"${HOST_PY[@]}" -m recipes.cluster.preflight judge "$ATTEMPT_DIR" --gpus "$GPUS_PER_NODE" --began "$began" \
-			--nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)" --run-gib "${MIN_RUN_GIB:-20}" 2>&1 |
-		tee "$ATTEMPT_DIR/preflight.log"
-	((PIPESTATUS[1] == 0)) || { cat "$ATTEMPT_DIR/preflight.err"; end refused 3; }
+	local began ended=(); began=$(date +%s)
+	(preflight_step) >"$ATTEMPT_DIR/preflight.out" 2>"$ATTEMPT_DIR/preflight.err" && ended=(--all-ended)
+	"${HOST_PY[@]}" -m recipes.cluster.preflight judge "$ATTEMPT_DIR" --gpus "$GPUS_PER_NODE" --began "$began" \
+		--nodes "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)" --run-gib "${MIN_RUN_GIB:-20}" \
+		"${ended[@]}" <"$ATTEMPT_DIR/preflight.out" 2>&1 | tee "$ATTEMPT_DIR/preflight.log"
+	((PIPESTATUS[0] == 0)) || { cat "$ATTEMPT_DIR/preflight.err"; end refused 3; }
 }
 serve() { # start the servers and wait until each has produced a token
 	local ready=() deadline=$((SECONDS + ${SERVER_START_S:-1800}))
@@ -174,7 +174,7 @@ main() {
 	if [[ -n ${DRY_RUN:-} ]]; then dry_run; return; fi
 	STOPPING='' CANCELLED='' LEARNER='' SERVING='' ATTEMPT_DIR='' URLS=''
 	trap on_usr1 USR1; trap on_term TERM
-	begin; prepare_node; preflight
+	prepare_node; begin; preflight
 	((SERVERS == 0)) || serve || end failed 1
 	[[ -n $CANCELLED ]] && end cancelled 143
 	[[ -n $STOPPING ]] && end stopped 1

@@ -4,7 +4,7 @@
 cd "$ROOT" || exit 3
 # shellcheck source=slurm/lib.sh
 source slurm/lib.sh
-[[ $1 == preflight ]] || prepare_node
+prepare_node # modules and limits come before anything else
 role=$1; shift
 
 own_gpus() { # FIRST COUNT: that many of the step's GPUs; a step sees those of its whole node

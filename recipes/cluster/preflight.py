@@ -1,12 +1,14 @@
 """Is every node of a job fit for it? `python -m recipes.cluster.preflight node DIR` on each, then `... judge` on one.
 
-`node` prints what it finds as one JSON line; `judge` reads those lines, prints one table, and refuses the job with one
-sentence per problem (exit status 3). Nothing heavy is imported: the check takes a second on a thousand nodes.
+`node` writes what it finds to `DIR/preflight/NODE.json`; `judge` reads these files, prints one table, and refuses the
+job with one sentence per problem (exit status 3). Nothing is parsed from srun's output, which arrives torn beyond about
+1 KB; a node that cannot write there prints one short line. Nothing heavy is imported.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -21,12 +23,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from recipes.cluster import attempt
+
+if TYPE_CHECKING:  # nodes do not draw tables
+    from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("recipes", "megatron_ext", "conversion", "configs")
@@ -34,6 +36,8 @@ SHOWN = ("torch", "megatron-core", "vllm")  # versions in the table; all are com
 GIB = 1 << 30
 CLOCK_S = 5.0  # tolerated difference between clocks
 GPU_USED_GIB = 2.0  # a GPU that holds more before the job has begun belongs to somebody else
+FACTS = "preflight"  # in the attempt's directory: a file per node
+VISIBLE_S = 30.0  # a file server may show another node's new file so late
 QUERY = "name,driver_version,memory.total,memory.used,ecc.errors.uncorrected.volatile.total"
 Facts = dict[str, Any]
 
@@ -45,7 +49,6 @@ def node_facts(directory: Path) -> Facts:
     facts |= {"gpus": gpus, "driver": driver, "gpu_problem": problem}
     try:
         facts["nonce"] = (directory / "nonce").read_text(encoding="utf-8")
-        (directory / f"{facts['node']}.seen").write_text(facts["nonce"], encoding="utf-8")
     except OSError as error:
         facts["nonce"], facts["shared_error"] = None, error.strerror
     facts["run_gib"] = _free(directory)
@@ -160,6 +163,8 @@ def _of_one_node(facts: Facts, needs: Needs) -> list[str]:
 
 def table(found: Sequence[Facts]) -> Table:
     """One line per node."""
+    from rich.table import Table
+
     out = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("node", "GPUs", "driver", "run dir", "tmp", "shm", "code", "packages", *SHOWN):
         out.add_column(name)
@@ -171,19 +176,57 @@ def table(found: Sequence[Facts]) -> Table:
     return out
 
 
+def write_facts(directory: Path, facts: Facts) -> str:
+    """Leave the facts where `read_facts` finds them; "" or one short line saying why that failed."""
+    try:
+        (directory / FACTS).mkdir(exist_ok=True)
+        file = directory / FACTS / f"{facts['node']}.json"
+        temporary = file.with_suffix(".part")
+        temporary.write_text(json.dumps(facts) + "\n", encoding="utf-8")
+        os.replace(temporary, file)
+    except OSError as error:
+        return f"{UNSEEN} {facts['node']}: {error.strerror}"
+    return ""
+
+
+def read_facts(directory: Path, nodes: Sequence[str], wait_s: float) -> list[Facts]:
+    """Facts of all ``nodes`` that have answered, once all have or ``wait_s`` has passed."""
+    deadline = time.monotonic() + wait_s
+    found: dict[str, Facts] = {}
+    while True:
+        for node in nodes:
+            if node not in found:
+                with contextlib.suppress(OSError, ValueError):
+                    found[node] = json.loads((directory / FACTS / f"{node}.json").read_text(encoding="utf-8"))
+        if len(found) == len(nodes) or time.monotonic() > deadline:
+            return [found[node] for node in nodes if node in found]
+        time.sleep(0.2)
+
+
+UNSEEN = "preflight:"  # in front of what a node prints that cannot write its file
+
+
+def blind_nodes(printed: str, nodes: Sequence[str]) -> dict[str, str]:
+    """Reason by node, from the lines of nodes that do not see the directory."""
+    lines = (line.removeprefix(UNSEEN).strip().partition(": ") for line in printed.splitlines() if UNSEEN in line)
+    return {node: why for node, _, why in lines if node in nodes}
+
+
 def judge(arguments: argparse.Namespace) -> int:
-    """Read the nodes' lines from standard input, show them, and refuse or not."""
-    found = []
-    for line in sys.stdin:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            print(line, end="")  # what a node said instead
+    """Read the nodes' files, show them, and refuse or not. Standard input: what the nodes printed."""
+    from rich.console import Console
+
+    printed, nodes = sys.stdin.read(), arguments.nodes.split(",")
+    blind = blind_nodes(printed, nodes)
+    print("".join(f"{line}\n" for line in printed.splitlines() if UNSEEN not in line), end="")
+    seeing = [node for node in nodes if node not in blind]
+    found = read_facts(arguments.attempt, seeing, VISIBLE_S if arguments.all_ended else VISIBLE_S / 6)
     Console(width=200).print(table(found))
     nonce = (arguments.attempt / "nonce").read_text(encoding="utf-8")
-    wrong = problems(
-        found, Needs(arguments.nodes.split(","), arguments.gpus, nonce, arguments.run_gib, arguments.began, time.time())
-    )
+    needs = Needs(seeing, arguments.gpus, nonce, arguments.run_gib, arguments.began, time.time())
+    shared = "put run.dir on a file system that all nodes share"
+    wrong = [f"{node}: does not see the run directory ({why}); {shared}" for node, why in blind.items()]
+    wrong += problems(found, needs)
     for sentence in wrong:
         print(f"error: {sentence}")
         attempt.record(arguments.attempt, "preflight", "failed", error=sentence)
@@ -198,10 +241,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gpus", type=int, default=0)
     parser.add_argument("--began", type=float, default=time.time(), help="seconds since the epoch")
     parser.add_argument("--run-gib", type=float, default=0.0)
+    parser.add_argument("--all-ended", action="store_true", help="every node's check succeeded: wait for all files")
     arguments = parser.parse_args(argv)
     if arguments.what == "judge":
         return judge(arguments)
-    print(json.dumps(node_facts(arguments.attempt)), flush=True)
+    if problem := write_facts(arguments.attempt, node_facts(arguments.attempt)):
+        print(problem, flush=True)
+        return 1
     return 0
 
 

@@ -19,7 +19,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if (reason := obstacle()) is not None:
         pytest.skip(reason)
     cluster = Cluster(tmp_path_factory.mktemp("cluster"))
-    cluster.up(nodes=3)
+    cluster.up(nodes=16, gpus=8)  # the largest template's; idle nodes cost little
     yield cluster
     cluster.down()
 

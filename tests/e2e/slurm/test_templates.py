@@ -39,15 +39,20 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A site.env whose Python only writes down how it is called, with the models and data that templates name."""
-    folder = tmp_path_factory.mktemp("site")
+def write_models(folder: Path) -> None:
+    """Models (their sizes alone) and data that the templates name."""
     for name, config in MODELS.items():
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(config))
     for name in ("KlearReasoner-MathSub-30K", "DAPO-Math-17k", "AIME24"):
         (folder / f"{name}.jsonl").write_text("{}\n")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A site.env whose Python only writes down how it is called, with the models and data that templates name."""
+    folder = tmp_path_factory.mktemp("site")
+    write_models(folder)
     python = folder / "python"
     python.write_text('#!/bin/bash\nprintf "PYTHON "; printf "%q " "$@"; echo\n')
     python.chmod(0o755)

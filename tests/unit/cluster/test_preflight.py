@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import io
-import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import pytest
 
 from recipes.cluster import preflight
 from recipes.cluster.attempt import events
-from recipes.cluster.preflight import Needs, code_digest, judge, node_facts, problems
+from recipes.cluster.preflight import Needs, code_digest, main, problems
 
 BEGAN, ENDED = 1000.0, 1010.0
 GPU = {"name": "NVIDIA H100", "gib": 80.0, "used_gib": 0.1, "ecc": 0}
@@ -72,15 +70,28 @@ def test_a_node_looks_at_itself_and_is_judged(
 ) -> None:
     (tmp_path / "nonce").write_text("abc")
     monkeypatch.setenv("SLURMD_NODENAME", "a")
-    facts = json.loads(json.dumps(node_facts(tmp_path)))
-    assert facts["nonce"] == "abc" and facts["run_gib"] > 0 and (tmp_path / "a.seen").read_text() == "abc"
-    monkeypatch.setattr("sys.stdin", io.StringIO("slurmstepd: noise\n" + json.dumps(facts) + "\n"))
-    # Whatever this machine's GPUs and disk are, the missing node alone is refused.
-    asked = argparse.Namespace(attempt=tmp_path, nodes="a,b", gpus=0, began=facts["time"], run_gib=0.0)
-    assert judge(asked) == 3
+    assert main(["node", str(tmp_path)]) == 0
+    (facts,) = preflight.read_facts(tmp_path, ["a"], 0.0)
+    assert facts["nonce"] == "abc" and facts["run_gib"] > 0
+    monkeypatch.setattr("sys.stdin", io.StringIO("slurmstepd: noise\npreflight: c: No such file or directory\n"))
+    monkeypatch.setattr(preflight, "VISIBLE_S", 0.0)
+    # Whatever this machine's GPUs and disk are, only the missing nodes are refused.
+    assert main(["judge", str(tmp_path), "--nodes", "a,b,c", "--began", str(facts["time"])]) == 3
     out = capsys.readouterr().out
-    assert "slurmstepd: noise" in out and out.count("error: ") == 1 and "no answer from b" in out
-    assert [event.role for event in events(tmp_path)] == ["preflight"]
+    assert "slurmstepd: noise" in out and out.count("error: ") == 2
+    assert "error: c: does not see the run directory (No such file or directory); put run.dir" in out
+    assert "error: no answer from b" in out
+    assert {event.role for event in events(tmp_path)} == {"preflight"}
+
+
+def test_a_node_that_cannot_write_says_so_in_one_short_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "a")
+    assert main(["node", str(tmp_path / "absent")]) == 1
+    printed = capsys.readouterr().out
+    assert preflight.blind_nodes(printed, ["a"]) == {"a": "No such file or directory"}
+    assert printed.count("\n") == 1 and len(printed) < 200
 
 
 def test_code_digest_sees_a_changed_file(tmp_path: Path) -> None:

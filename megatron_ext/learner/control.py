@@ -1,0 +1,60 @@
+"""Control data between ranks: broadcasts and barriers on the CPU, in which ranks may wait for days.
+
+Rank 0 generates, evaluates and writes files while the other ranks wait for it. They wait here, in a gloo group of its
+own: a wait inside a device collective would end with that collective's short limit (``run.collective_timeout_s``), and
+would spin on the GPU that a colocated rollout server needs. A peer that is lost while others wait here is found by its
+heartbeat (`megatron_ext.learner.progress`), not by a time limit.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+WAIT = timedelta(days=14)  # in milliseconds it fits into 31 bits
+_groups: dict[int, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
+
+
+def group() -> dist.ProcessGroup:
+    """The control group of all ranks, made at the first call, which is a collective."""
+    world = dist.group.WORLD
+    assert world is not None, "call this inside `megatron_ext.learner.model.distributed`"
+    made_for, made = _groups.get(0, (None, None))
+    if made is None or made_for is not world:  # tests form several default groups, one after the other
+        made = dist.new_group(backend="gloo", timeout=WAIT, group_desc="control")
+        assert made is not None
+        _groups[0] = (world, made)
+    return made
+
+
+def forget() -> None:
+    """Drop the group, when the default group ends."""
+    _groups.clear()
+
+
+def broadcast_bytes(data: bytes, *, src: int) -> bytes:
+    """``data`` of rank ``src`` on every rank; not pickled. Waits for that rank without a practical limit."""
+    if dist.get_world_size() == 1:
+        return data
+    size = torch.tensor([len(data)])
+    dist.broadcast(size, src=src, group=group())
+    if dist.get_rank() == src:
+        buffer = torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8)[: len(data)]
+    else:
+        buffer = torch.empty(int(size), dtype=torch.uint8)
+    if len(buffer):
+        dist.broadcast(buffer, src=src, group=group())
+    return data if dist.get_rank() == src else buffer.numpy().tobytes()
+
+
+def agree(flag: bool) -> bool:
+    """Rank 0's flag on every rank."""
+    return broadcast_bytes(bytes([flag]), src=0) == b"\x01"
+
+
+def barrier() -> None:
+    """Every rank has arrived. Waits without a practical limit."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier(group=group())
