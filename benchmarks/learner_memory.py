@@ -159,7 +159,7 @@ def words_of(name: str, directory: Path) -> list[str]:
     """The configuration of a setting."""
     model = directory / ("experts" if name.startswith("experts") else "model")
     overrides, processes = SETTINGS[name]
-    sizes = [f"rollout.prompts_per_step={64 * processes}", "train.mini_batches=1"]
+    sizes = [f"rollout.prompts_per_step={64 * processes}", f"train.mini_batch_prompts={64 * processes}"]
     return [f"model.path={model}", *BASE.split(), *overrides.split(), *sizes]
 
 

@@ -1,4 +1,4 @@
-"""How many processes a parallel layout needs. Pure arithmetic."""
+"""How many processes a parallel layout needs, and how many optimizer steps a batch. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -16,3 +16,8 @@ def process_multiple(parallel: ParallelConfig) -> int:
 def learner_processes(config: Config) -> int:
     """parallel.nproc, or as many as the layout needs."""
     return config.parallel.nproc or process_multiple(config.parallel)
+
+
+def updates_per_epoch(config: Config) -> int:
+    """Optimizer steps of one pass over a full rollout batch. The last one is smaller if prompts are left over."""
+    return -(-config.rollout.prompts_per_step // config.train.mini_batch_prompts)

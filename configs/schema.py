@@ -112,10 +112,11 @@ class TrainConfig:
     """The optimizer steps made of each batch of rollouts."""
 
     steps: int = 120  # rollout steps
-    mini_batches: int = 16  # optimizer steps per epoch over a rollout batch
+    mini_batch_prompts: int = 2  # prompts per optimizer step, with all their responses; a short batch gives fewer steps
     epochs: int = 1  # passes over a rollout batch
     micro_batch_tokens: int = 4096  # token budget of a packed micro-batch; its context-parallel ranks share it
     old_logprobs: Literal["learner", "rollout"] = "learner"  # recomputed before the first update, or as sampled
+    positive_nll_coef: float = 0.0  # adds coef x the mean over all tokens of correct responses of -log p to each step
     tis_cap: float | None = None  # truncated importance weight min(exp(old - rollout), cap); None: off
     loss_chunk_tokens: int = 0  # logits of so many tokens are in memory at once; 0: chosen by the device
     entropy_probe_every: int = 0  # steps between measurements of the entropy change on the same tokens; 0: never

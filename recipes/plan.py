@@ -15,7 +15,7 @@ from math import lcm
 from typing import Any
 
 import conversion
-from configs.layout import learner_processes
+from configs.layout import learner_processes, updates_per_epoch
 from configs.load import to_yaml
 from configs.schema import Config
 from recipes.checks.model import check_model
@@ -63,8 +63,8 @@ def batch_plan(config: Config) -> BatchPlan:
     """Batch arithmetic of a full batch; dynamic sampling can make a batch smaller."""
     rollout, train = config.rollout, config.train
     samples = rollout.prompts_per_step * rollout.n
-    per_update = samples // train.mini_batches
-    updates_per_step = train.mini_batches * train.epochs
+    per_update = min(train.mini_batch_prompts, rollout.prompts_per_step) * rollout.n
+    updates_per_step = updates_per_epoch(config) * train.epochs
     return BatchPlan(
         samples=samples,
         per_update=per_update,

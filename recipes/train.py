@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from configs.layout import updates_per_epoch
 from configs.schema import Config
 from megatron_ext.learner import checkpoint
 from megatron_ext.learner.critic import Critic
@@ -27,7 +28,7 @@ from megatron_ext.rl.selection import Selection, build_selection
 from megatron_ext.rl.types import Sample
 from recipes.launch import launch
 from recipes.loop.advantages import assign_advantages, update_critic
-from recipes.loop.batch import aggregation_weights, make_batch, select, split
+from recipes.loop.batch import aggregation_weights, make_batch, positive_nll_weights, select, split
 from recipes.loop.metrics import StepMetrics
 from recipes.loop.run_dir import RunDir
 from recipes.loop.stream import RolloutStream
@@ -38,7 +39,7 @@ def train(config: Config, model_dir: Path) -> None:
     torch.set_num_threads(config.train.threads)
     controller = build_controller(config.loss["name"], config.loss, config.schedule["name"], **_params(config.schedule))
     selection = build_selection(**config.selection)
-    per_step = config.train.epochs * config.train.mini_batches
+    per_step = config.train.epochs * updates_per_epoch(config)
     critic: Critic | None = None
     policy_steps = config.train.steps
     with distributed(config.parallel, config.seed), RunDir(config) as run:
@@ -123,10 +124,12 @@ def train_step(
     select(config, selection, batch, stats, step, range(len(samples)), metrics)
     with metrics.clock("update"):
         for _ in range(config.train.epochs):
-            for mini in split(len(samples), config.train.mini_batches):
+            for mini in split(groups_B, config.train.mini_batch_prompts):
                 if selection.per_update:
                     select(config, selection, batch, learner.statistics(batch, mini), step, mini, metrics)
                 weights_B = aggregation_weights(config, selection, batch, groups_B, include_B, mini)
+                if config.train.positive_nll_coef:
+                    batch.nll_weight = positive_nll_weights(config.train.positive_nll_coef, samples, batch, mini)
                 if critic is not None and targets is not None:
                     metrics.critic_update(update_critic(critic, targets, batch, mini))
                     if step < config.critic.warmup_steps:

@@ -38,6 +38,7 @@ class TrainBatch:
     entropy_coef: Tensor  # coefficient of -H
     is_weight: Tensor  # importance weight that corrects rollout-learner mismatch, 1 when off
     ref_logp: Tensor | None = None  # log p under the reference policy, when there is one
+    nll_weight: Tensor | None = None  # coefficient of -logp with its own denominator, when there is such a term
     seq_ids: Tensor = field(init=False)  # int64, index of the token's sample
     offsets: Tensor = field(init=False)  # (samples + 1,) int64: start of each sample in the flat tensors, and T
 
@@ -140,11 +141,10 @@ def training_step(
 ) -> tuple[Tensor, Callable[..., Any]]:
     """Megatron ``forward_step_func`` of an optimizer step.
 
-    The objective is sum over response tokens of w (keep * loss + kl_coef |log r| - entropy_coef H + reference.kl_coef
-    KL to the reference) with w the aggregation weight times the mismatch weight. All denominators are in w, so that
-    gradients only need to be summed. Megatron insists on dividing by a global token count, in float32; it is handed a
-    count of exactly one (``MicroBatch.counts_divisor`` is True for one micro-batch of one rank), which costs no
-    precision.
+    The objective is `megatron_ext.rl.objective.evaluate`, whose weight is the aggregation weight times the mismatch
+    weight. All denominators are in the weights, so that gradients only need to be summed. Megatron insists on dividing
+    by a global token count, in float32; it is handed a count of exactly one (``MicroBatch.counts_divisor`` is True for
+    one micro-batch of one rank), which costs no precision.
     """
     mb = next(iterator)
 
@@ -176,6 +176,7 @@ def training_step(
             ref_logp=None if batch.ref_logp is None else at(batch.ref_logp),
             ref_coef=reference.kl_coef,
             ref_kl_type=reference.kl_type,
+            nll_weight=None if batch.nll_weight is None else at(batch.nll_weight),
         )
         result = evaluate(loss, inputs, coefficients)
         divisor = torch.tensor(int(mb.counts_divisor), dtype=torch.int, device=device)

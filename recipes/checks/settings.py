@@ -70,20 +70,26 @@ def _check_algorithm(c: Config) -> None:
 
 
 def _check_sizes(c: Config) -> None:
-    for key in ("rollout.prompts_per_step", "rollout.n", "rollout.max_tokens", "train.mini_batches", "train.epochs"):
+    for key in (
+        "rollout.prompts_per_step",
+        "rollout.n",
+        "rollout.max_tokens",
+        "train.mini_batch_prompts",
+        "train.epochs",
+    ):
         _at_least(c, key, 1)
     for key in ("train.micro_batch_tokens", "eval.problems", "eval.n", "rollout.num_servers", "train.threads"):
         _at_least(c, key, 1)
     for key in ("train.steps", "train.save_every", "eval.every", "train.loss_chunk_tokens", "optim.lr"):
         _at_least(c, key, 0)
-    for key in ("critic.lr", "critic.clip_grad", "critic.warmup_steps", "reference.kl_coef"):
+    for key in ("critic.lr", "critic.clip_grad", "critic.warmup_steps", "reference.kl_coef", "train.positive_nll_coef"):
         _at_least(c, key, 0)
     if c.critic.clip_range is not None and not c.critic.clip_range > 0:
         raise ValueError(f"critic.clip_range={c.critic.clip_range} must be above 0; null switches clipping off")
-    if c.rollout.prompts_per_step * c.rollout.n % c.train.mini_batches:
+    if c.rollout.prompts_per_step % min(c.train.mini_batch_prompts, c.rollout.prompts_per_step):
         raise ValueError(
-            f"train.mini_batches={c.train.mini_batches} does not divide the {c.rollout.prompts_per_step} x "
-            f"{c.rollout.n} responses of a step (rollout.prompts_per_step x rollout.n); choose a divisor"
+            f"train.mini_batch_prompts={c.train.mini_batch_prompts} does not divide rollout.prompts_per_step="
+            f"{c.rollout.prompts_per_step}: the last optimizer step of a batch would be a small one; choose a divisor"
         )
     for key, length in (("rollout.max_tokens", c.rollout.max_tokens), ("eval.max_tokens", c.eval.max_tokens or 0)):
         if length >= c.rollout.max_model_len:

@@ -70,10 +70,26 @@ def select(
     metrics.add({name: float(value) for name, value in out.metrics.items()})
 
 
-def split(count: int, parts: int) -> list[list[int]]:
-    """Sample indices of each mini-batch, in order and of nearly equal size; a short batch gives fewer mini-batches."""
-    size = max(1, -(-count // parts))
-    return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+def split(groups_B: torch.Tensor, prompts: int) -> list[list[int]]:
+    """Sample indices of each mini-batch: all samples of ``prompts`` groups, groups in order of appearance.
+
+    A short batch gives fewer mini-batches, of which the last may have fewer groups. No group is cut.
+    """
+    members: dict[int, list[int]] = {}
+    for index, group in enumerate(groups_B.tolist()):
+        members.setdefault(group, []).append(index)
+    groups = list(members.values())
+    return [sum(groups[start : start + prompts], []) for start in range(0, len(groups), prompts)]
+
+
+def positive_nll_weights(
+    coef: float, samples: Sequence[Sample], batch: TrainBatch, mini: Sequence[int]
+) -> torch.Tensor:
+    """(T,) weight of -logp in the objective of a mini-batch: coef / (tokens of its correct samples) on those tokens."""
+    correct_B = torch.zeros(len(samples), dtype=torch.bool)
+    correct_B[[i for i in mini if samples[i].correct]] = True
+    chosen_T = correct_B[batch.seq_ids] & batch.mask
+    return coef * chosen_T.to(batch.old_logp.dtype) / chosen_T.sum().clamp(min=1)
 
 
 def aggregation_weights(

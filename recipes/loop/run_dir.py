@@ -258,7 +258,7 @@ def _check_same_run(old: Config, new: Config) -> None:
         "data",
         "rollout.prompts_per_step",
         "rollout.n",
-        "train.mini_batches",
+        "train.mini_batch_prompts",
         "train.epochs",
     )
     for key in frozen:

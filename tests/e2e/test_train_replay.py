@@ -114,7 +114,7 @@ def _worst_gap(policy: Any, prompt: list[int], response: dict[str, Any]) -> floa
 @pytest.mark.usefixtures("no_report", "no_engine")
 def test_learning_rate_zero(model: Path, recorded: Path, tmp_path: Path) -> None:
     """The ratio is 1 exactly with the packing of the statistics pass, to rounding with another; nothing is clipped."""
-    same = run_here(model, tmp_path / "same", f"rollout.replay={recorded}", "optim.lr=0", "train.mini_batches=1")
+    same = run_here(model, tmp_path / "same", f"rollout.replay={recorded}", "optim.lr=0", "train.mini_batch_prompts=4")
     other = run_here(
         model, tmp_path / "other", f"rollout.replay={recorded}", "optim.lr=0", "train.micro_batch_tokens=40"
     )

@@ -18,8 +18,15 @@ from safetensors import safe_open
 
 SETTINGS = (
     *("rollout.engine=local", "reward.name=random", "optim.lr=2e-3", "run.report_every=0"),
-    *("rollout.prompts_per_step=4", "rollout.n=4", "rollout.max_tokens=12", "train.mini_batches=2", "train.steps=4"),
-    *("eval.every=2", "eval.problems=4", "eval.n=2", "eval.k=[1,2]", "train.entropy_probe_every=2"),
+    *("rollout.prompts_per_step=4", "rollout.n=4", "rollout.max_tokens=12", "train.steps=4"),
+    *(
+        "train.mini_batch_prompts=2",
+        "eval.every=2",
+        "eval.problems=4",
+        "eval.n=2",
+        "eval.k=[1,2]",
+        "train.entropy_probe_every=2",
+    ),
 )
 
 

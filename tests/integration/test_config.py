@@ -80,7 +80,7 @@ def paper(tmp_path: Path) -> list[str]:
         ("parallel.sp=maybe", ["parallel.sp=maybe", "true or false"]),
         ("rollout.urls=here", ["rollout.urls=here", "a list"]),
         ("optim.betas=[0.9,x]", ["optim.betas", "'x'", "Float"]),
-        ("rollout.n=7 train.mini_batches=15", ["train.mini_batches=15", "32 x 7", "divisor"]),
+        ("train.mini_batch_prompts=15", ["train.mini_batch_prompts=15", "rollout.prompts_per_step=32", "divisor"]),
         ("rollout.n=0", ["rollout.n=0", "at least 1"]),
         ("rollout.max_tokens=128", ["rollout.max_tokens=128", "rollout.max_model_len=128", "raise"]),
         ("eval.max_tokens=500", ["eval.max_tokens=500", "rollout.max_model_len=128", "raise"]),

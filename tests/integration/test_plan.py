@@ -26,7 +26,7 @@ SMOLLM2_PARAMETERS = 134_515_008
 # Written out, so that tuning the quick start changes no expected number here.
 SETTINGS = (
     "model.dtype=float32 data.max_prompt_tokens=512 rollout.prompts_per_step=32 rollout.n=8 rollout.max_tokens=24 "
-    "rollout.max_model_len=128 train.steps=120 train.mini_batches=16 train.epochs=1 train.micro_batch_tokens=4096"
+    "rollout.max_model_len=128 train.steps=120 train.mini_batch_prompts=2 train.epochs=1 train.micro_batch_tokens=4096"
 ).split()
 
 
@@ -67,7 +67,7 @@ def test_known_sizes_of_generated_models_are_the_real_ones(tiny: Path) -> None:
 def test_batch_arithmetic(base: Config) -> None:
     config = change(base, "rollout", prompts_per_step=128, n=8, max_tokens=16384, max_model_len=20480)
     config = change(config, "data", max_prompt_tokens=4096)
-    config = change(config, "train", steps=1000, mini_batches=8, epochs=2, micro_batch_tokens=8192)
+    config = change(config, "train", steps=1000, mini_batch_prompts=16, epochs=2, micro_batch_tokens=8192)
     config = change(config, "parallel", tp=2, pp=2, nproc=32)
     batch = plan.batch_plan(config)
     assert plan.data_parallel(config) == 8
@@ -167,7 +167,7 @@ def test_remarks(base: Config) -> None:
     assert plan.remarks(change(base, "data", max_prompt_tokens=104)) == []
     text = " ".join(plan.remarks(base))
     assert "more than 104 tokens" in text  # 128 - 24, with data.max_prompt_tokens=512
-    once = change(change(base, "train", mini_batches=1), "data", max_prompt_tokens=104)
+    once = change(change(base, "train", mini_batch_prompts=32), "data", max_prompt_tokens=104)
     assert plan.remarks(once) == ["One optimizer step per batch: the ratio is 1, clipping never acts."]
     spread = change(base, "parallel", nproc=32)
     assert "16 samples per optimizer step for 32 data ranks" in " ".join(plan.remarks(spread))

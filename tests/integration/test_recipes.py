@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 import conversion
+from configs.layout import updates_per_epoch
 from configs.load import choices
 from configs.schema import Config
 from megatron_ext.rl.types import Problem, Rollout, Sample
@@ -144,10 +145,10 @@ INF = float("inf")
 @pytest.mark.parametrize(
     ("recipe", "loss"),
     [
-        ("ce_gppo/ce_gppo", CE | {"beta1": 0.5, "dual_clip": None, "nll_coef": 0.0}),
-        ("ce_gppo/ce_gppo_7b", CE | {"beta1": 0.75, "dual_clip": None, "nll_coef": 0.0}),
-        ("ce_gppo/ce_gppo_script", CE | {"beta1": 0.5, "dual_clip": 10.0, "nll_coef": 0.1}),
-        ("ce_gppo/ce_gppo_7b_script", CE | {"beta1": 0.75, "dual_clip": 10.0, "nll_coef": 0.1}),
+        ("ce_gppo/ce_gppo", CE | {"beta1": 0.5, "dual_clip": None}),
+        ("ce_gppo/ce_gppo_7b", CE | {"beta1": 0.75, "dual_clip": None}),
+        ("ce_gppo/ce_gppo_script", CE | {"beta1": 0.5, "dual_clip": 10.0}),
+        ("ce_gppo/ce_gppo_7b_script", CE | {"beta1": 0.75, "dual_clip": 10.0}),
         ("ce_gppo/beta_1_05", {"beta1": 1.0, "beta2": 0.5}),
         ("ce_gppo/beta_0_1_7b", {"beta1": 0.0, "beta2": 1.0}),
         ("ce_gppo/grpo", {"name": "ppo", "eps_low": 0.2, "eps_high": 0.2}),
@@ -193,7 +194,15 @@ def test_selections_are_the_papers(recipe: str, selection: dict[str, Any], load:
 
 def facts(config: Config) -> tuple[Any, ...]:
     r, t = config.rollout, config.train
-    return (config.optim.lr, r.prompts_per_step, r.n, r.max_tokens, t.mini_batches, t.steps, config.advantage.name)
+    return (
+        config.optim.lr,
+        r.prompts_per_step,
+        r.n,
+        r.max_tokens,
+        updates_per_epoch(config),
+        t.steps,
+        config.advantage.name,
+    )
 
 
 @pytest.mark.parametrize(
@@ -220,9 +229,11 @@ def test_what_the_authors_script_adds_to_the_paper(load: Load) -> None:
     paper, script = load("ce_gppo/ce_gppo"), load("ce_gppo/ce_gppo_script")
     assert (paper.rollout.generated_prompts, script.rollout.generated_prompts) == (None, 256)
     assert not paper.advantage.drop_uniform_groups and paper.optim.warmup_steps == 0
-    assert script.advantage.drop_uniform_groups and script.advantage.max_refills == 1
-    assert script.optim.warmup_steps == 10 * script.train.mini_batches  # ten rollout steps
+    assert script.advantage.drop_uniform_groups and script.advantage.max_refills == 0  # max_num_gen_batches=1
+    assert script.optim.warmup_steps == 10 * updates_per_epoch(script)  # ten rollout steps
     assert (paper.advantage.aggregation, script.advantage.aggregation) == ("group_token_mean", "token_mean")
+    assert (paper.train.positive_nll_coef, script.train.positive_nll_coef) == (0.0, 0.1)
+    assert script.train.mini_batch_prompts == 16
 
 
 def test_beta_switch_and_random_rewards(load: Load) -> None:
@@ -289,8 +300,7 @@ class DynamicSampling(Collector):
     ("every", "asked", "trained"),
     [
         (1, [(1000, 256)], 128),  # every group is informative: the first 128 are trained, the rest is dropped
-        (4, [(1000, 256), (1256, 256)], 128),  # 64 of 256: one refill fills the batch
-        (8, [(1000, 256), (1256, 256)], 64),  # 32 of 256: after one refill a short batch is trained
+        (4, [(1000, 256)], 64),  # 64 of 256: there is no refill, a short batch is trained
     ],
 )
 def test_the_scripts_dynamic_sampling(every: int, asked: list[tuple[int, int]], trained: int, load: Load) -> None:

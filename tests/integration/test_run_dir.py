@@ -87,7 +87,7 @@ def test_two_processes_cannot_share_a_directory(model: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "change", ["seed=1", "rollout.n=4", "rollout.prompts_per_step=16", "train.mini_batches=8", "train.epochs=2"]
+    "change", ["seed=1", "rollout.n=4", "rollout.prompts_per_step=16", "train.mini_batch_prompts=4", "train.epochs=2"]
 )
 def test_a_directory_belongs_to_one_run(model: Path, tmp_path: Path, change: str) -> None:
     with RunDir(config(model, tmp_path)):

@@ -3,7 +3,7 @@
 Resolutions. beta1 belongs to the LEFT branch (A < 0, r < 1-eps_low), beta2 to the RIGHT one (A > 0, r > 1+eps_high):
 eq. 8 and sec. 5.1 say so; the sentence of sec. 3.2 that pairs beta1 with positive-advantage tokens is a slip.
 Our departures, all off by default: ``ratio_stop_*`` (beta1 (1-eps) does not vanish as r -> 0, so pushing a token down
-is not self-limiting), and ``dual_clip`` and ``nll_coef``, which are in the authors' scripts but not in the paper.
+is not self-limiting), and ``dual_clip``, which is in the authors' scripts but not in the paper.
 """
 
 from __future__ import annotations
@@ -44,14 +44,11 @@ class CeGppo(Loss):
     """Right branch: gradient 0 where r > ratio_stop_high (absolute, >= 1+eps_high); None or inf is off."""
     dual_clip: float | None = None
     """As in PPO: gradient 0 and value dual_clip * A where A < 0 and r > dual_clip. Authors' script: 10."""
-    nll_coef: float = 0.0
-    """Adds -nll_coef * logp to the loss of tokens with A > 0. Authors' script: 0.1."""
 
     def __post_init__(self) -> None:
         check_number("loss.beta1", self.beta1, 0)
         check_number("loss.beta2", self.beta2, 0)
         check_offsets(self.eps_low, self.eps_high, self.dual_clip)
-        check_number("loss.nll_coef", self.nll_coef, 0)
         if self.ratio_stop_low is not None:
             check_number("loss.ratio_stop_low", self.ratio_stop_low, 0, 1 - self.eps_low)
         if self.ratio_stop_high is not None:
@@ -67,8 +64,5 @@ class CeGppo(Loss):
             gradient = torch.where(right, self.beta2 * (1 + self.eps_high) * x.advantages, gradient)
         gradient = torch.where(stop_left | stop_right, torch.zeros_like(gradient), gradient)
         value = torch.where(left | right, gradient, ppo.value)
-        if self.nll_coef:
-            up = self.nll_coef * (x.advantages > 0).to(ratio.dtype)
-            value, gradient = value + up * x.logp, gradient + up
         stops = {"ratio_stop_frac_low": stop_left, "ratio_stop_frac_high": stop_right}
         return replace(ppo, value=value, gradient=gradient, metrics={**ppo.metrics, **stops})

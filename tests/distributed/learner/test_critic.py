@@ -35,7 +35,7 @@ HEAD = torch.sin(torch.arange(32, dtype=torch.float64))[None]  # not 0, which wo
 RUN = (
     *("rollout.engine=local", "reward.name=random", "run.report_every=0", "advantage.name=gae", "critic.lr=1e-2"),
     *("advantage.params.lam=0.9", "critic.warmup_steps=1", "critic.clip_range=0.2", "rollout.prompts_per_step=2"),
-    *("rollout.n=4", "rollout.max_tokens=8", "train.mini_batches=2", "train.steps=3", "train.save_every=1"),
+    *("rollout.n=4", "rollout.max_tokens=8", "train.mini_batch_prompts=1", "train.steps=3", "train.save_every=1"),
     *("train.keep_checkpoints=9", "eval.problems=2", "eval.n=1", "eval.k=[1]", "selection=clip_b", "optim.lr=1e-3"),
 )
 

@@ -27,9 +27,12 @@ SETTINGS = {
 }
 
 
+ONE_STEP = ("train.mini_batch_prompts=999",)
+
+
 def _words(name: str, root: Path) -> list[str]:
     overrides, processes = SETTINGS[name]
-    small = [f"train.micro_batch_tokens={TOKENS}", f"rollout.prompts_per_step={8 * processes}", "train.mini_batches=1"]
+    small = [f"train.micro_batch_tokens={TOKENS}", f"rollout.prompts_per_step={8 * processes}", *ONE_STEP]
     return [f"model.path={root / 'model'}", *benchmark.BASE.split(), *small, *overrides.split()]
 
 

@@ -28,8 +28,15 @@ LR, COEF = 0.01, 0.3
 KINDS = ("k1", "k2", "k3")
 RUN = (
     *("rollout.engine=local", "reward.name=random", "run.report_every=0", "reference.kl_coef=0.5", "optim.lr=1e-2"),
-    *("rollout.prompts_per_step=2", "rollout.n=2", "rollout.max_tokens=6", "train.mini_batches=2", "train.steps=2"),
-    *("train.save_every=1", "train.keep_checkpoints=9", "eval.problems=2", "eval.n=1", "eval.k=[1]"),
+    *("rollout.prompts_per_step=2", "rollout.n=2", "rollout.max_tokens=6", "train.steps=2"),
+    *(
+        "train.mini_batch_prompts=1",
+        "train.save_every=1",
+        "train.keep_checkpoints=9",
+        "eval.problems=2",
+        "eval.n=1",
+        "eval.k=[1]",
+    ),
 )
 
 

@@ -104,7 +104,7 @@ def test_training_templates_fit(template: Path, site: Path) -> None:
     on_nodes = number(r"--nodes=(\d+)", " ".join(steps[2])) + number(r"--relative=(\d+)", " ".join(steps[1]))
     assert number(r"--nodes=(\d+)", " ".join(steps[0])) == nodes >= on_nodes / 2
     assert learner_memory(config, hf).total < 72 * GIB, "of the 80 of a GPU; buffers and fragments take some"
-    per_update = config.rollout.prompts_per_step * config.rollout.n / config.train.mini_batches
+    per_update = config.train.mini_batch_prompts * config.rollout.n
     assert per_update % data_parallel(config) == 0
     # A signal that comes too late for the grace period would end the job before it can requeue itself.
     lead, grace = number(r"--signal=B:USR1@(\d+)", text), number(r"STOP_GRACE_S:=(\d+)", text)

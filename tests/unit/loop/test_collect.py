@@ -17,7 +17,9 @@ class Stub(Collector):
     """Only the order of things: a batch takes a problem more than it was asked for when groups are dropped."""
 
     def __init__(self, *overrides: str) -> None:
-        self.config = load_checked(["rollout.prompts_per_step=8", "train.mini_batches=1", "train.steps=6", *overrides])
+        self.config = load_checked(
+            ["rollout.prompts_per_step=8", "train.mini_batch_prompts=8", "train.steps=6", *overrides]
+        )
         self._executor, self._pending = ThreadPoolExecutor(4), {}
         self.started: list[tuple[int, int]] = []
         self.may_end = {step: threading.Event() for step in range(6)}

@@ -21,7 +21,7 @@ QWEN2_5_7B = {
 TOKENS = 4096
 SETTINGS = (
     "model.dtype=float32 data.max_prompt_tokens=512 rollout.prompts_per_step=32 rollout.n=8 rollout.max_tokens=24 "
-    f"rollout.max_model_len=128 train.steps=120 train.mini_batches=16 train.micro_batch_tokens={TOKENS}"
+    f"rollout.max_model_len=128 train.steps=120 train.mini_batch_prompts=2 train.micro_batch_tokens={TOKENS}"
 ).split()
 # The tiny model: hidden 128, 2 layers, 4 heads of 32, so q 128 and kv 64; MLP 256; vocabulary 32, tied. In float32.
 TINY = conversion.parse_config(plan.GENERATED_MODELS["tiny"])

@@ -40,15 +40,14 @@ def ppo_weight(low: float, high: float, dual: float = INF) -> WeightOf:
 
 
 def ce_weight(
-    b1: float, b2: float, low: float = 0.8, high: float = 1.2, stop: tuple[float, float] = (0, INF), nll: float = 0.0
+    b1: float, b2: float, low: float = 0.8, high: float = 1.2, stop: tuple[float, float] = (0, INF)
 ) -> WeightOf:
     def weight(r: float, a: float, p: float) -> float:
-        extra = nll / a if a > 0 else 0.0
         if a < 0 and r < low:
             return 0.0 if r < stop[0] else b1 * low
         if a > 0 and r > high:
-            return extra + (0.0 if r > stop[1] else b2 * high)
-        return extra + r
+            return 0.0 if r > stop[1] else b2 * high
+        return r
 
     return weight
 
@@ -103,8 +102,8 @@ CASES: dict[str, tuple[str, dict[str, Any], WeightOf, list[float]]] = {
     ),
     "ce-script": (
         "ce_gppo",
-        {"dual_clip": DUAL, "nll_coef": 0.1},
-        lambda r, a, p: 0.0 if a < 0 and r > DUAL else ce_weight(0.5, 1.0, nll=0.1)(r, a, p),
+        {"dual_clip": DUAL},
+        lambda r, a, p: 0.0 if a < 0 and r > DUAL else ce_weight(0.5, 1.0)(r, a, p),
         [1 - 0.2, 1 + 0.2, DUAL],
     ),
     "cispo": ("cispo", {}, lambda r, a, p: min(max(r, 1 - 0.2), 1 + 0.2), [1 - 0.2, 1 + 0.2]),
