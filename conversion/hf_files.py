@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from conversion.digests import RunningCheck, bulk_digest, text
-from conversion.publish import ManifestError, check_file, read_manifest
+from conversion.locate import refuse_lfs_pointer
+from conversion.publish import MANIFEST, ManifestError, check_file, read_manifest
 from conversion.values import Values
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -59,7 +60,7 @@ def read_index(path: Path, suffix: str) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         files = set(weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a valid index ({error!r}): download the file again") from error
     for file in files:
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(suffix):
@@ -100,6 +101,7 @@ class HFReader:
             raise ValueError(f"{INDEX} lists tensors that no file contains: {', '.join(missing[:8])}")
 
     def _open(self, path: Path) -> None:
+        refuse_lfs_pointer(path)
         try:
             with safe_open(str(path), framework="pt"):
                 pass  # the library checks the header against the size of the file
@@ -303,5 +305,6 @@ def side_files(directory: Path) -> Iterable[Path]:
     """Configuration, tokenizer and licence files: all that is not weights, index, code or hidden."""
     for path in sorted(directory.iterdir()):
         known = path.suffix in (".json", ".txt", ".model", ".jinja") or path.name in ("LICENSE", "NOTICE")
-        if path.is_file() and known and not path.name.endswith(".index.json") and path.name != "manifest.json":
+        if path.is_file() and known and not path.name.endswith(".index.json") and path.name != MANIFEST:
+            refuse_lfs_pointer(path)
             yield path

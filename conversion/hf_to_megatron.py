@@ -14,6 +14,7 @@ import torch
 from conversion import cli
 from conversion.config import HFConfig
 from conversion.hf_files import HFReader, side_files
+from conversion.locate import require
 from conversion.mapping import HF_OUTPUT, hf_shapes, unconsumed
 from conversion.megatron_reader import HF_FILES
 from conversion.megatron_writer import Progress, write_megatron
@@ -67,7 +68,7 @@ def convert(
     Raises:
         ValueError, OSError: what is wrong with the source or the destination.
     """
-    hf_dir, values = Path(hf_dir), Values(check_finite)
+    hf_dir, values = require(hf_dir, "Hugging Face", "conversion.megatron_to_hf"), Values(check_finite)
     check_manifest(hf_dir, contents=False)
     hf = read_config(hf_dir)
     reader = open_hf(hf_dir, allow_pickle=allow_pickle)
@@ -105,7 +106,9 @@ def main() -> int:
     cli.add_common(parser)
     args = parser.parse_args()
     dtype = cli.DTYPES.get(args.dtype)
-    reader = open_hf(args.hf, allow_pickle=args.allow_pickle)
+    directory = require(args.hf, "Hugging Face", "conversion.megatron_to_hf")
+    read_config(directory)  # the first thing to complain about
+    reader = open_hf(directory, allow_pickle=args.allow_pickle)
     total = sum(torch.Size(where.shape).numel() * (dtype or where.dtype).itemsize for where in reader.tensors.values())
     reader.close()
     with cli.progress("Hugging Face -> Megatron", total) as advance:

@@ -13,6 +13,7 @@ from rich.table import Table
 from conversion import cli
 from conversion.config import HFConfig
 from conversion.hf_files import HFReader
+from conversion.locate import locate
 from conversion.mapping import hf_shapes
 from conversion.megatron_reader import HF_FILES, read_metadata
 from conversion.parse import read_config
@@ -71,13 +72,13 @@ def main() -> int:
     parser.add_argument("directory", type=Path, help="Hugging Face or Megatron directory")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     args = parser.parse_args()
-    directory: Path = args.directory
-    megatron = (directory / "metadata.json").is_file()
+    kind, directory = locate(args.directory)
+    megatron = kind == "Megatron"
     config_dir = directory / HF_FILES if megatron else directory
     hf = read_config(config_dir) if not megatron or (config_dir / "config.json").is_file() else None
     listing = list_megatron(directory) if megatron else list_hf(directory)
     console = Console()
-    table = Table(title=f"{'Megatron' if megatron else 'Hugging Face'} checkpoint", show_header=False)
+    table = Table(title=f"{kind} checkpoint", show_header=False)
     for label, value in facts(directory, hf, listing).items():
         table.add_row(label, value)
     console.print(table)

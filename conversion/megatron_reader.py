@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 from conversion.config import HFConfig
 from conversion.digests import range_digest
 from conversion.hf_files import NAMES
+from conversion.locate import RELEASE, require
 from conversion.mapping import megatron_shape, row_unit
 from conversion.megatron_keys import Slot, find_slots
 from conversion.parse import read_config
@@ -82,8 +83,9 @@ class MegatronReader:
     """Parameters of a Megatron checkpoint by their local-spec names; safe to share between threads.
 
     Args:
-        directory: a directory in the "torch_dist" format, written by this project or by Megatron.
-        hf_dir: where config.json is; default the checkpoint's own `hf` directory.
+        directory: in the "torch_dist" format, written by this project or by Megatron; or a root with Megatron-LM's
+            tracker file, which names it.
+        hf_dir: where config.json is; default the checkpoint's own `hf` directory, or that of the `release` beside it.
 
     Raises:
         FileNotFoundError, ValueError: not such a directory, damaged, no config.json, or its tensors are not those that
@@ -91,8 +93,9 @@ class MegatronReader:
     """
 
     def __init__(self, directory: str | Path, hf_dir: str | Path | None = None) -> None:
-        self.directory = Path(directory)
-        self.hf_dir = Path(hf_dir) if hf_dir else self.directory / HF_FILES
+        self.directory = require(directory, "Megatron", "conversion.hf_to_megatron")
+        own, sibling = self.directory / HF_FILES, self.directory.parent / RELEASE / HF_FILES
+        self.hf_dir = Path(hf_dir) if hf_dir else own if own.is_dir() or not sibling.is_dir() else sibling
         self.manifest = check_manifest(self.directory, contents=False)
         self._metadata = read_metadata(self.directory)
         if not (self.hf_dir / "config.json").is_file():

@@ -14,7 +14,10 @@ from typing import Any
 
 from conversion.config import HFConfig, Rope, Yarn
 from conversion.families import find_family
+from conversion.fields import Fields, shown
+from conversion.locate import refuse_lfs_pointer
 
+MOST_LAYERS = 10_000
 _LLAMA3_FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -28,61 +31,56 @@ def read_config(hf_dir: str | Path) -> HFConfig:
     path = Path(hf_dir) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give a Hugging Face model directory with a config.json")
+    refuse_lfs_pointer(path)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): download the file again") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds a {type(raw).__name__}, not an object of names and values: download it again")
     return parse_config(raw)
 
 
 def parse_config(raw: Mapping[str, Any]) -> HFConfig:
     """Validate a config that was already read from JSON; raises ValueError as `read_config` does."""
-    architectures = raw.get("architectures") or [None]
+    architectures = Fields(raw).strings("architectures") or [None]
     family = find_family(architectures[0])
-    config = {**family.defaults, **raw}
-    heads = _positive(config, "num_attention_heads")
-    hidden = _positive(config, "hidden_size")
-    kv_heads = heads if config.get("num_key_value_heads") is None else _positive(config, "num_key_value_heads")
-    own_head_dim = config.get("head_dim") is not None
-    if not own_head_dim and hidden % heads:
+    given = {key: value for key, value in raw.items() if value is not None or key not in family.defaults}
+    config = Fields({**family.defaults, **given})
+    heads, hidden = config.integer("num_attention_heads"), config.integer("hidden_size")
+    kv_heads = config.integer("num_key_value_heads", default=heads)
+    head_dim = config.optional_integer("head_dim")
+    if head_dim is None and hidden % heads:
         raise ValueError(f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}: set head_dim")
     if heads % kv_heads:
         raise ValueError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ValueError(f"hidden_act={config['hidden_act']!r} is not supported: every known family here uses silu")
+    config.only("hidden_act", "silu", "swish", why="every known family here uses silu")
     return HFConfig(
         architecture=family.architecture,
         raw=dict(raw),
-        num_layers=_positive(config, "num_hidden_layers"),
+        num_layers=config.integer("num_hidden_layers", most=MOST_LAYERS),
         hidden_size=hidden,
-        ffn_hidden_size=_positive(config, "intermediate_size"),
+        ffn_hidden_size=config.integer("intermediate_size"),
         num_heads=heads,
         num_kv_heads=kv_heads,
-        head_dim=_positive(config, "head_dim") if own_head_dim else hidden // heads,
-        vocab_size=_positive(config, "vocab_size"),
-        max_positions=_positive(config, "max_position_embeddings"),
-        norm_eps=float(config["rms_norm_eps"]),
+        head_dim=head_dim or hidden // heads,
+        vocab_size=config.integer("vocab_size"),
+        max_positions=config.integer("max_position_embeddings"),
+        norm_eps=config.number("rms_norm_eps"),
         rope=_rope(config),
-        tied=bool(config["tie_word_embeddings"]),
+        tied=config.flag("tie_word_embeddings"),
         **family.options(config),
     )
 
 
-def _positive(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{key}={value!r} in config.json must be a positive integer")
-    return value
-
-
-def _rope(config: Mapping[str, Any]) -> Rope:
+def _rope(config: Fields) -> Rope:
     """transformers 5 keeps everything in `rope_parameters`, transformers 4 in `rope_theta` and `rope_scaling`."""
-    old_dialect = config.get("rope_scaling") or {}
-    rope = {"rope_theta": config.get("rope_theta", 10000.0), **old_dialect, **(config.get("rope_parameters") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    both = {**config.section("rope_scaling"), **config.section("rope_parameters")}
+    rope = Fields({"rope_theta": config.get("rope_theta"), **both}, "the rope parameters")
+    kind = rope.text("rope_type", rope.text("type", "default"))
     if kind not in ("default", "linear", "dynamic", "llama3", "yarn"):
         raise ValueError(
-            f"rope_type={kind!r} is not supported: use default, linear, dynamic, llama3 or yarn, or remove the scaling "
+            f"rope_type={shown(kind)} is not supported: use default, linear, dynamic, llama3 or yarn, or remove the scaling "
             "from config.json if sequences stay within the original length"
         )
     if kind == "llama3":
@@ -90,37 +88,36 @@ def _rope(config: Mapping[str, Any]) -> Rope:
         for key, fixed in _LLAMA3_FIXED.items():
             if rope.get(key) != fixed:
                 raise ValueError(
-                    f"rope parameter {key}={rope.get(key)!r} is not supported: Megatron fixes it at {fixed}"
+                    f"rope parameter {key}={shown(rope.get(key))} is not supported: Megatron fixes it at {fixed}"
                 )
-    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    partial = rope.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise ValueError(f"partial_rotary_factor={partial} is not supported: only full rotary embeddings are")
-    theta, factor = float(rope["rope_theta"]), float(rope.get("factor", 1.0))
-    if theta <= 0 or factor < 1:
-        raise ValueError(f"rope_theta={theta} must be positive and rope factor={factor} at least 1")
-    return Rope(theta, kind, factor, _yarn(rope, factor, config["max_position_embeddings"]) if kind == "yarn" else None)
+    theta, factor = rope.number("rope_theta", 10000.0), rope.number("factor", 1.0, least=1.0, above=False)
+    yarn = _yarn(rope, factor, config.integer("max_position_embeddings")) if kind == "yarn" else None
+    return Rope(theta, kind, factor, yarn)
 
 
 _YARN_KEYS = {"rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings", "partial_rotary_factor"}
 _YARN_KEYS |= {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
 
 
-def _yarn(rope: Mapping[str, Any], factor: float, positions: int) -> Yarn:
+def _yarn(rope: Fields, factor: float, positions: int) -> Yarn:
     """As transformers' `_compute_yarn_parameters` reads it (modeling_rope_utils.py)."""
-    if unknown := sorted(set(rope) - _YARN_KEYS):
+    if unknown := sorted(set(rope.values) - _YARN_KEYS):
         raise ValueError(f"rope parameters {', '.join(unknown)} are not known together with YaRN: remove them")
-    attention = rope.get("attention_factor")
-    if attention is None:
-        top, bottom = rope.get("mscale"), rope.get("mscale_all_dim")
+    attention = rope.number("attention_factor", 0.0)
+    if rope.get("attention_factor") is None:
+        top, bottom = (rope.number(key, 0.0, above=False) for key in ("mscale", "mscale_all_dim"))
         attention = _mscale(factor, top) / _mscale(factor, bottom) if top and bottom else _mscale(factor, 1.0)
     if factor == 1 and attention != 1:
         raise ValueError(f"attention_factor={attention} with factor=1 is not supported: Megatron derives one from both")
     return Yarn(
-        original_positions=rope.get("original_max_position_embeddings") or positions,
-        beta_fast=float(rope.get("beta_fast") or 32),
-        beta_slow=float(rope.get("beta_slow") or 1),
-        truncate=bool(rope.get("truncate", True)),
-        attention_factor=float(attention),
+        original_positions=rope.integer("original_max_position_embeddings", default=positions),
+        beta_fast=rope.number("beta_fast", 32.0, above=False) or 32.0,
+        beta_slow=rope.number("beta_slow", 1.0, above=False) or 1.0,
+        truncate=rope.flag("truncate", True),
+        attention_factor=attention,
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from conversion.hf_files import NAMES, HFReader, read_index
+from conversion.locate import refuse_lfs_pointer
 
 INDEX, SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 
@@ -69,6 +70,7 @@ def open_hf(directory: str | Path, *, allow_pickle: bool = False) -> HFReader | 
 
 
 def _load(path: Path) -> dict[str, Tensor]:
+    refuse_lfs_pointer(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:

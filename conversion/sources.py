@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from conversion.config import HFConfig
+from conversion.locate import locate
 from conversion.mapping import hf_parts, hf_shapes, import_rows, unconsumed
 from conversion.megatron_reader import MegatronReader
 from conversion.parse import read_config
@@ -72,10 +73,8 @@ class MegatronSource:
 
 
 def open_source(directory: str | Path, hf_config: str | Path | None = None, *, allow_pickle: bool = False) -> Source:
-    """Open a directory of either kind; FileNotFoundError when it is neither, ValueError when it is damaged."""
-    directory = Path(directory)
-    if (directory / "metadata.json").is_file():
-        return MegatronSource(directory, Path(hf_config) if hf_config else None)
-    if (directory / "config.json").is_file():
-        return HFSource(directory, allow_pickle)
-    raise FileNotFoundError(f"{directory} has neither config.json (Hugging Face) nor metadata.json (Megatron)")
+    """Open a directory of either kind; errors as `locate` and the readers."""
+    kind, found = locate(directory)
+    if kind == "Megatron":
+        return MegatronSource(found, Path(hf_config) if hf_config else None)
+    return HFSource(found, allow_pickle)

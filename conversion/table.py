@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from conversion.config import HFConfig
+from conversion.fields import Fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class Rule:
         return re.compile(text)
 
 
-def _no_options(config: Mapping[str, Any]) -> dict[str, Any]:
+def _no_options(config: Fields) -> dict[str, Any]:
     return {}
 
 
@@ -51,7 +52,7 @@ class Family:
     architecture: str  # `architectures[0]` of config.json
     rules: tuple[Rule, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)  # what transformers assumes when a key is missing
-    options: Callable[[Mapping[str, Any]], dict[str, Any]] = _no_options
+    options: Callable[[Fields], dict[str, Any]] = _no_options
     ignored: tuple[str, ...] = (
         r".*\.rotary_emb\.inv_freq",
     )  # patterns of tensors that can be computed from the config

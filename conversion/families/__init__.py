@@ -9,6 +9,7 @@ from conversion.families.qwen2 import QWEN2
 from conversion.families.qwen3 import QWEN3
 from conversion.families.qwen3_moe import QWEN3_MOE
 from conversion.families.seed_oss import SEED_OSS
+from conversion.fields import shown
 from conversion.table import Family
 
 FAMILIES: dict[str, Family] = {
@@ -31,6 +32,6 @@ def find_family(architecture: str | None) -> Family:
     if architecture not in FAMILIES:
         reason = f" ({REFUSED[architecture]})" if architecture in REFUSED else ""
         raise ValueError(
-            f"architecture {architecture!r} is not supported{reason}; supported: {', '.join(sorted(FAMILIES))}"
+            f"architecture {shown(architecture)} is not supported{reason}; supported: {', '.join(sorted(FAMILIES))}"
         )
     return FAMILIES[architecture]

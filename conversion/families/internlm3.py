@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from conversion.families.llama import ATTENTION, DEFAULTS, EMBEDDINGS, MLP
+from conversion.fields import Fields
 from conversion.table import Family
 
 
-def _options(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {"qkv_bias": bool(config.get("qkv_bias", False)), "linear_bias": bool(config.get("bias", False))}
+def _options(config: Fields) -> dict[str, Any]:
+    return {"qkv_bias": config.flag("qkv_bias"), "linear_bias": config.flag("bias")}
 
 
 INTERNLM3 = Family(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+from conversion.fields import Fields
 from conversion.table import Family, Rule
 
 _HF = "model.layers.{layer}."
@@ -71,8 +71,8 @@ MLP = (
 DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 
 
-def _options(config: Mapping[str, Any]) -> dict[str, Any]:
-    attention, mlp = bool(config.get("attention_bias", False)), bool(config.get("mlp_bias", False))
+def _options(config: Fields) -> dict[str, Any]:
+    attention, mlp = config.flag("attention_bias"), config.flag("mlp_bias")
     if attention != mlp:
         raise ValueError(
             f"attention_bias={attention} with mlp_bias={mlp} is not supported: Megatron has one switch for the bias "

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from conversion.families.llama import ATTENTION, DEFAULTS, EMBEDDINGS, MLP
+from conversion.fields import Fields
 from conversion.table import Family
 
 
-def _options(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {"window": config.get("sliding_window")}
+def _options(config: Fields) -> dict[str, Any]:
+    return {"window": config.optional_integer("sliding_window")}
 
 
 MISTRAL = Family(

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from conversion.families.llama import ATTENTION, DEFAULTS, EMBEDDINGS, MLP
+from conversion.fields import Fields, shown
 from conversion.table import Family
 
 
-def sliding_window(config: Mapping[str, Any]) -> dict[str, Any]:
+def sliding_window(config: Fields) -> dict[str, Any]:
     """Window size and the layers that have it, from Qwen's four keys; `layer_types` wins when it is written out."""
-    if not config.get("use_sliding_window", False) or config.get("sliding_window") is None:
+    window = config.optional_integer("sliding_window")
+    if not config.flag("use_sliding_window") or window is None:
         return {}
-    layers = config["num_hidden_layers"]
-    types = config.get("layer_types") or [
-        "sliding_attention" if layer >= config.get("max_window_layers", 28) else "full_attention"
-        for layer in range(layers)
+    layers = config.integer("num_hidden_layers")
+    first = config.integer("max_window_layers", least=0, default=28)
+    types = config.strings("layer_types") or [
+        "sliding_attention" if layer >= first else "full_attention" for layer in range(layers)
     ]
     if len(types) != layers or not set(types) <= {"sliding_attention", "full_attention"}:
         raise ValueError(
-            f"layer_types={types} must name sliding_attention or full_attention for each of {layers} layers"
+            f"layer_types={shown(types)} must name sliding_attention or full_attention for each of {layers} layers"
         )
     windowed = tuple(kind == "sliding_attention" for kind in types)
-    return {"window": config["sliding_window"], "window_layers": windowed} if any(windowed) else {}
+    return {"window": window, "window_layers": windowed} if any(windowed) else {}
 
 
-def _options(config: Mapping[str, Any]) -> dict[str, Any]:
+def _options(config: Fields) -> dict[str, Any]:
     return {"qkv_bias": True, **sliding_window(config)}
 
 

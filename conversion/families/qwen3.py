@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from conversion.families.llama import ATTENTION, DEFAULTS, EMBEDDINGS, MLP
 from conversion.families.qwen2 import sliding_window
+from conversion.fields import Fields
 from conversion.table import Family, Rule
 
 QK_NORM = (
@@ -23,9 +23,9 @@ QK_NORM = (
 )
 
 
-def qwen3_options(config: Mapping[str, Any]) -> dict[str, Any]:
+def qwen3_options(config: Fields) -> dict[str, Any]:
     """QK-norm, and no attention bias: Megatron cannot have one on the output projection without an MLP bias."""
-    if config.get("attention_bias", False):
+    if config.flag("attention_bias"):
         raise ValueError("attention_bias=True is not supported for Qwen3: Megatron ties the output bias to an MLP bias")
     return {"qk_norm": True, **sliding_window(config)}
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from conversion.config import Experts
 from conversion.families.llama import ATTENTION, DEFAULTS, EMBEDDINGS
 from conversion.families.qwen3 import QK_NORM, qwen3_options
+from conversion.fields import Fields
 from conversion.table import Family, Rule
 
 _HF = "model.layers.{layer}.mlp."
@@ -31,15 +31,15 @@ EXPERTS = (
 )
 
 
-def _options(config: Mapping[str, Any]) -> dict[str, Any]:
+def _options(config: Fields) -> dict[str, Any]:
     for key, only in (("decoder_sparse_step", 1), ("mlp_only_layers", [])):
-        if config.get(key) not in (None, only):
-            raise ValueError(f"{key}={config[key]!r} is not supported: every layer must have experts ({key}={only!r})")
+        config.only(key, only, why=f"every layer must have experts ({key}={only!r})")
     experts = Experts(
-        count=config.get("num_local_experts", config["num_experts"]),  # transformers 5 writes the first, 4 the second
-        ffn_hidden_size=config["moe_intermediate_size"],
-        top_k=config["num_experts_per_tok"],
-        normalise_top_k=bool(config["norm_topk_prob"]),
+        # transformers 5 writes the first, 4 the second
+        count=config.optional_integer("num_local_experts") or config.integer("num_experts"),
+        ffn_hidden_size=config.integer("moe_intermediate_size"),
+        top_k=config.integer("num_experts_per_tok"),
+        normalise_top_k=config.flag("norm_topk_prob"),
     )
     if not 0 < experts.top_k <= experts.count:
         raise ValueError(f"num_experts_per_tok={experts.top_k} must be between 1 and num_experts={experts.count}")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from conversion.families.llama import ATTENTION, DEFAULTS, EMBEDDINGS, MLP
+from conversion.fields import Fields
 from conversion.table import Family
 
 
-def _options(config: Mapping[str, Any]) -> dict[str, Any]:
+def _options(config: Fields) -> dict[str, Any]:
     for key in ("attention_out_bias", "mlp_bias"):
-        if config.get(key, False):
+        if config.flag(key):
             raise ValueError(f"{key}=True is not supported for Seed-OSS: no released model has it")
-    return {"qkv_bias": bool(config.get("attention_bias", True))}
+    return {"qkv_bias": config.flag("attention_bias", True)}
 
 
 SEED_OSS = Family(
