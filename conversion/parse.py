@@ -80,8 +80,8 @@ def _rope(config: Fields) -> Rope:
     kind = rope.text("rope_type", rope.text("type", "default"))
     if kind not in ("default", "linear", "dynamic", "llama3", "yarn"):
         raise ValueError(
-            f"rope_type={shown(kind)} is not supported: use default, linear, dynamic, llama3 or yarn, or remove the scaling "
-            "from config.json if sequences stay within the original length"
+            f"rope_type={shown(kind)} is not supported: use default, linear, dynamic, llama3 or yarn, or remove "
+            "the scaling from config.json if sequences stay within the original length"
         )
     if kind == "llama3":
         # GPTModel takes only the factor; the other three are constants in its RotaryEmbedding._apply_scaling.
