@@ -43,8 +43,8 @@ def read_config(hf_dir: str | Path) -> HFConfig:
 
 def parse_config(raw: Mapping[str, Any]) -> HFConfig:
     """Validate a config that was already read from JSON; raises ValueError as `read_config` does."""
-    architectures = Fields(raw).strings("architectures") or [None]
-    family = find_family(architectures[0])
+    architectures = Fields(raw).strings("architectures")
+    family = find_family(architectures[0] if architectures else None)
     given = {key: value for key, value in raw.items() if value is not None or key not in family.defaults}
     config = Fields({**family.defaults, **given})
     heads, hidden = config.integer("num_attention_heads"), config.integer("hidden_size")
