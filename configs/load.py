@@ -26,7 +26,7 @@ from configs.schema import Config
 GROUPS = ("recipe", "loss", "selection", "schedule")
 GROUP_CHOICE = tuple(f"{group}=" for group in GROUPS)
 # Keys that the schema leaves to whoever they are for, and that are checked there.
-FREE_KEYS = ("loss.", "selection.", "schedule.", "reward.params.", "advantage.params.")
+FREE_KEYS = ("loss.", "selection.", "schedule.", "reward.params.", "advantage.params.", "eval.sets.")
 _HERE = Path(__file__).parent
 _TYPE_WORDS = {
     "int": "a whole number",

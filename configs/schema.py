@@ -57,7 +57,7 @@ class DataConfig:
 
     name: str = "chain"  # "chain" | "word_problems" | "one_step_problems" (generated) | "jsonl"
     path: str | None = None  # JSONL with `problem` and `answer`, optional `id`; also .jsonl.gz
-    eval_path: str | None = None  # held-out JSONL; None: generated or split off
+    eval_path: Any = None  # held-out problems: a file or a list of files, a set each; None: generated or split off
     template: str = "{problem}"  # "{problem}" is replaced; "chat": the tokenizer's chat template
     max_prompt_tokens: int = 512  # longer prompts are dropped and counted
 
@@ -189,12 +189,16 @@ class ParallelConfig:
 @dataclass
 class EvalConfig:
     every: int = 0  # rollout steps between evaluations, besides before and after; 0: only those two
-    problems: int = 128
+    suite: list[str] = field(default_factory=list)  # suites and benchmarks of recipes/data/suites.py, own protocols
+    data_dir: str | None = None  # directory with the files of the suites' benchmarks
+    problems: int = 128  # of each set of data.eval_path, or generated; suites are evaluated whole
     n: int = 8  # samples per problem
-    k: list[int] = field(default_factory=lambda: [1, 8])  # pass@k
+    k: list[int] = field(default_factory=lambda: [1, 8])  # pass@k and maj@k
     max_tokens: int | None = None  # of a response; None: rollout.max_tokens
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0  # the most probable tokens that are sampled from; 0: all
+    sets: dict[str, Any] = field(default_factory=dict)  # of one set, or all: {math500: {n: 4, every: 100}}
 
 
 @dataclass

@@ -26,6 +26,7 @@ from megatron_ext.rl.losses import build_loss
 from megatron_ext.rl.schedules import Controller, build_controller
 from megatron_ext.rl.selection import Selection, build_selection
 from megatron_ext.rl.types import Sample
+from recipes.data.evalsets import due_sets
 from recipes.launch import launch
 from recipes.loop.advantages import assign_advantages, update_critic
 from recipes.loop.batch import aggregation_weights, make_batch, positive_nll_weights, select, split
@@ -64,7 +65,7 @@ def train(config: Config, model_dir: Path) -> None:
                 metrics.learner(learner, critic)
                 state |= {"step": step + 1, "position": record["position"]}
                 last = step + 1 == config.train.steps
-                if last or (config.eval.every and (step + 1) % config.eval.every == 0):
+                if due_sets(config, step + 1):
                     with metrics.clock("eval"):
                         run.evaluated(stream.evaluate(step + 1))
                 stopping = stream.agree(stop.requested)

@@ -51,6 +51,7 @@ class Sample:
     group: int  # index of the prompt within the step; samples of one group share a prompt
     seq_id: int  # unique within the run; keys counter-based random numbers
     text: str = ""  # decoded response, for the report only
+    answer: str | None = None  # final answer as the verifier read it, for votes and reports
     reward: float = 0.0
     correct: bool = False
     status: str = "ok"  # "ok" | "timeout" | "crash" | "invalid", from the reward worker

@@ -18,6 +18,7 @@ from megatron_ext.rl.schedules import build_controller
 from megatron_ext.rl.selection import build_selection
 from megatron_ext.rl.value import check_gae
 from recipes.checks import fp8, rollout
+from recipes.data.evalsets import check_sets, eval_paths
 from recipes.data.sources import GENERATORS
 from recipes.rewards.verifiers import VERIFIERS
 
@@ -100,8 +101,13 @@ def _check_sizes(c: Config) -> None:
     if c.run.peak_tflops is not None and not c.run.peak_tflops > 0:
         raise ValueError(f"run.peak_tflops={c.run.peak_tflops} must be above 0; null looks it up by the GPU's name")
     _check_refills(c)
+    _check_evaluation(c)
+
+
+def _check_evaluation(c: Config) -> None:
     if bad := [k for k in c.eval.k if not 1 <= k <= c.eval.n]:
         raise ValueError(f"eval.k={c.eval.k}: pass@{bad[0]} needs eval.n >= {bad[0]}, not {c.eval.n}")
+    check_sets(c)
 
 
 def _check_refills(c: Config) -> None:
@@ -153,9 +159,12 @@ def _check_files(c: Config) -> None:
         raise ValueError(
             f"reference.path={c.reference.path}: no config.json there; give a Hugging Face model directory"
         )
-    for key, path in (("data.path", c.data.path), ("data.eval_path", c.data.eval_path)):
-        if path is not None and not Path(path).is_file():
-            raise ValueError(f"{key}={path}: no such file; give a JSONL file with problem and answer per line")
+    given = [("data.path", c.data.path), *(("data.eval_path", path) for path in eval_paths(c))]
+    for key, path in given:
+        if path is not None and not Path(path).exists():
+            raise ValueError(
+                f"{key}={path}: no such file; give JSONL or Parquet with problem and answer (docs/data.md)"
+            )
     if c.data.path is None:
         _check_data_name(c.data.name)
 

@@ -52,7 +52,7 @@ def make_source(
     name: str,
     *,
     path: str | Path | None = None,
-    eval_path: str | Path | None = None,
+    eval_path: str | Path | Sequence[str | Path] | None = None,
     seed: int = 0,
     tokenizer: Any = None,
     template: str = "{problem}",
@@ -64,7 +64,7 @@ def make_source(
         name: ``chain`` or ``word_problems`` (generated), ``jsonl`` or ``gsm8k`` (both need ``path``), or a data set
             of the Hugging Face hub as ``owner/name``, which needs the ``datasets`` package.
         path: JSONL or .jsonl.gz with ``problem`` and ``answer`` per line; takes the place of generated problems.
-        eval_path: the same for held-out problems. None: a sixteenth of the texts of ``path``, by hash.
+        eval_path: held-out problems, a file or several. None: a sixteenth of the texts of ``path``, by hash.
         seed: order of training problems; the split does not depend on it.
         tokenizer, template, max_prompt_tokens: with a limit, longer prompts are dropped and counted.
 
@@ -86,7 +86,10 @@ def make_source(
         raise ValueError(
             f"data.name={name!r} is unknown: use {', '.join(GENERATORS)}, jsonl or gsm8k with data.path, or owner/name"
         )
-    heldout = read_problems(eval_path, dropped) if eval_path is not None else None
+    heldout = None
+    if eval_path is not None:
+        paths = [eval_path] if isinstance(eval_path, (str, Path)) else eval_path
+        heldout = [problem for file in paths for problem in read_problems(file, dropped)]
     source = FileSource(rows, heldout, seed=seed, fits=fits, label=str(path or name))
     source.dropped.update(dropped)
     return source

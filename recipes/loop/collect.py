@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from conversion.hf_files import HFReader
 from megatron_ext.rl.advantages import informative_groups
 from megatron_ext.rl.types import Problem, Rollout, Sample
 from recipes.cluster.attempt import LATEST, LOGS
-from recipes.data.sources import encode_prompt, make_source
-from recipes.loop.estimators import summarise
+from recipes.data.evalsets import EvalSet, due_sets, load_sets
+from recipes.data.sources import ProblemSource, encode_prompt, make_source
+from recipes.data.suites import Protocol
+from recipes.loop.evaluation import Answered, Progress, answer_set, set_metrics
 from recipes.loop.journal import encode_group
-from recipes.rewards import RewardItem, make_scorer
+from recipes.rewards import RewardItem, Scorer, make_scorer
 from recipes.rollout.engine import RolloutEngine, Sampling, request_seed
 from recipes.rollout.make import make_engine
 
@@ -33,25 +36,11 @@ class Collector:
 
     def __init__(self, config: Config, model_dir: Path, run_dir: Path) -> None:
         self.config = config
-        data, reward, rollout = config.data, config.reward, config.rollout
+        rollout = config.rollout
         self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        self.source = make_source(
-            data.name,
-            path=data.path,
-            eval_path=data.eval_path,
-            seed=config.seed,
-            tokenizer=self.tokenizer,
-            template=data.template,
-            max_prompt_tokens=data.max_prompt_tokens,
-        )
-        self.scorer = make_scorer(
-            reward.name,
-            dict(reward.params),
-            workers=reward.workers,
-            timeout_s=reward.timeout_s,
-            memory_mb=reward.memory_mb,
-            failure_score=reward.failure_score,
-        )
+        self._scorers: dict[str, Scorer] = {}  # by reward and its parameters
+        self._scorers_lock = threading.Lock()
+        self.scorer = self._scorer_for(config.reward.name, dict(config.reward.params))
         self.engine: RolloutEngine = make_engine(rollout, model_dir, run_dir / LOGS / LATEST)
         self.sampling = Sampling(
             max_tokens=rollout.max_tokens,
@@ -62,6 +51,35 @@ class Collector:
         self._executor = ThreadPoolExecutor(1 + rollout.max_staleness, thread_name_prefix="rollouts")
         self._pending: dict[int, Future[dict[str, Any]]] = {}  # by step
         self._text = threading.Lock()  # batches share the tokenizer
+
+    @cached_property
+    def source(self) -> ProblemSource:
+        """Training problems; read when they are first asked for."""
+        data = self.config.data
+        return make_source(
+            data.name,
+            path=data.path,
+            eval_path=data.eval_path,
+            seed=self.config.seed,
+            tokenizer=self.tokenizer,
+            template=data.template,
+            max_prompt_tokens=data.max_prompt_tokens,
+        )
+
+    def _scorer_for(self, name: str, params: dict[str, Any]) -> Scorer:
+        reward = self.config.reward
+        with self._scorers_lock:
+            key = repr((name, sorted(params.items())))
+            if key not in self._scorers:
+                self._scorers[key] = make_scorer(
+                    name,
+                    params,
+                    workers=reward.workers,
+                    timeout_s=reward.timeout_s,
+                    memory_mb=reward.memory_mb,
+                    failure_score=reward.failure_score,
+                )
+            return self._scorers[key]
 
     # --- training batches -----------------------------------------------------------------------------------------
 
@@ -119,20 +137,38 @@ class Collector:
             "counters": dict(self.engine.counters),
         }
 
-    def _generate(self, problems: Sequence[Problem], n: int, sampling: Sampling, key: tuple[Any, ...]) -> list[Rollout]:
+    def _generate(
+        self,
+        problems: Sequence[Problem],
+        n: int,
+        sampling: Sampling,
+        key: tuple[Any, ...],
+        *,
+        template: str | None = None,
+        positions: Sequence[int] | None = None,
+    ) -> list[Rollout]:
+        """``positions`` of the problems, within what ``key`` names, decide on their seeds; default: 0, 1, 2, ..."""
         with self._text:
-            prompts = [encode_prompt(self.tokenizer, problem, self.config.data.template) for problem in problems]
-        seeds = [_seed(self.config.seed, *key, index) for index in range(len(prompts))]
+            prompts = [encode_prompt(self.tokenizer, p, template or self.config.data.template) for p in problems]
+        places = range(len(prompts)) if positions is None else positions
+        seeds = [_seed(self.config.seed, *key, place) for place in places]
         return self.engine.generate(prompts, n=n, sampling=sampling, seeds=seeds)
 
-    def _judge(self, problems: Sequence[Problem], rollouts: Sequence[Rollout], n: int, step: int) -> list[Sample]:
+    def _judge(
+        self,
+        problems: Sequence[Problem],
+        rollouts: Sequence[Rollout],
+        n: int,
+        step: int,
+        scorer: Scorer | None = None,
+    ) -> list[Sample]:
         with self._text:
             texts = [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
         items = [
             RewardItem(text, problems[i // n].answer, rollout.finish_reason == "length", key=_seed(step, i))
             for i, (text, rollout) in enumerate(zip(texts, rollouts, strict=True))
         ]
-        results = self.scorer.score(items)  # one batch at a time, by itself
+        results = (scorer or self.scorer).score(items)  # one batch at a time, by itself
         return [
             Sample(
                 rollout,
@@ -140,6 +176,7 @@ class Collector:
                 group=i // n,
                 seq_id=i,
                 text=texts[i],
+                answer=result.answer,
                 reward=result.score,
                 correct=result.correct,
                 status=result.status,
@@ -149,27 +186,55 @@ class Collector:
 
     # --- evaluation -----------------------------------------------------------------------------------------------
 
-    def evaluate(self, step: int) -> dict[str, Any]:
-        """avg@n and pass@k on the held-out problems with the engine's weights; the seeds do not depend on the step."""
-        config = self.config
-        problems = self.source.heldout(config.eval.problems)
+    @cached_property
+    def sets(self) -> list[EvalSet]:
+        """What is evaluated; read when it is first asked for."""
+        return load_sets(self.config, self.tokenizer, lambda n: self.source.heldout(n))
+
+    @property
+    def slots(self) -> int:
+        """Responses that the engine decodes or has queued at a time."""
+        rollout = self.config.rollout
+        servers = len(getattr(self.engine, "servers", ()))
+        return rollout.max_num_seqs * 2 * servers if servers else rollout.max_num_seqs
+
+    @property
+    def concurrent(self) -> bool:
+        """Whether several `respond` calls at a time make the engine faster: servers, yes; in this process, no."""
+        return bool(getattr(self.engine, "servers", ()))
+
+    def respond(self, name: str, problems: Sequence[tuple[int, Problem]], protocol: Protocol) -> list[list[Sample]]:
+        """Judged samples of problems of the set ``name``. The seeds depend on positions in the set, not on the step."""
         sampling = Sampling(
-            max_tokens=config.eval.max_tokens or config.rollout.max_tokens,
-            temperature=config.eval.temperature,
-            top_p=config.eval.top_p,
+            max_tokens=protocol.max_tokens,
+            temperature=protocol.temperature,
+            top_p=protocol.top_p,
+            top_k=protocol.top_k,
             allow_off_policy_sampling=True,
         )
-        n = config.eval.n
-        rollouts = self._generate(problems, n, sampling, ("eval",))
-        samples = self._judge(problems, rollouts, n, step)
-        outcomes = [[s.correct for s in samples[i * n : (i + 1) * n]] for i in range(len(problems))]
-        estimates = summarise(outcomes, config.eval.k)
+        key = ("eval",) if name == self.config.data.name else ("eval", name)
+        texts, n = [problem for _, problem in problems], protocol.n
+        positions = [position for position, _ in problems]
+        rollouts = self._generate(texts, n, sampling, key, template=protocol.template, positions=positions)
+        samples = self._judge(texts, rollouts, n, 0, self._scorer_for(protocol.reward, protocol.reward_params))
+        return [samples[i * n : (i + 1) * n] for i in range(len(texts))]
+
+    def evaluate(self, step: int) -> dict[str, Any]:
+        """The sets that are due after ``step``, with the engine's weights: avg@n, pass@k, maj@k and counts."""
         metrics: dict[str, float] = {}
-        for name, estimate in estimates.items():
-            metrics[f"{config.data.name}/{name}"] = estimate.mean
-            metrics[f"{config.data.name}/{name}/low"] = estimate.low
-            metrics[f"{config.data.name}/{name}/high"] = estimate.high
-        return {"kind": "eval", "step": step, "metrics": metrics}
+        counts: dict[str, Any] = {}
+        due = due_sets(self.config, step)
+        for evaluated in self.sets:
+            if evaluated.name not in due:
+                continue
+            answered: list[Answered] = []
+            progress = Progress(evaluated.name, len(evaluated.problems), 0, lambda line: print(line, flush=True))
+            for part in answer_set(self, evaluated):
+                progress.add(part)
+                answered += part
+            metrics |= set_metrics(evaluated, answered)
+            counts[evaluated.name] = evaluated.counts
+        return {"kind": "eval", "step": step, "metrics": metrics, "counts": counts}
 
     def serve(self, model_dir: Path) -> None:
         """Give servers that run already the weights in ``model_dir``, as version 0: they may hold any others."""
@@ -185,7 +250,8 @@ class Collector:
             future.cancel()
         self.engine.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
-        self.scorer.close()
+        for scorer in self._scorers.values():
+            scorer.close()
 
 
 def _seed(*key: object) -> int:

@@ -1,4 +1,4 @@
-"""Estimators of accuracy from n samples per problem: avg@k, pass@k and their uncertainty."""
+"""Estimators of accuracy from n samples per problem: avg@k, pass@k, maj@k and their uncertainty. Pure."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from math import comb
 import numpy as np
 
 Outcomes = Sequence[Sequence[bool]]  # [problem][sample]: was the sample correct?
+Answers = Sequence[Sequence[str | None]]  # [problem][sample]: the answer that was read, None for none
+MAJORITY_DRAWS = 400  # random subsets for maj@k with k < n
 
 
 def avg_at_k(outcomes: Outcomes) -> list[float]:
@@ -29,13 +31,48 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1 - comb(n - c, k) / comb(n, k)
 
 
+def maj_at_k(correct: Sequence[bool], answers: Sequence[str | None], k: int, *, seed: int = 0) -> float:
+    """Probability that the most frequent answer among k of n samples is right (self-consistency, Wang et al. 2022).
+
+    Correct samples vote for one answer, however they write it; wrong ones for their text; samples without an answer
+    do not vote. A tie is broken at random, so it counts with the share of the right answer. Exact for k = n and k = 1,
+    else the mean over `MAJORITY_DRAWS` subsets drawn without replacement.
+    """
+    n = len(correct)
+    if not 1 <= k <= n or len(answers) != n:
+        raise ValueError(f"maj@{k} of {n} samples with {len(answers)} answers is undefined: it needs 1 <= k <= n")
+    if k == 1:
+        return sum(correct) / n
+    wrong = {text: label for label, text in enumerate(dict.fromkeys(answers), start=1)}
+    votes = np.array(
+        [0 if right else -1 if text is None else wrong[text] for right, text in zip(correct, answers, strict=True)]
+    )
+    if k == n:
+        return _majority(votes)
+    rng = np.random.default_rng(seed)
+    return float(np.mean([_majority(rng.permutation(votes)[:k]) for _ in range(MAJORITY_DRAWS)]))
+
+
+def _majority(votes: np.ndarray) -> float:
+    """Chance that class 0 wins; -1 abstains."""
+    counts = np.bincount(votes[votes >= 0], minlength=1)
+    most = counts.max(initial=0)
+    return float(counts[0] == most) / int((counts == most).sum()) if most else 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over problems with a bootstrap interval."""
+    """A mean over problems with bootstrap intervals.
+
+    ``low`` to ``high``: with other problems of the same kind. ``seed_low`` to ``seed_high``: with other samples of the
+    same problems (another seed); None where resampling n samples is biased (pass@k with k > n/2, maj@k).
+    """
 
     mean: float
     low: float
     high: float
+    seed_low: float | None = None
+    seed_high: float | None = None
 
 
 def bootstrap_interval(
@@ -62,8 +99,32 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def summarise(outcomes: Outcomes, ks: Sequence[int], *, seed: int = 0) -> dict[str, Estimate]:
-    """``avg@n`` and ``pass@k`` for every k in ``ks``, each with its 95 % interval over problems.
+def seed_interval(
+    correct: Sequence[int],
+    n: int,
+    k: int,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Interval of pass@k (k = 1: avg@n) under other samples of the same problems.
+
+    ``correct``: correct samples of each problem, of n. Each resample draws n samples of every problem with replacement,
+    that is a binomial number of correct ones.
+    """
+    table = np.array([pass_at_k(n, c, k) for c in range(n + 1)])
+    shares = np.asarray(correct, dtype=np.float64) / n
+    drawn = np.random.default_rng(seed).binomial(n, shares, size=(resamples, len(shares)))
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(table[drawn].mean(axis=1), [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def summarise(
+    outcomes: Outcomes, ks: Sequence[int], *, answers: Answers | None = None, seed: int = 0
+) -> dict[str, Estimate]:
+    """``avg@n``, ``pass@k`` and, with ``answers``, ``maj@k`` for every k > 1 in ``ks``; 95 % intervals.
 
     All problems must have the same number n of samples, and every k at most n.
     """
@@ -71,10 +132,20 @@ def summarise(outcomes: Outcomes, ks: Sequence[int], *, seed: int = 0) -> dict[s
     if len(counts) != 1:
         raise ValueError(f"all problems need the same number of samples, got {sorted(counts)}")
     n = counts.pop()
+    correct = [sum(samples) for samples in outcomes]
     per_problem = {f"avg@{n}": avg_at_k(outcomes)}
     for k in ks:
-        per_problem[f"pass@{k}"] = [pass_at_k(n, sum(samples), k) for samples in outcomes]
+        per_problem[f"pass@{k}"] = [pass_at_k(n, c, k) for c in correct]
+    if answers is not None:
+        for k in (k for k in ks if k > 1):
+            pairs = zip(outcomes, answers, strict=True)
+            per_problem[f"maj@{k}"] = [maj_at_k(a, b, k, seed=seed + i) for i, (a, b) in enumerate(pairs)]
+    resampled = {f"avg@{n}": 1} | {f"pass@{k}": k for k in ks if 2 * k <= n or k == 1}
     return {
-        name: Estimate(float(np.mean(values)), *bootstrap_interval(values, seed=seed))
+        name: Estimate(
+            float(np.mean(values)),
+            *bootstrap_interval(values, seed=seed),
+            *(seed_interval(correct, n, resampled[name], seed=seed) if name in resampled else ()),
+        )
         for name, values in per_problem.items()
     }

@@ -114,7 +114,8 @@ class RunDir:
         if not metrics or not self._first:
             return
         (self._before if before else self._val).update(metrics)
-        shown = "  ".join(f"{k} {v:.3f}" for k, v in metrics.items() if not k.endswith(("/low", "/high")))
+        hidden = ("/low", "/high", "/problems", "/truncated")
+        shown = "  ".join(f"{k} {v:.3f}" for k, v in metrics.items() if not k.endswith(hidden))
         self.say(f"{'before training' if before else 'evaluation'}: {shown}")
 
     def log(self, metrics: StepMetrics, samples: list[Sample], record: Mapping[str, Any]) -> None:

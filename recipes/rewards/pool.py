@@ -120,12 +120,12 @@ class Worker:
         request = json.dumps([item.text, item.gold, item.truncated, item.key]).encode() + b"\n"
         answer = self._exchange(request, timeout_s)
         self.served += 1
-        if not (isinstance(answer, list) and len(answer) == 3):
+        if not (isinstance(answer, list) and len(answer) == 4):
             raise WorkerDied("malformed answer")
-        score, correct, status = answer
+        score, correct, status, read = answer
         if not isinstance(score, (int, float)) or not math.isfinite(score) or status not in _STATUSES:
             raise WorkerDied("malformed answer")
-        return RewardResult(float(score), bool(correct), status)
+        return RewardResult(float(score), bool(correct), status, read if isinstance(read, str) else None)
 
     def kill(self) -> None:
         """SIGKILL to the whole process group. May be called twice."""

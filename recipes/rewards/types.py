@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 OK, TIMEOUT, CRASH, INVALID = "ok", "timeout", "crash", "invalid"
+MAX_ANSWER_CHARS = 200  # of an answer that is reported
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class RewardResult:
     score: float
     correct: bool
     status: str = OK
+    answer: str | None = None  # the final answer as it was read, at most `MAX_ANSWER_CHARS` of it
 
 
 class Verifier(Protocol):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from recipes.rewards.types import RewardItem, RewardResult, Verifier
+from recipes.rewards.types import MAX_ANSWER_CHARS, OK, RewardItem, RewardResult, Verifier
 
 # ------------------------------------------------------------------------------------------------------ extraction
 
@@ -102,7 +102,7 @@ class FinalAnswer:
     def __call__(self, item: RewardItem) -> RewardResult:
         answer = self.extract(item.text)
         correct = answer is not None and normalise_answer(answer) == normalise_answer(item.gold) != ""
-        return RewardResult(float(correct), correct)
+        return RewardResult(float(correct), correct, OK, answer and answer[:MAX_ANSWER_CHARS])
 
     def extract(self, text: str) -> str | None:
         """The final answer as written, None when there is none."""
@@ -141,7 +141,7 @@ class Math:
             correct = math_equal(item.text[-self.max_text_chars :], item.gold, extract=True)
         else:
             correct = 0 < len(answer) <= self.max_answer_chars and math_equal(answer, item.gold)
-        return RewardResult(float(correct), correct)
+        return RewardResult(float(correct), correct, OK, answer and answer[:MAX_ANSWER_CHARS])
 
 
 def math_equal(answer: str, gold: str, *, extract: bool = False) -> bool:
@@ -190,11 +190,11 @@ class Format:
         object.__setattr__(self, "_judge", make_verifier(self.judge, **self.judge_params))
 
     def __call__(self, item: RewardItem) -> RewardResult:
-        correct = self._judge(item).correct
+        judged = self._judge(item)
         formatted = re.fullmatch(self.pattern, item.text, re.DOTALL) is not None
-        if correct:
-            return RewardResult(1.0 if formatted else 0.0, True)
-        return RewardResult(-1.0 if item.truncated and not formatted else -0.1, False)
+        if judged.correct:
+            return RewardResult(1.0 if formatted else 0.0, True, OK, judged.answer)
+        return RewardResult(-1.0 if item.truncated and not formatted else -0.1, False, OK, judged.answer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,7 +230,8 @@ class Random:
             score = float(rng.random() < self.p)
         else:
             score = rng.gauss(0.0, 1.0) if self.distribution == "normal" else rng.random()
-        return RewardResult(score, self._judge(item).correct)
+        judged = self._judge(item)
+        return RewardResult(score, judged.correct, judged.status, judged.answer)
 
 
 VERIFIERS: dict[str, Callable[..., Verifier]] = {

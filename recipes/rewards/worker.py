@@ -1,7 +1,7 @@
 """A reward worker process: JSON lines in, JSON lines out, started and killed by `recipes.rewards.pool`.
 
-One request ``[text, gold, truncated, key]`` per line, one answer ``[score, correct, status]`` per line. The first
-line written says that the worker is ready, or why it is not.
+One request ``[text, gold, truncated, key]`` per line, one answer ``[score, correct, status, answer]`` per line. The
+first line written says that the worker is ready, or why it is not.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import io
 import json
 import os
 import sys
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from recipes.rewards import sandbox
 from recipes.rewards.types import INVALID, RewardItem, Verifier
@@ -42,9 +42,9 @@ def serve(verifier: Verifier, *, timeout_s: float, memory_mb: int, pipes: tuple[
         text, gold, truncated, key = json.loads(line)
         try:
             result = verifier(RewardItem(text=text, gold=gold, truncated=truncated, key=key))
-            answer = [result.score, result.correct, result.status]
+            answer: list[Any] = [result.score, result.correct, result.status, result.answer]
         except Exception:  # a verifier that trips over strange text is an answer, not a crash
-            answer = [0.0, False, INVALID]
+            answer = [0.0, False, INVALID, None]
         _write(answers, answer)
 
 

@@ -25,15 +25,17 @@ class Sampling:
     """How responses are drawn.
 
     The model's own end-of-sequence tokens (``eos_token_id`` of config.json and generation_config.json) always stop;
-    ``stop_token_ids`` adds to them. ``temperature`` 0 is greedy.
+    ``stop_token_ids`` adds to them. ``temperature`` 0 is greedy; ``top_k`` 0 samples from all tokens.
 
-    Raises ValueError for temperature or top_p other than 1 without ``allow_off_policy_sampling``: the policy-gradient
-    ratio would compare two different distributions. Evaluation, and training with mismatch correction, pass it.
+    Raises ValueError for temperature or top_p other than 1, or top_k, without ``allow_off_policy_sampling``: the
+    policy-gradient ratio would compare two different distributions. Evaluation, and training with mismatch correction,
+    pass it.
     """
 
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
     stop_token_ids: tuple[int, ...] = ()
     allow_off_policy_sampling: bool = False
 
@@ -42,7 +44,9 @@ class Sampling:
             raise ValueError(f"max_tokens={self.max_tokens}: at least one token must be generated, set it to 1 or more")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"temperature={self.temperature}, top_p={self.top_p}: give >= 0 and a share in (0, 1]")
-        if (self.temperature, self.top_p) != (1.0, 1.0) and not self.allow_off_policy_sampling:
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k}: give a number of tokens, or 0 for all")
+        if (self.temperature, self.top_p, self.top_k) != (1.0, 1.0, 0) and not self.allow_off_policy_sampling:
             raise ValueError(
                 f"temperature={self.temperature}, top_p={self.top_p}: sampling for training needs temperature 1 and "
                 "top_p 1, else rollouts come from another distribution than the learner's; set both to 1, or pass "

@@ -193,12 +193,15 @@ def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor,
 
     Returns:
         tokens (rows,) int64, and their log-probabilities (rows,) float32 in nats under the distribution they were drawn
-        from: after temperature and top-p; of the model itself for greedy decoding, as vLLM reports them.
+        from: after temperature, top-k and top-p; of the model itself for greedy decoding, as vLLM reports them.
     """
     if sampling.temperature == 0:
         tokens = logits.argmax(-1)
         return tokens, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
     logprobs = (logits / sampling.temperature).log_softmax(-1)
+    if 0 < sampling.top_k < logits.shape[-1]:
+        least = logprobs.topk(sampling.top_k, dim=-1).values[:, -1:]  # ties with the last one are kept, as in vLLM
+        logprobs = logprobs.masked_fill(logprobs < least, -torch.inf).log_softmax(-1)
     if sampling.top_p < 1:
         ordered, order = logprobs.exp().sort(-1, descending=True)
         beyond = ordered.cumsum(-1) - ordered >= sampling.top_p  # the token that crosses top_p is kept

@@ -20,6 +20,7 @@ from megatron_ext.rl.types import Problem, Rollout, Sample
 from recipes import plan
 from recipes.checks.model import check_model
 from recipes.checks.settings import PLACEHOLDER, load_checked
+from recipes.data.evalsets import protocols
 from recipes.loop.collect import Collector
 from recipes.rollout.engine import Sampling
 
@@ -310,11 +311,6 @@ def test_the_scripts_dynamic_sampling(every: int, asked: list[tuple[int, int]], 
     assert record["position"] == asked[-1][0] + 256  # problems that were dropped do not come again
 
 
-def test_evaluation_has_its_own_length(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    collector = DynamicSampling(load("ce_gppo/ce_gppo"), 1)
-    monkeypatch.setattr(collector, "heldout", lambda n: collector.problems(0, 2), raising=False)
-    generate = collector._generate
-    monkeypatch.setattr(collector, "_generate", lambda *a: seen.append(a[2]) or generate(*a))
-    collector.evaluate(step=0)
-    assert [sampling.max_tokens for sampling in seen] == [32768]
+def test_evaluation_has_its_own_length(load: Load) -> None:
+    (protocol,) = protocols(load("ce_gppo/ce_gppo")).values()
+    assert (protocol.max_tokens, protocol.n, protocol.temperature, protocol.top_p) == (32768, 32, 0.6, 0.95)

@@ -123,6 +123,7 @@ def request_body(
         "max_tokens": max_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
         "logprobs": 0,  # of the sampled token only
         # End-of-sequence ids are sent as stop tokens: the server would read them from other files than we do.
         "ignore_eos": True,

@@ -1,0 +1,132 @@
+"""Samples n responses per problem of a set and has them judged: many requests in flight, results as they finish."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Protocol as Interface
+
+from megatron_ext.rl.types import Problem, Sample
+from recipes.data.evalsets import EvalSet
+from recipes.data.suites import Protocol
+from recipes.loop.estimators import Estimate, summarise
+from recipes.rewards.verifiers import normalise_answer
+
+THREADS = 16  # chunks in flight; each waits for its slowest response
+
+
+class Respondent(Interface):
+    """Who generates and judges: `recipes.loop.collect.Collector`."""
+
+    @property
+    def slots(self) -> int:
+        """Responses that the engine works on at a time."""
+        ...
+
+    @property
+    def concurrent(self) -> bool:
+        """Whether several calls at a time make it faster."""
+        ...
+
+    def respond(self, name: str, problems: Sequence[tuple[int, Problem]], protocol: Protocol) -> list[list[Sample]]:
+        """``n`` judged samples per (position in the set, problem)."""
+        ...
+
+
+@dataclass
+class Answered:
+    """The judged samples of one problem."""
+
+    position: int  # in the set
+    problem: Problem
+    samples: list[Sample]
+
+
+def answer_set(
+    respondent: Respondent, evaluated: EvalSet, skip: Callable[[int], bool] = lambda position: False
+) -> Iterator[list[Answered]]:
+    """Yield answered problems in groups, as they finish, until all of the set are; ``skip``: positions done before."""
+    todo = [item for item in enumerate(evaluated.problems) if not skip(item[0])]
+    chunk, threads = _chunks(respondent, evaluated.protocol.n)
+    chunks = iter([todo[start : start + chunk] for start in range(0, len(todo), chunk)])
+    running: dict[Future[list[list[Sample]]], list[tuple[int, Problem]]] = {}
+    executor = ThreadPoolExecutor(threads, thread_name_prefix="evaluation")
+    try:
+        while True:
+            while len(running) < threads and (part := next(chunks, None)):
+                running[executor.submit(respondent.respond, evaluated.name, part, evaluated.protocol)] = part
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                part = running.pop(future)
+                yield [
+                    Answered(position, problem, samples)
+                    for (position, problem), samples in zip(part, future.result(), strict=True)
+                ]
+    finally:
+        executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _chunks(respondent: Respondent, n: int) -> tuple[int, int]:
+    """(problems per call, calls at a time) that keep the engine full."""
+    at_a_time = max(1, -(-respondent.slots // n))
+    if not respondent.concurrent:
+        return at_a_time, 1
+    threads = min(THREADS, at_a_time)
+    return -(-at_a_time // threads), threads
+
+
+def estimate(
+    correct: Sequence[Sequence[bool]], answers: Sequence[Sequence[str | None]], ks: Sequence[int]
+) -> dict[str, Estimate]:
+    """avg@n, pass@k and, where answers were read at all, maj@k. Both arguments are [problem][sample]."""
+    read = any(answer for of_problem in answers for answer in of_problem)
+    votes = [[answer and normalise_answer(answer) for answer in of_problem] for of_problem in answers]
+    return summarise(correct, ks, answers=votes if read else None)
+
+
+def flat_metrics(name: str, estimates: dict[str, Estimate], problems: int, truncated: float) -> dict[str, float]:
+    """``<set>/<estimate>`` with the ends of its interval over problems, and what it is based on.
+
+    ``truncated``: share of the responses that hit the length limit.
+    """
+    flat: dict[str, float] = {}
+    for label, e in estimates.items():
+        flat |= {f"{name}/{label}": e.mean, f"{name}/{label}/low": e.low, f"{name}/{label}/high": e.high}
+    return flat | {f"{name}/problems": float(problems), f"{name}/truncated": truncated}
+
+
+def set_metrics(evaluated: EvalSet, answered: Sequence[Answered]) -> dict[str, float]:
+    """`flat_metrics` of a set whose problems are all answered."""
+    ordered = sorted(answered, key=lambda item: item.position)
+    correct = [[sample.correct for sample in item.samples] for item in ordered]
+    answers = [[sample.answer for sample in item.samples] for item in ordered]
+    cut = [sample.rollout.finish_reason == "length" for item in ordered for sample in item.samples]
+    estimates = estimate(correct, answers, evaluated.protocol.k)
+    return flat_metrics(evaluated.name, estimates, len(ordered), sum(cut) / len(cut))
+
+
+class Progress:
+    """Says, now and then, how far an evaluation is: problems, samples, tokens a second, time left."""
+
+    def __init__(self, name: str, total: int, done: int, say: Callable[[str], None], every_s: float = 10.0) -> None:
+        self._name, self._total, self._done, self._say, self._every_s = name, total, done, say, every_s
+        self._begun = self._said = time.monotonic()
+        self._new = self._tokens = 0
+
+    def add(self, answered: Sequence[Answered]) -> None:
+        """Count what finished, and print a line when the last one is old."""
+        self._new += len(answered)
+        self._tokens += sum(len(sample.rollout.response_ids) for item in answered for sample in item.samples)
+        now = time.monotonic()
+        if now - self._said < self._every_s or self._done + self._new >= self._total:
+            return
+        self._said = now
+        elapsed = now - self._begun
+        left = (self._total - self._done - self._new) * elapsed / self._new
+        self._say(
+            f"{self._name}: {self._done + self._new}/{self._total} problems  {self._tokens / elapsed:.0f} tok/s  "
+            f"{left / 60:.1f} min left"
+        )
