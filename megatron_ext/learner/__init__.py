@@ -1,4 +1,4 @@
-"""The only room that imports Megatron-Core. Importing it on a machine without a GPU prepares Megatron for the CPU."""
+"""The only package that imports Megatron-Core. On a machine without a GPU, importing it prepares Megatron for the CPU."""
 
 import torch
 

@@ -1,9 +1,9 @@
-"""The learner: Megatron model, optimizer and schedule behind five verbs.
+"""The learner: Megatron model, optimizer and learning-rate schedule behind five methods.
 
 ``statistics`` (one pass over the batch), ``update`` (one optimizer step), ``export`` (weights under Hugging Face
-names), ``save`` and ``load`` (in `checkpoint`). Every rank calls every verb with the same arguments; the layout
-decides who computes what, and every rank gets the same answer. Beside them ``offload`` and ``reload`` lend this rank's
-memory to somebody else in between.
+names), ``save`` and ``load`` (in `checkpoint`). Every rank calls each method with the same arguments; the layout
+decides which rank computes what, and every rank gets the same result. ``offload`` and ``reload`` free this rank's GPU
+memory for the rollout engine in between.
 """
 
 from __future__ import annotations

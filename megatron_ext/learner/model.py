@@ -74,7 +74,7 @@ def distributed(
     """
     from datetime import timedelta
 
-    # Of Megatron's own making: old names of collectives, gradients that its distributed optimizer seeks in vain.
+    # Warnings that Megatron causes itself: old names of collectives, missing `.grad` in its distributed optimizer.
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf", module="megatron")
     if parallel.tp > 1:  # Megatron wants kernels to start in the order of their launch; read when CUDA starts

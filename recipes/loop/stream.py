@@ -142,7 +142,7 @@ class RolloutStream:
     def _send(self, version: int) -> None:
         tensors = self._learner.export(explicit_lm_head=True)
         if self._turns is not None:
-            # What is sent is hashed through numpy, which would forbid torch to free a CPU weight's storage ever after.
+            # The sender hashes tensors through numpy, which prevents torch from freeing a CPU weight's storage later.
             tensors = ((name, tensor.clone()) for name, tensor in tensors)
         if self._first:
             self._live().engine.push(version, tensors)

@@ -116,7 +116,7 @@ class Worker:
         self._ready = True
 
     def ask(self, item: RewardItem, timeout_s: float) -> RewardResult:
-        """The worker's verdict. Raises ``TimeoutError`` or ``WorkerDied``; the worker is then good for nothing."""
+        """The worker's verdict. Raises ``TimeoutError`` or ``WorkerDied``; the worker is unusable afterwards."""
         request = json.dumps([item.text, item.gold, item.truncated, item.key]).encode() + b"\n"
         answer = self._exchange(request, timeout_s)
         self.served += 1
@@ -188,7 +188,7 @@ class RewardPool:
         for key, value in (("workers", workers), ("timeout_s", timeout_s), ("memory_mb", memory_mb)):
             if value <= 0:
                 raise ValueError(f"reward.{key} must be positive, not {value}")
-        make_verifier(name, **(params or {}))  # a wrong name or parameter is told now, not by a worker
+        make_verifier(name, **(params or {}))  # report a wrong name or parameter now, not from a worker
         settings = {"name": name, "params": params or {}, "timeout_s": timeout_s, "memory_mb": memory_mb}
         self._command = list(command or [sys.executable, "-m", "recipes.rewards.worker", json.dumps(settings)])
         self._timeout_s = timeout_s

@@ -160,7 +160,7 @@ def test_every_algorithm_runs_in_the_loop(model: Path, recorded: Path, tmp_path:
 
 
 def test_other_weights_than_the_rollouts_are_refused(model: Path, recorded: Path, tmp_path: Path) -> None:
-    """A journal made with another model: probabilities disagree, and training would go wrong in silence."""
+    """A journal made with another model: probabilities disagree, and training would silently go wrong."""
     from recipes.models.prepare import make_tiny_model
 
     other = make_tiny_model(tmp_path / "other", seed=1)

@@ -1,4 +1,4 @@
-"""Weight updates of the pool against stand-in servers, in peace, with faults, and amid generation."""
+"""Weight updates of the pool against stand-in servers, without faults, with faults, and during generation."""
 
 from __future__ import annotations
 

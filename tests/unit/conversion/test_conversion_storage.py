@@ -66,7 +66,7 @@ def test_every_stored_piece_is_byte_for_byte_what_torch_saves(hf_dir: Path, tmp_
 
 
 class _Directory:
-    """Pieces of one tensor "t", saved as somebody else might."""
+    """Pieces of one tensor "t", saved as another tool might."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.places = root, {}
