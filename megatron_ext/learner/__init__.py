@@ -1,4 +1,4 @@
-"""The only package that imports Megatron-Core. On a machine without a GPU, importing it prepares Megatron for the CPU."""
+"""The only package that imports Megatron-Core. Without a GPU, importing it prepares Megatron for the CPU."""
 
 import torch
 

@@ -87,7 +87,7 @@ def save(
 def find_latest(root: Path) -> Path | None:
     """The newest complete checkpoint, or None when there is none.
 
-    Raises ValueError when the pointer names a directory that is not there: starting over without a word would lose a run.
+    Raises ValueError when the pointer names a directory that is not there: silently starting over would lose a run.
     """
     pointer = root / LATEST
     if not pointer.is_file():

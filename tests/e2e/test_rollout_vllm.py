@@ -347,7 +347,7 @@ def tiny(pool: VLLMPool) -> Path:
 
 
 def fault_while_generating(pool: VLLMPool, server: Server, number: int) -> list[psutil.Process]:
-    """Send a signal to a server's front process during a generation, which must succeed; all processes of the server."""
+    """Send a signal to a server's front process during a generation, which must succeed; return its processes."""
     assert server.process is not None
     processes = psutil.Process(server.process.guard_pid).children(recursive=True)
     api_server = next(p for p in processes if "api_server" in " ".join(p.cmdline()))
