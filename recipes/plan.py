@@ -161,6 +161,11 @@ def remarks(config: Config) -> list[str]:
             f"A longest sample has {batch.longest} tokens, more than train.micro_batch_tokens="
             f"{config.train.micro_batch_tokens}: it gets a micro-batch of its own."
         )
+    if config.loss["name"] == "gspo" and config.advantage.aggregation != "seq_mean_token_mean":
+        found.append(
+            f"loss.name=gspo with advantage.aggregation={config.advantage.aggregation}: GSPO's objective is a mean "
+            "over sequences (seq_mean_token_mean); with token means long sequences weigh more, as in Trinity-RFT."
+        )
     if 0 < batch.updates <= config.optim.warmup_steps:
         found.append(f"optim.warmup_steps={config.optim.warmup_steps} lasts the whole run.")
     return found

@@ -112,7 +112,7 @@ def train_step(
     # A replay may follow other settings, and then its later weights are not those that wrote the rollouts.
     limit = config.rollout.agreement_limit if step == 0 or config.rollout.replay is None else float("inf")
     metrics.agreement(samples, rollout_logp, stats, version=step, limit=limit)
-    metrics.statistics(stats)
+    metrics.statistics(stats, batch.seq_ids)
 
     total = config.train.steps
     entropy = float(stats.entropy.double().mean())

@@ -13,6 +13,7 @@ Cui et al. 2025 (Clip-Cov, KL-Cov); Wang et al. 2025b (forking tokens); He et al
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -76,8 +77,14 @@ class Selection:
     """Take dropped tokens out of the denominators (lengths = kept tokens); by default they keep their place."""
 
     def select(self, x: SelectionInputs, reduce: Reduce | None = None) -> SelectionOutputs:
-        """Decide from the statistics pass. ``reduce`` spans the ranks that hold the batch; None: there is one rank."""
+        """Decide from the statistics pass. ``reduce`` spans the ranks that hold the batch; None: there is one rank.
+
+        Raises:
+            ValueError: a statistic or an advantage of a token that counts is not finite: no comparison with NaN is
+                true, so such a batch would be trained as if every rule had kept it.
+        """
         reduce = reduce or Local()
+        _check_finite(x)
         keep, metrics = self._keep(x, reduce)
         keep = keep & x.mask
         dropped = global_count(x.mask & ~keep, reduce) / max(global_count(x.mask, reduce), 1)
@@ -101,6 +108,14 @@ class Selection:
         self, x: SelectionInputs, reduce: Reduce, zeros: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         return zeros, zeros, {}
+
+
+def _check_finite(x: SelectionInputs) -> None:
+    named = [(name, getattr(x.stats, name)) for name in ("logp", "entropy", "sum_p2", "sum_p2_logp")]
+    for name, values in [*named, ("advantages", x.advantages), ("old_logp", x.old_logp)]:
+        if values is not None and not bool(torch.isfinite(values[x.mask]).all()):
+            count = int((~torch.isfinite(values[x.mask])).sum())
+            raise ValueError(f"{name} of {count} of {int(x.mask.sum())} tokens is not finite: the weights are damaged.")
 
 
 def _of_sign(advantages: Tensor, tokens: str) -> Tensor:
@@ -311,6 +326,53 @@ SELECTIONS: dict[str, type[Selection]] = {
 }
 
 
-def build_selection(name: str, **params: Any) -> Selection:
-    """The selection ``name`` with the fields of its dataclass; ``ValueError`` for an unknown name, field or value."""
-    return _params.build("selection", SELECTIONS, name, params)
+@dataclass(frozen=True, kw_only=True)
+class Composed(Selection):
+    """Several selections at once: a token trains if all of them keep it, penalties and bonuses add up.
+
+    Each sees the whole batch, not what the others leave. Metrics of all but the first carry the selection's name.
+    """
+
+    parts: tuple[tuple[str, Selection], ...]
+
+    def select(self, x: SelectionInputs, reduce: Reduce | None = None) -> SelectionOutputs:
+        outputs = [(name, part.select(x, reduce)) for name, part in self.parts]
+        keep, first = x.mask, outputs[0][1]
+        kl_coef, entropy_coef = torch.zeros_like(first.kl_coef), torch.zeros_like(first.entropy_coef)
+        metrics = dict(first.metrics)
+        for name, out in outputs:
+            keep, kl_coef, entropy_coef = keep & out.keep, kl_coef + out.kl_coef, entropy_coef + out.entropy_coef
+            if out is not first:
+                metrics |= {k.replace("selection/", f"selection/{name}/"): v for k, v in out.metrics.items()}
+        return SelectionOutputs(keep, kl_coef, entropy_coef, metrics)
+
+    def inside(self, x: LossInputs) -> Tensor:
+        return torch.stack([part.inside(x) for _, part in self.parts]).all(dim=0)
+
+    def shape_rewards(self, rewards_B: Tensor, groups_B: Tensor, seq_logp_B: Tensor) -> Tensor:
+        for _, part in self.parts:
+            rewards_B = part.shape_rewards(rewards_B, groups_B, seq_logp_B)
+        return rewards_B
+
+
+def build_selection(name: str, *, also: Sequence[Mapping[str, Any]] = (), **params: Any) -> Selection:
+    """The selection ``name`` with the fields of its dataclass.
+
+    Args:
+        also: further selections as ``{"name": ..., field: value, ...}``; ``per_update`` and ``renormalise`` are those
+            of the first.
+    Raises:
+        ValueError: an unknown name, field or value.
+    """
+    first = _params.build("selection", SELECTIONS, name, params)
+    if not also:
+        return first
+    parts = [(name, first)]
+    for index, entry in enumerate(also):
+        given = dict(entry) if isinstance(entry, Mapping) else {}
+        own = str(given.pop("name", None))
+        for key in ("per_update", "renormalise"):
+            if key in given:
+                raise ValueError(f"selection.also[{index}].{key}={given[key]!r}: set selection.{key}, for all of them.")
+        parts.append((own, _params.build(f"selection.also[{index}]", SELECTIONS, own, given)))
+    return Composed(per_update=first.per_update, renormalise=first.renormalise, parts=tuple(parts))

@@ -11,7 +11,7 @@ import torch
 from configs.layout import process_multiple
 from configs.load import load_config, near
 from configs.schema import Config
-from megatron_ext.rl.advantages import compute_advantages
+from megatron_ext.rl.advantages import compute_advantages, soft_overlong_penalty
 from megatron_ext.rl.aggregation import AGGREGATIONS
 from megatron_ext.rl.losses.kl import KL_TYPES
 from megatron_ext.rl.schedules import build_controller
@@ -51,6 +51,11 @@ def _check_algorithm(c: Config) -> None:
         if 0 < c.train.steps <= c.critic.warmup_steps:
             raise ValueError(f"critic.warmup_steps={c.critic.warmup_steps} must be below train.steps={c.train.steps}")
     else:
+        if c.rollout.n == 1 and (c.advantage.name != "reinforce_pp" or c.advantage.params.get("baseline") == "group"):
+            raise ValueError(
+                f"rollout.n={c.rollout.n}: advantage.name={c.advantage.name} compares the responses of a prompt, so "
+                "every advantage would be 0; set rollout.n to 2 or more, or advantage.name=reinforce_pp"
+            )
         compute_advantages(c.advantage.name, torch.tensor([0.0, 1.0]), torch.tensor([0, 0]), **c.advantage.params)
     _one_of("reference.kl_type", c.reference.kl_type, KL_TYPES)
     if c.reference.path is not None and not c.reference.kl_coef:
@@ -62,6 +67,21 @@ def _check_algorithm(c: Config) -> None:
             f"{c.optim.optimizer} in {c.model.dtype}: set optim.distributed=false"
         )
     _one_of("reward.name", c.reward.name, tuple(VERIFIERS))
+    if c.train.tis_cap is not None and not c.train.tis_cap > 0:
+        raise ValueError(f"train.tis_cap={c.train.tis_cap} must be above 0; null switches the correction off")
+    if c.advantage.overlong == "penalty":
+        soft_overlong_penalty(
+            torch.zeros(1),
+            max_tokens=c.rollout.max_tokens,
+            buffer=c.advantage.overlong_buffer,
+            factor=c.advantage.overlong_factor,
+        )
+    if c.loss["name"] == "pg" and c.rollout.max_staleness and c.train.tis_cap is None:
+        raise ValueError(
+            f"rollout.max_staleness={c.rollout.max_staleness} with loss.name=pg: that loss has no importance ratio, so "
+            "responses of older weights would count as new ones; set rollout.max_staleness=0, train.tis_cap=2, or "
+            "another loss"
+        )
     off_policy = c.rollout.temperature != 1.0 or c.rollout.top_p != 1.0
     if off_policy and c.train.tis_cap is None:
         raise ValueError(

@@ -118,7 +118,7 @@ class Collector:
             begin = time.monotonic()
             rollouts = self._generate(problems, config.rollout.n, self.sampling, ("train", step, attempt))
             middle = time.monotonic()
-            samples = self._judge(problems, rollouts, config.rollout.n, step)
+            samples = self._judge(problems, rollouts, config.rollout.n, ("train", step, attempt))
             generate_s += middle - begin
             reward_s += time.monotonic() - middle
             n = config.rollout.n
@@ -159,13 +159,15 @@ class Collector:
         problems: Sequence[Problem],
         rollouts: Sequence[Rollout],
         n: int,
-        step: int,
+        key: tuple[Any, ...],
         scorer: Scorer | None = None,
     ) -> list[Sample]:
         with self._text:
             texts = [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
         items = [
-            RewardItem(text, problems[i // n].answer, rollout.finish_reason == "length", key=_seed(step, i))
+            RewardItem(
+                text, problems[i // n].answer, rollout.finish_reason == "length", key=_seed(self.config.seed, *key, i)
+            )
             for i, (text, rollout) in enumerate(zip(texts, rollouts, strict=True))
         ]
         results = (scorer or self.scorer).score(items)  # one batch at a time, by itself
@@ -216,7 +218,7 @@ class Collector:
         texts, n = [problem for _, problem in problems], protocol.n
         positions = [position for position, _ in problems]
         rollouts = self._generate(texts, n, sampling, key, template=protocol.template, positions=positions)
-        samples = self._judge(texts, rollouts, n, 0, self._scorer_for(protocol.reward, protocol.reward_params))
+        samples = self._judge(texts, rollouts, n, key, self._scorer_for(protocol.reward, protocol.reward_params))
         return [samples[i * n : (i + 1) * n] for i in range(len(texts))]
 
     def evaluate(self, step: int) -> dict[str, Any]:

@@ -90,9 +90,17 @@ class StepMetrics:
                     "repair that, or set train.tis_cap=2 to correct for it and raise the limit"
                 )
 
-    def statistics(self, stats: TokenStats) -> None:
-        """From the statistics pass: the policy before this step's updates, over all response tokens."""
-        self._values["actor/entropy"] = float(stats.entropy.double().mean())
+    def statistics(self, stats: TokenStats, seq_ids_T: Tensor) -> None:
+        """From the statistics pass: the policy before this step's updates, over all response tokens.
+
+        ``actor/entropy`` is the mean over tokens; ``actor/entropy_seq_mean`` the mean over responses of each one's mean
+        (CE-GPPO eq. 5, Clip-Low/Clip-High eq. 4), in which short responses weigh as much as long ones.
+        """
+        entropy_T = stats.entropy.double()
+        self._values["actor/entropy"] = float(entropy_T.mean())
+        lengths_B = torch.bincount(seq_ids_T)
+        sums_B = torch.zeros(len(lengths_B), dtype=torch.float64).index_add_(0, seq_ids_T, entropy_T.cpu())
+        self._values["actor/entropy_seq_mean"] = float((sums_B / lengths_B.clamp(min=1)).sum() / (lengths_B > 0).sum())
         self._values["actor/logp_mean"] = float(stats.logp.double().mean())
 
     def update(self, result: UpdateMetrics) -> None:

@@ -169,6 +169,8 @@ def test_remarks(base: Config) -> None:
     assert "more than 104 tokens" in text  # 128 - 24, with data.max_prompt_tokens=512
     once = change(change(base, "train", mini_batch_prompts=32), "data", max_prompt_tokens=104)
     assert plan.remarks(once) == ["One optimizer step per batch: the ratio is 1, clipping never acts."]
+    gspo = load_checked([*SETTINGS, "loss=gspo"])
+    assert "long sequences weigh more" in " ".join(plan.remarks(gspo))
     spread = change(base, "parallel", nproc=32)
     assert "16 samples per optimizer step for 32 data ranks" in " ".join(plan.remarks(spread))
     small = change(base, "train", micro_batch_tokens=100)

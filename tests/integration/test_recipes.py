@@ -287,7 +287,7 @@ class DynamicSampling(Collector):
     def _generate(self, problems: Any, n: int, *_: Any) -> list[Rollout]:
         return [Rollout([1], [2], [0.0], [0], "stop")] * (n * len(problems))
 
-    def _judge(self, problems: Any, rollouts: Any, n: int, step: int) -> list[Sample]:
+    def _judge(self, problems: Any, rollouts: Any, n: int, key: Any) -> list[Sample]:
         return [
             Sample(rollout, problem_id=problems[i // n].id, group=i // n, seq_id=i, reward=float(self._right(i, n)))
             for i, rollout in enumerate(rollouts)

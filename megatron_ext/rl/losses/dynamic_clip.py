@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.rl.losses.base import Actuator, Loss, Terms
-from megatron_ext.rl.losses.ppo import clipped_terms
+from megatron_ext.rl.losses.ppo import check_dual_clip, clipped_terms
 from megatron_ext.rl.params import check_number
 from megatron_ext.rl.types import LossInputs
 
@@ -60,6 +60,8 @@ class DynamicClip(Loss):
     """od: H_min as a share of the first batch's entropy."""
     initial_state: Literal[0, 1] = 0
     """od: s before the first switch (P0 does not say): 0 suppress, 1 boost."""
+    dual_clip: float | None = None
+    """As in PPO: gradient 0 where A < 0 and r > dual_clip; None is off."""
     step: int | None = None
     """Rollout step k, 0 <= k <= total_steps; required by id and did."""
     total_steps: int | None = None
@@ -68,6 +70,7 @@ class DynamicClip(Loss):
 
     def __post_init__(self) -> None:
         check_number("loss.eps", self.eps, 0, 1)
+        check_dual_clip(self.dual_clip)
         check_number("loss.phase_ratio", self.phase_ratio, 0, 1, exclusive=True)
         check_number("loss.entropy_floor", self.entropy_floor, 0, 1)
         for side in ("high", "low"):
@@ -123,7 +126,7 @@ class DynamicClip(Loss):
 
     def terms(self, x: LossInputs, ratio: Tensor) -> Terms:
         eps_low, eps_high = self.offsets(torch.exp(x.logp))
-        terms = clipped_terms(x.advantages, ratio, 1 - eps_low, 1 + eps_high)
+        terms = clipped_terms(x.advantages, ratio, 1 - eps_low, 1 + eps_high, self.dual_clip)
         return replace(terms, metrics={**terms.metrics, "eps_low_mean": eps_low, "eps_high_mean": eps_high})
 
 

@@ -21,9 +21,11 @@ class Gspo(Loss):
 
     eps_low: float = 3e-4
     eps_high: float = 4e-4
+    dual_clip: float | None = None
+    """Absolute upper bound on s_i for A < 0, >= 1; None is off."""
 
     def __post_init__(self) -> None:
-        check_offsets(self.eps_low, self.eps_high)
+        check_offsets(self.eps_low, self.eps_high, self.dual_clip)
 
     def terms(self, x: LossInputs, ratio: Tensor) -> Terms:
         if x.seq_ids is None:
@@ -32,5 +34,5 @@ class Gspo(Loss):
         length = segment_sum(x.mask.to(ratio.dtype), x.seq_ids).clamp(min=1)
         mean = segment_sum(log_ratio, x.seq_ids) / length
         seq_ratio = mean.clamp(max=max_log_ratio(ratio.dtype)).exp()
-        terms = clipped_terms(x.advantages, seq_ratio, 1 - self.eps_low, 1 + self.eps_high)
+        terms = clipped_terms(x.advantages, seq_ratio, 1 - self.eps_low, 1 + self.eps_high, self.dual_clip)
         return replace(terms, metrics={**terms.metrics, "seq_ratio_mean": seq_ratio})

@@ -46,6 +46,11 @@ def check_offsets(eps_low: float, eps_high: float, dual_clip: float | None = Non
     """Raise ``ValueError`` unless 0 <= eps_low <= 1, eps_high >= 0 and dual_clip (if any) >= 1."""
     check_number("loss.eps_low", eps_low, 0, 1)
     check_number("loss.eps_high", eps_high, 0, math.inf)
+    check_dual_clip(dual_clip)
+
+
+def check_dual_clip(dual_clip: float | None) -> None:
+    """Raise ``ValueError`` unless dual_clip is None or >= 1."""
     if dual_clip is not None:
         check_number("loss.dual_clip", dual_clip, 1, math.inf)
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from megatron_ext.rl.types import Problem, Rollout
 from recipes.checks.settings import load_checked
 from recipes.loop.collect import Collector
 from recipes.loop.stream import check_staleness
+from recipes.rewards.verifiers import make_verifier
 
 
 class Stub(Collector):
@@ -65,3 +68,25 @@ def test_tokens_older_than_allowed_end_the_run() -> None:
     ):
         check_staleness(record, 1)
     check_staleness({"step": 5, "groups": []}, 0)
+
+
+class Judge(Collector):
+    """The real `_judge` with random rewards, in this process, and with a stub for the tokenizer."""
+
+    def __init__(self, seed: int) -> None:
+        self.config = load_checked([f"seed={seed}", "reward.name=random"])
+        self._text = threading.Lock()
+        self.tokenizer = SimpleNamespace(decode=lambda ids, **_: "")
+        self.scorer = SimpleNamespace(score=lambda items: [make_verifier("random")(item) for item in items])  # type: ignore[assignment]
+
+    def rewards(self, *key: object) -> list[float]:
+        rollouts = [Rollout([1], [2], [-1.0], [0], "stop")] * 64
+        return [s.reward for s in self._judge([Problem("0", "", "")] * 8, rollouts, 8, key)]
+
+
+def test_random_rewards_depend_on_seed_step_and_attempt() -> None:
+    """A second generation call of a step, or another run seed, is not paid the first one's rewards again."""
+    first = Judge(0).rewards("train", 3, 0)
+    assert Judge(0).rewards("train", 3, 0) == first
+    others = [Judge(0).rewards("train", 3, 1), Judge(0).rewards("train", 4, 0), Judge(1).rewards("train", 3, 0)]
+    assert all(other != first for other in others)

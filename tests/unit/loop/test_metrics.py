@@ -81,9 +81,10 @@ def test_updates_are_averaged_by_their_tokens() -> None:
 
 def test_entropy_is_the_mean_over_all_response_tokens() -> None:
     metrics = StepMetrics(1)
-    metrics.statistics(stats([-1.0, -2.0, -9.0], [0.5, 1.5, 4.0]))
+    metrics.statistics(stats([-1.0, -2.0, -9.0], [0.5, 1.5, 4.0]), torch.tensor([0, 0, 2]))
     values = metrics.result({})
     assert values["actor/entropy"] == pytest.approx(2.0)
+    assert values["actor/entropy_seq_mean"] == pytest.approx((1.0 + 4.0) / 2)  # sequence 1 has no token
     assert values["actor/logp_mean"] == pytest.approx(-4.0)
 
 
@@ -168,7 +169,7 @@ def test_whatever_depends_on_the_machine_is_named_so() -> None:
     def row(sleep_s: float) -> dict[str, Any]:
         metrics = StepMetrics(1)
         metrics.rollouts([sample(5, reward=1.0)])
-        metrics.statistics(stats([-1.0] * 5, [0.5] * 5))
+        metrics.statistics(stats([-1.0] * 5, [0.5] * 5), torch.zeros(5, dtype=torch.long))
         metrics.update(update(5, pg_loss=1.0))
         with metrics.clock("update"):
             time.sleep(sleep_s)

@@ -109,10 +109,17 @@ CASES: dict[str, tuple[str, dict[str, Any], WeightOf, list[float]]] = {
     "cispo": ("cispo", {}, lambda r, a, p: min(max(r, 1 - 0.2), 1 + 0.2), [1 - 0.2, 1 + 0.2]),
     "cispo-open": ("cispo", {"eps_low": 1, "eps_high": INF}, lambda r, a, p: r, [1.0]),
     "gspo": ("gspo", {}, ppo_weight(1 - 3e-4, 1 + 4e-4), [1 - 3e-4, 1 + 4e-4]),  # one token: s = r
+    "gspo-dual": ("gspo", {"dual_clip": DUAL}, ppo_weight(1 - 3e-4, 1 + 4e-4, DUAL), [1 - 3e-4, DUAL]),
     "sapo": ("sapo", {}, sapo_weight, [1.0]),
     "dynamic-upper": ("dynamic_clip", {"strategy": "upper"}, dynamic_weight(1, 0), []),
     "dynamic-lower": ("dynamic_clip", {"strategy": "lower"}, dynamic_weight(0, 1), []),
     "dynamic-both": ("dynamic_clip", {"strategy": "both"}, dynamic_weight(1, 1), []),
+    "dynamic-dual": (
+        "dynamic_clip",
+        {"strategy": "both", "dual_clip": DUAL},
+        lambda r, a, p: 0.0 if a < 0 and r > DUAL else dynamic_weight(1, 1)(r, a, p),
+        [],
+    ),
     "od-boost": ("dynamic_clip", {"strategy": "od", "state": 1}, dynamic_weight(1, 0), []),
     "od-suppress": ("dynamic_clip", {"strategy": "od", "state": 0}, dynamic_weight(0, 1), []),
     "id-start": ("dynamic_clip", {"strategy": "id", "step": 0, "total_steps": 8}, dynamic_weight(1, 0), []),

@@ -334,3 +334,53 @@ def test_unlikely_shapes_rewards_and_others_do_not() -> None:
 def test_bad_parameters_are_named(name: str, params: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         build_selection(name, **params)
+
+
+def test_selections_compose() -> None:
+    """Ent-Reg + Clip_B + KL-Cov: keeps intersect, coefficients add, each decides on the whole batch."""
+    x = batch()
+    also = [
+        {"name": "clip_v", "mu_low": 0.5, "tokens": "all"},
+        {"name": "entropy_bonus", "coef": 0.003},
+        {"name": "kl_cov", "frac": 0.1},
+    ]
+    both = build_selection("clip_b", mu_low=0.5, renormalise=True, also=also)
+    clip_b, clip_v = (
+        build_selection("clip_b", mu_low=0.5).select(x),
+        build_selection("clip_v", mu_low=0.5, tokens="all").select(x),
+    )
+    kl_cov = build_selection("kl_cov", frac=0.1).select(x)
+    got = both.select(x)
+    assert both.renormalise and not both.per_update
+    assert torch.equal(got.keep, clip_b.keep & clip_v.keep) and int(got.keep.sum()) < int(clip_b.keep.sum())
+    assert torch.equal(got.entropy_coef, 0.003 * x.mask.float())
+    assert torch.equal(got.kl_coef, kl_cov.kl_coef)
+    assert got.metrics["selection/dropped_frac"] == clip_b.metrics["selection/dropped_frac"]
+    assert got.metrics["selection/clip_v/dropped_frac"] == clip_v.metrics["selection/dropped_frac"]
+
+
+def test_composed_rules_on_rewards_and_ratios_apply_too() -> None:
+    both = build_selection("unlikely", also=[{"name": "region", "region": "e4"}])
+    rewards, groups, logp = torch.tensor([1.0, 1.0]), torch.zeros(2, dtype=torch.long), torch.tensor([-1.0, -2.0])
+    assert torch.equal(both.shape_rewards(rewards, groups, logp), unlikely(rewards, groups, logp))
+    x = LossInputs(
+        torch.tensor([0.2, 0.9]).log(), torch.tensor([0.22, 1.0]).log(), -torch.ones(2), torch.ones(2).bool()
+    )
+    assert both.inside(x).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("field", ["logp", "sum_p2_logp", "advantages"])
+def test_nan_in_what_counts_is_refused_and_elsewhere_ignored(field: str) -> None:
+    x = batch()
+
+    def spoil(where: Tensor) -> SelectionInputs:
+        values = getattr(x, field) if field == "advantages" else getattr(x.stats, field)
+        bad = torch.where(where, math.nan, values)
+        return (
+            replace(x, advantages=bad) if field == "advantages" else replace(x, stats=replace(x.stats, **{field: bad}))
+        )
+
+    for name in SELECTIONS:
+        build_selection(name).select(spoil(~x.mask))
+        with pytest.raises(ValueError, match=f"{field} of .* is not finite"):
+            build_selection(name).select(spoil(x.mask & (torch.arange(x.mask.numel()) % 7 == 0)))
