@@ -1,0 +1,141 @@
+"""The studies: which methods meet in which settings, and the question that each answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from recipes.studies import methods
+from recipes.studies.engine import Method, Setting
+
+MILD = Setting()  # 16 updates a batch: at most 1 % of tokens are clipped under GRPO
+MANY = Setting(epochs=4, lr=0.03)  # 64 updates a batch: 6 % clipped below and 3 % above
+MILD_L2 = Setting(level="L2", lr=0.002)
+MANY_L2 = Setting(level="L2", epochs=4, lr=0.002)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """One results file and one page."""
+
+    title: str
+    question: str
+    settings: Mapping[str, Setting]
+    methods: Mapping[str, Method]
+    l2_methods: tuple[str, ...] = ()
+    """Methods that level L2 runs; empty: all of them."""
+    seeds: Mapping[str, int]
+    """Level -> number of seeds."""
+    probe: bool = False
+    curves: bool = True
+    """Keep the mean curves of every method, for the page."""
+
+    def of(self, setting: Setting) -> dict[str, Method]:
+        chosen = self.l2_methods if setting.level == "L2" and self.l2_methods else tuple(self.methods)
+        return {name: self.methods[name] for name in chosen}
+
+
+def _grid(level: str, rates: tuple[float, ...]) -> dict[str, Setting]:
+    """Updates per batch x learning rate: up to 16 mini-batches a pass, then more passes."""
+    grid = {}
+    for updates in (4, 16, 64, 192):
+        for lr in rates:
+            size, epochs = min(updates, 16), max(1, updates // 16)
+            setting = Setting(level=level, steps=60, mini_batches=size, epochs=epochs, lr=lr)
+            grid[f"{level} {updates} x {lr:g}"] = setting
+    return grid
+
+
+def _why() -> dict[str, Setting]:
+    """64 updates a batch under other optimizers: what of the border is Adam's?"""
+    settings = {"Adam (0.9, 0.95)": MANY, "Adam (0, 0.95)": replace(MANY, betas=(0.0, 0.95))}
+    settings |= {f"Adam (0.9, {b2})": replace(MANY, betas=(0.9, b2)) for b2 in (0.999, 0.9999)}
+    settings |= {f"SGD {lr:g}": replace(MANY, optimizer="sgd", lr=lr) for lr in (3.0, 10.0, 30.0)}
+    return settings
+
+
+STUDIES: dict[str, Study] = {
+    "losses": Study(
+        title="All losses and selections on the same start",
+        question="Which method keeps how much entropy at which accuracy, and which survive many updates per batch?",
+        settings={"16 updates": MILD, "64 updates": MANY, "L2, 16 updates": MILD_L2, "L2, 64 updates": MANY_L2},
+        methods=methods.LOSSES,
+        l2_methods=methods.HEADLINE,
+        seeds={"L1": 64, "L2": 24},
+    ),
+    "random_rewards": Study(
+        title="Clipping without a learning signal",
+        question="With random rewards, does clip-low raise and clip-high lower entropy (Clip-Low/Clip-High fig. 3)?",
+        settings={
+            "random": replace(MILD, reward="random", steps=60),
+            "L2, random": replace(MILD_L2, reward="random", steps=60),
+        },
+        methods=methods.RANDOM_REWARDS,
+        l2_methods=("GRPO", "eps_low 0.05", "eps_low off", "eps_high 0.05", "eps_high off", "CE-GPPO (0, 1)"),
+        seeds={"L1": 64, "L2": 24},
+    ),
+    "betas": Study(
+        title="CE-GPPO over beta1 and beta2",
+        question="Is entropy a dial of (beta1, beta2), falling in the first and rising in the second?",
+        settings={"16 updates": MILD, "64 updates": MANY},
+        methods=methods.BETAS,
+        seeds={"L1": 32},
+    ),
+    "flexible": Study(
+        title="Dynamic clipping: ID, DID, OD, phase ratios, static thresholds",
+        question="Do the schedules bend entropy as they say, and does a threshold that depends on p add anything?",
+        settings={"16 updates": MILD, "64 updates": MANY},
+        methods=methods.FLEXIBLE,
+        seeds={"L1": 32},
+    ),
+    "regions": Study(
+        title="E1 to E4 of Flexible Entropy Control",
+        question="Does dropping E1 or E4 raise entropy, and dropping E2 or E3 lower it?",
+        settings={"16 updates": MILD, "64 updates": MANY},
+        methods=methods.REGIONS,
+        seeds={"L1": 32},
+    ),
+    "discriminators": Study(
+        title="The sign of S, Clip_B and Clip_V over mu",
+        question="Does the sign of S decide the direction of entropy, and does mu set how much is kept?",
+        settings={"16 updates": MILD},
+        methods=methods.DISCRIMINATORS,
+        seeds={"L1": 32},
+    ),
+    "targets": Study(
+        title="A closed loop on entropy",
+        question="Does entropy follow a step and a ramp, and what happens at a target out of reach?",
+        settings={"16 updates": MILD},
+        methods=methods.TARGETS,
+        seeds={"L1": 32},
+    ),
+    "map": Study(
+        title="Stability over updates per batch and learning rate",
+        question="Where does learning break, per method, and does the border carry over to shared weights?",
+        settings=_grid("L1", (0.0125, 0.025, 0.05, 0.1)) | _grid("L2", (0.0005, 0.001, 0.002, 0.004)),
+        methods=methods.MAP,
+        seeds={"L1": 16, "L2": 8},
+        curves=False,
+    ),
+    "why": Study(
+        title="What the border is made of",
+        question="At 64 updates a batch, is the break a property of clipping or of Adam on clipped gradients?",
+        settings=_why(),
+        methods=methods.MAP,
+        seeds={"L1": 16},
+    ),
+    "prediction": Study(
+        title="Predicted against measured change of entropy",
+        question="Does the first-order formula predict each step's change of entropy, under SGD and under Adam?",
+        settings={
+            "L1, SGD": replace(MILD, optimizer="sgd", lr=3.0),
+            "L1, Adam": MILD,
+            "L2, SGD": replace(MILD_L2, optimizer="sgd", lr=0.1),
+            "L2, Adam": MILD_L2,
+        },
+        methods=methods.PREDICTION,
+        seeds={"L1": 32, "L2": 24},
+        probe=True,
+        curves=False,
+    ),
+}

@@ -1,0 +1,377 @@
+"""Reinforcement learning on the chain task, vectorised over seeds, with the losses, selections and schedules of the
+project: one call trains one method for many seeds.
+
+It is the loop of `recipes.train` without Megatron and text: rollouts, rewards, statistics, advantages, selection, then
+``epochs`` passes of ``mini_batches`` optimizer steps. Seeds never meet: not in a loss, a selection, a norm or a step.
+Shapes: S seeds, B responses, N tokens of a seed's (mini-)batch, K contexts, V choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ext.rl.advantages import compute_advantages
+from megatron_ext.rl.losses import Loss, build_loss
+from megatron_ext.rl.schedules import Controller, build_controller
+from megatron_ext.rl.selection import Selection, SelectionInputs, build_selection
+from megatron_ext.rl.types import LossInputs, TokenStats
+from recipes.studies import chain
+from recipes.studies.policies import Network, Policy, Table, warm_started
+
+EVALUATION_PROMPTS = 512
+PASS_K = 8
+MAX_GRAD_NORM = 1.0
+ADAM_EPS = 1e-8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """What is compared: a loss, a selection and a schedule, each with its parameters, as in a run's configuration."""
+
+    loss: Mapping[str, Any]
+    selection: Mapping[str, Any] = field(default_factory=lambda: {"name": "none"})
+    schedule: Mapping[str, Any] = field(default_factory=lambda: {"name": "none"})
+    advantage: str = "grpo"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all methods of a comparison share."""
+
+    level: str = "L1"
+    """L1: a table of logits. L2: a small network with shared weights."""
+    steps: int = 100
+    prompts: int = 32
+    n: int = 8
+    mini_batches: int = 16
+    epochs: int = 1
+    lr: float = 0.05
+    optimizer: str = "adam"
+    """adam | sgd"""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Of Adam."""
+    reward: str = "answer"
+    """answer: 1 if right. random: 1 with probability 1/2, whatever was answered."""
+
+
+Curves = dict[str, Tensor]
+"""Name -> (S, steps + 1): value i is measured after i steps; what belongs to a step is in the column where it ends."""
+
+
+def train(
+    setting: Setting,
+    method: Method,
+    seeds: list[int],
+    *,
+    probe: bool = False,
+    progress: Callable[[int], None] = lambda step: None,
+) -> Curves:
+    """Train ``method`` from every seed's own start.
+
+    Returns:
+        ``entropy`` (nats per response token, of the batch), ``reward`` (of the batch), ``avg`` and ``pass`` (exact
+        accuracy and pass@8 over held-out prompts), ``clip_low``, ``clip_high``, ``kl``; with ``probe`` also
+        ``measured`` and ``predicted_*``, see `Probe`.
+    """
+    with torch.no_grad():
+        return _Training(setting, method, seeds, probe).run(progress)
+
+
+def start(setting: Setting, seeds: list[int]) -> Policy:
+    """The policy before the first step; a network's warm start is cached for the process."""
+    if setting.level == "L1":
+        return Table(chain.start_logits(seeds))
+    key = tuple(seeds)
+    if key not in _warm:
+        _warm.clear()
+        _warm[key] = [p.clone() for p in warm_started(seeds).parameters]
+    network = Network(seeds)
+    network.parameters = [p.clone() for p in _warm[key]]
+    return network
+
+
+_warm: dict[tuple[int, ...], list[Tensor]] = {}
+
+
+@dataclass
+class _Batch:
+    """Rollouts of one step. Per token (S, B, 7): context, choice, old_logp, keep, kl_coef, entropy_coef, advantage."""
+
+    context: Tensor
+    choice: Tensor
+    old_logp: Tensor
+    advantage: Tensor
+    keep: Tensor
+    kl_coef: Tensor
+    entropy_coef: Tensor
+
+    def slice(self, rows: slice) -> _Batch:
+        return _Batch(*(getattr(self, name)[:, rows] for name in self.__dataclass_fields__))
+
+
+class _Training:
+    def __init__(self, setting: Setting, method: Method, seeds: list[int], probe: bool) -> None:
+        self.setting, self.method, self.seeds = setting, method, seeds
+        self.policy = start(setting, seeds)
+        self.draws = chain.Draws(seeds)
+        loss_params = {k: v for k, v in method.loss.items() if k != "name"}
+        self.loss_name, self.loss_params = str(method.loss["name"]), loss_params
+        schedule = dict(method.schedule)
+        self.controller: Controller = build_controller(self.loss_name, loss_params, schedule.pop("name"), **schedule)
+        self.states = [self.controller.init() for _ in seeds]
+        self.selection: Selection = build_selection(**method.selection)
+        self.held_out = chain.Draws([987_654_321]).prompts(EVALUATION_PROMPTS)[0]
+        self.optimizer = _Optimizer(self.policy.parameters, setting)
+        self.probe = Probe(self) if probe else None
+        self.curves: dict[str, list[Tensor]] = {}
+
+    def run(self, progress: Callable[[int], None]) -> Curves:
+        for step in range(self.setting.steps):
+            self._step(step)
+            progress(step + 1)
+        # Value i of a curve is measured after i steps: entropy, reward and accuracy once more at the end, and an
+        # empty first place for what belongs to a step.
+        self._measure(*self._rollout())
+        empty = torch.full((len(self.seeds),), float("nan"))
+        for values in self.curves.values():
+            if len(values) == self.setting.steps:
+                values.insert(0, empty)
+        return {name: torch.stack(values, dim=1) for name, values in self.curves.items()}
+
+    def _log(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self.curves.setdefault(name, []).append(value)
+
+    def _rollout(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Log-probabilities (S, K, V), contexts and choices (S, B, 7), rewards (S, B)."""
+        s = self.setting
+        logp = self.policy.table().log_softmax(-1)
+        prompts = self.draws.prompts(s.prompts).repeat_interleave(s.n, 1)
+        context, choice = chain.sample(logp, prompts, self.draws.uniform(s.prompts * s.n, chain.TOKENS))
+        if s.reward == "random":
+            reward = (self.draws.uniform(s.prompts * s.n) < 0.5).float()
+        else:
+            reward = (choice[..., -1] == chain.answers(prompts)).float()
+        return logp, context, choice, reward
+
+    def _measure(self, logp: Tensor, context: Tensor, choice: Tensor, reward: Tensor) -> Tensor:
+        """Log what the policy is now; returns the entropy of each seed's batch, (S,)."""
+        entropy = _entropy(logp).gather(1, context.flatten(1)).mean(1)
+        solved = chain.solve_probability(logp, self.held_out)
+        passed = 1 - (1 - solved.clamp(0, 1)) ** PASS_K
+        self._log(entropy=entropy, reward=reward.mean(1), avg=solved.mean(1), **{"pass": passed.mean(1)})
+        return entropy
+
+    def _step(self, step: int) -> None:
+        s = self.setting
+        logp, context, choice, reward = self._rollout()
+        entropy = self._measure(logp, context, choice, reward)
+        losses = self._losses(step, entropy)
+        batch = self._select(step, logp, context, choice, reward)
+        size = s.prompts * s.n // s.mini_batches
+        sums: dict[str, Tensor] = {}
+        if self.probe:
+            self.probe.begin(context)
+        for _ in range(s.epochs):
+            for first in range(0, s.prompts * s.n, size):
+                for name, value in self._update(batch.slice(slice(first, first + size)), losses).items():
+                    sums[name] = sums.get(name, 0.0) + value
+        self._log(**{name: value / (s.epochs * s.mini_batches) for name, value in sums.items()})
+        if self.probe:
+            self._log(**self.probe.end())
+
+    def _losses(self, step: int, entropy: Tensor) -> list[tuple[Loss, Tensor]]:
+        """Losses of this step and the seeds (int64) that each is for: controllers may differ between seeds."""
+        total = self.setting.steps
+        self.states = [
+            self.controller.observe(state, step=step, total_steps=total, entropy=max(float(h), 0.0))
+            for state, h in zip(self.states, entropy, strict=True)
+        ]
+        groups: dict[tuple[tuple[str, Any], ...], list[int]] = {}
+        for i, state in enumerate(self.states):
+            params = {**self.loss_params, **self.controller.loss_params(state, step=step, total_steps=total)}
+            groups.setdefault(tuple(sorted(params.items())), []).append(i)
+        return [(build_loss(self.loss_name, **dict(params)), torch.tensor(of)) for params, of in groups.items()]
+
+    def _select(self, step: int, logp: Tensor, context: Tensor, choice: Tensor, reward: Tensor) -> _Batch:
+        """Advantages and token selection, seed by seed where statistics of a batch are needed."""
+        s, shape = len(self.seeds), context.shape
+        rows = torch.arange(s)[:, None, None]
+        old = logp[rows, context, choice]
+        groups = torch.arange(shape[1]) // self.setting.n
+        if self.method.selection["name"] == "unlikely":
+            shaped = [self.selection.shape_rewards(reward[i], groups, old[i].sum(-1)) for i in range(s)]
+            reward = torch.stack(shaped)
+        offset = (groups.max() + 1) * torch.arange(s)[:, None]
+        flat = compute_advantages(self.method.advantage, reward.flatten(), (groups + offset).flatten())
+        advantage = flat.view(s, -1).to(logp.dtype)[..., None].expand(shape)
+        keep = torch.ones(shape, dtype=torch.bool)
+        kl_coef, entropy_coef = torch.zeros(shape), torch.zeros(shape)
+        if self.method.selection["name"] != "none":
+            stats = [x.gather(1, context.flatten(1)).view(shape) for x in _context_statistics(logp)]
+            positions = torch.arange(chain.TOKENS).expand(shape[1:]).flatten()
+            seq_ids = step * shape[1] + torch.arange(shape[1])[:, None].expand(shape[1:]).flatten()
+            for i in range(s):
+                out = self.selection.select(
+                    SelectionInputs(
+                        stats=TokenStats(old[i].flatten(), *(x[i].flatten() for x in stats)),
+                        advantages=advantage[i].flatten(),
+                        mask=keep[i].flatten(),
+                        seq_ids=seq_ids,
+                        positions=positions,
+                        seed=self.seeds[i],
+                        step=step,
+                    )
+                )
+                keep[i] = out.keep.view(shape[1:])
+                kl_coef[i], entropy_coef[i] = out.kl_coef.view(shape[1:]), out.entropy_coef.view(shape[1:])
+        return _Batch(context, choice, old, advantage, keep, kl_coef, entropy_coef)
+
+    def _update(self, mini: _Batch, losses: list[tuple[Loss, Tensor]]) -> dict[str, Tensor]:
+        """One optimizer step of every seed; its metrics, (S,) each."""
+        s = len(self.seeds)
+        context, choice = mini.context.flatten(1), mini.choice.flatten(1)
+        logits = self.policy.rows(context)
+        all_logp = logits.log_softmax(-1)
+        p = all_logp.exp()
+        logp = all_logp.gather(2, choice[..., None]).squeeze(2)
+        x = LossInputs(
+            logp=logp,
+            old_logp=mini.old_logp.flatten(1),
+            advantages=mini.advantage.flatten(1),
+            mask=torch.ones_like(logp, dtype=torch.bool),
+            seq_ids=(torch.arange(s * mini.choice.shape[1]).view(s, -1, 1).expand(mini.choice.shape)).flatten(1),
+            entropy=-(p * all_logp).sum(-1),
+        )
+        weight, low, high = _per_token(losses, x)
+        keep = mini.keep.flatten(1) & self.selection.inside(x)
+        pull = torch.where(keep, weight * x.advantages, 0.0)
+        pull = pull - mini.kl_coef.flatten(1) * (logp - x.old_logp).sign()
+        tokens = logp.shape[1]
+        onehot = torch.nn.functional.one_hot(choice, chain.CHOICES)
+        ascent = pull[..., None] * (onehot - p)
+        if (coef := mini.entropy_coef.flatten(1)).any():
+            assert x.entropy is not None
+            ascent = ascent - coef[..., None] * p * (all_logp + x.entropy[..., None])
+        gradients = self.policy.backward(-ascent / tokens)
+        if self.probe:
+            self.probe.before_update(x, pull, p, all_logp, gradients)
+        self.optimizer.step(gradients)
+        if self.probe:
+            self.probe.after_update()
+        return {
+            "clip_low": low.float().mean(1),
+            "clip_high": high.float().mean(1),
+            "kl": (x.old_logp - logp).mean(1),
+        }
+
+
+def _per_token(losses: list[tuple[Loss, Tensor]], x: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """(gradient weight F, clipped below, clipped above), (S, N) each."""
+    shape = x.logp.shape
+    weight, low, high = (torch.empty(shape, dtype=t) for t in (x.logp.dtype, torch.bool, torch.bool))
+    for loss, of in losses:
+        part = LossInputs(
+            **{name: None if (v := getattr(x, name)) is None else v[of].flatten() for name in x.__dataclass_fields__}
+        )
+        terms = loss.terms(part, (part.logp - part.old_logp).clamp(max=44.0).exp())
+        none = torch.zeros_like(part.mask)
+        weight[of] = terms.weight.view(len(of), -1)
+        low[of] = terms.metrics.get("pg_clipfrac_low", none).view(len(of), -1)
+        high[of] = terms.metrics.get("pg_clipfrac_high", none).view(len(of), -1)
+    return weight, low, high
+
+
+def _entropy(logp: Tensor) -> Tensor:
+    return -(logp.exp() * logp).sum(-1)
+
+
+def _context_statistics(logp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """H, sum p^2 and sum p^2 log p of every context, (S, K) each."""
+    p = logp.exp()
+    return _entropy(logp), p.square().sum(-1), (p.square() * logp).sum(-1)
+
+
+class _Optimizer:
+    """Adam or SGD on stacked parameters, whose steps are elementwise, with each seed's gradient norm clipped at 1."""
+
+    def __init__(self, parameters: list[Tensor], setting: Setting) -> None:
+        self.parameters, self._beta2 = parameters, setting.betas[1]
+        self._torch: torch.optim.Optimizer
+        if setting.optimizer == "adam":
+            self._torch = torch.optim.Adam(parameters, lr=setting.lr, betas=setting.betas, eps=ADAM_EPS, fused=True)
+        else:
+            self._torch = torch.optim.SGD(parameters, lr=setting.lr, fused=True)
+
+    def step(self, gradients: list[Tensor]) -> None:
+        norm = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
+        scale = (MAX_GRAD_NORM / norm.clamp(min=1e-12)).clamp(max=1.0)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient * scale.view(-1, *[1] * (gradient.dim() - 1))
+        self._torch.step()
+
+    def second_moments(self) -> list[Tensor] | None:
+        """Adam's bias-corrected second moments, before the step at hand; None before the first, and for SGD."""
+        states = [self._torch.state.get(p, {}) for p in self.parameters]
+        if not all("exp_avg_sq" in state for state in states):
+            return None
+        return [state["exp_avg_sq"] / (1 - self._beta2 ** float(state["step"])) for state in states]
+
+
+class Probe:
+    """Predicted and measured change of entropy over a rollout step's updates, on that step's own tokens.
+
+    ``measured`` is the change of mean entropy. The predictions are first-order sums over the updates:
+
+    * ``predicted_token``: -eta E_B[F keep A (S - E_p[S])] over each update's tokens, as if every token had logits of its
+      own (Entropy Dynamics theorem 2 with the loss's own weight). Its scale is not that of the other three.
+    * ``predicted_gradient``: -eta <grad H, g>, g the gradient of the update and H the mean entropy of the batch.
+    * ``predicted_adam``: the same with g / (sqrt(v) + eps), v Adam's second moment (with SGD, equal to the last).
+    * ``predicted_step``: <grad H, step>, with the step that the optimizer took, momentum included.
+    """
+
+    def __init__(self, training: _Training) -> None:
+        self._t = training
+
+    def begin(self, context: Tensor) -> None:
+        counts = torch.zeros(context.shape[0], chain.CONTEXTS)
+        flat = context.flatten(1)
+        self._share = counts.scatter_add_(1, flat, torch.ones(flat.shape)) / flat.shape[1]
+        self._before = self._mean_entropy()
+        self._sums = {f"predicted_{name}": torch.zeros(len(counts)) for name in ("token", "gradient", "adam", "step")}
+
+    def _mean_entropy(self) -> Tensor:
+        return (self._share * _entropy(self._t.policy.table().log_softmax(-1))).sum(1)
+
+    def before_update(self, x: LossInputs, pull: Tensor, p: Tensor, logp: Tensor, gradients: list[Tensor]) -> None:
+        assert x.entropy is not None
+        lr = self._t.setting.lr
+        score = x.logp.exp() * (x.entropy + x.logp)
+        expected = x.entropy * p.square().sum(-1) + (p.square() * logp).sum(-1)
+        self._sums["predicted_token"] -= lr * (pull * (score - expected)).mean(1)
+        table = self._t.policy.rows(None).log_softmax(-1)
+        slope = -table.exp() * (table + _entropy(table)[..., None])  # of each context's entropy, Flexible eq. 4
+        self._entropy_gradient = self._t.policy.backward(self._share[..., None] * slope)
+        moments = self._t.optimizer.second_moments()
+        scaled = gradients
+        if moments is not None:
+            scaled = [g / (v.sqrt() + ADAM_EPS) for g, v in zip(gradients, moments, strict=True)]
+        self._sums["predicted_gradient"] -= lr * _inner(self._entropy_gradient, gradients)
+        self._sums["predicted_adam"] -= lr * _inner(self._entropy_gradient, scaled)
+        self._old = [q.clone() for q in self._t.policy.parameters]
+
+    def after_update(self) -> None:
+        taken = [new - old for new, old in zip(self._t.policy.parameters, self._old, strict=True)]
+        self._sums["predicted_step"] += _inner(self._entropy_gradient, taken)
+
+    def end(self) -> dict[str, Tensor]:
+        return {"measured": self._mean_entropy() - self._before, **self._sums}
+
+
+def _inner(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    return torch.stack([(x * y).flatten(1).sum(1) for x, y in zip(a, b, strict=True)]).sum(0)

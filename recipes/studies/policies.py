@@ -1,0 +1,129 @@
+"""Policies over the 313 contexts of the chain task: a table of free logits, and a small network with shared weights.
+
+Every parameter has a leading dimension S of seeds that never meet. A policy gives logits and takes the gradient of the
+objective with respect to them, so that everything between is the same for both.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from recipes.studies import chain
+
+
+class Policy(Protocol):
+    parameters: list[Tensor]  # each (S, ...)
+
+    def table(self) -> Tensor:
+        """Logits of all contexts, (S, K, V), without gradient."""
+        ...
+
+    def rows(self, contexts: Tensor | None) -> Tensor:
+        """Logits (S, N, V) of contexts (S, N), or (S, K, V) of all, remembered for `backward`."""
+        ...
+
+    def backward(self, gradient: Tensor) -> list[Tensor]:
+        """Gradients of the parameters from that of the last call's rows, (S, N, V)."""
+        ...
+
+
+class Table:
+    """Logits are the parameters: tokens of different contexts do not touch each other."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.parameters = [logits.clone()]
+        self._index: Tensor | None = None
+
+    def table(self) -> Tensor:
+        return self.parameters[0]
+
+    def rows(self, contexts: Tensor | None) -> Tensor:
+        if contexts is None:
+            contexts = torch.arange(chain.CONTEXTS).expand(self.parameters[0].shape[0], -1)
+        self._index = contexts[..., None].expand(*contexts.shape, chain.CHOICES)
+        return self.parameters[0].gather(1, self._index)
+
+    def backward(self, gradient: Tensor) -> list[Tensor]:
+        assert self._index is not None
+        return [torch.zeros_like(self.parameters[0]).scatter_add_(1, self._index, gradient)]
+
+
+def _features() -> Tensor:
+    """(K, 30) one-hot: operand x or none (11), kind of context (5), operand d or step or none (14)."""
+    onehot = torch.zeros(chain.CONTEXTS, 30)
+    for context in range(chain.CONTEXTS):
+        if context < chain.FACTS:
+            x, kind, d = context // 30, context // 10 % 3, context % 10
+        elif context < chain.COPY:
+            x, kind, d = 10, 3, 10 + context - chain.CONNECTOR
+        else:
+            x, kind, d = context - chain.COPY, 4, 13
+        onehot[context, [x, 11 + kind, 16 + d]] = 1.0
+    return onehot
+
+
+class Network:
+    """Embeddings of x, the operator and d, added; two residual GELU layers; a readout. Weights serve all contexts."""
+
+    def __init__(self, seeds: list[int], *, width: int = 64) -> None:
+        shapes = [(30, width), (width, 2 * width), (2 * width, width), (width, 2 * width), (2 * width, width)]
+        shapes.append((width, chain.CHOICES))
+        self.parameters = [torch.empty(len(seeds), *shape) for shape in shapes]
+        for i, seed in enumerate(seeds):
+            generator = torch.Generator().manual_seed(1_000_003 * seed + 43)
+            for parameter, (fan_in, _) in zip(self.parameters, shapes, strict=True):
+                scale = 1.0 if fan_in == 30 else fan_in**-0.5
+                parameter[i] = scale * torch.randn(parameter.shape[1:], generator=generator)
+        self._onehot = _features()
+        self._graph: tuple[Tensor, list[Tensor]] | None = None
+
+    def _logits(self, parameters: list[Tensor], contexts: Tensor | None) -> Tensor:
+        embedding, up1, down1, up2, down2, readout = parameters
+        h = self._onehot @ embedding  # S, K, width
+        if contexts is not None:
+            h = h.gather(1, contexts[..., None].expand(*contexts.shape, h.shape[-1]))
+        for up, down in ((up1, down1), (up2, down2)):
+            normed = torch.nn.functional.rms_norm(h, h.shape[-1:])
+            h = h + torch.nn.functional.gelu(normed @ up) @ down
+        logits = torch.nn.functional.rms_norm(h, h.shape[-1:]) @ readout
+        which = torch.arange(chain.CONTEXTS).expand(logits.shape[0], -1) if contexts is None else contexts
+        connector = (which >= chain.CONNECTOR) & (which < chain.COPY)
+        absent = connector[..., None] & (torch.arange(chain.CHOICES) >= chain.CONNECTORS)
+        return logits.masked_fill(absent, chain.NEVER)
+
+    def table(self) -> Tensor:
+        with torch.no_grad():
+            return self._logits(self.parameters, None)
+
+    def rows(self, contexts: Tensor | None) -> Tensor:
+        with torch.enable_grad():
+            leaves = [p.detach().requires_grad_() for p in self.parameters]
+            logits = self._logits(leaves, contexts)
+        self._graph = (logits, leaves)
+        return logits.detach()
+
+    def backward(self, gradient: Tensor) -> list[Tensor]:
+        assert self._graph is not None
+        logits, leaves = self._graph
+        return list(torch.autograd.grad(logits, leaves, gradient))
+
+
+def warm_started(seeds: list[int], *, steps: int = 400, lr: float = 5e-3) -> Network:
+    """A network fitted to each seed's start table by cross entropy over all contexts: where its training starts."""
+    network = Network(seeds)
+    target = chain.start_logits(seeds).softmax(-1)
+    optimizer = torch.optim.Adam(network.parameters, lr=lr, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        logits = network.rows(None)
+        gradients = network.backward((logits.softmax(-1) - target) / chain.CONTEXTS)
+        for parameter, gradient in zip(network.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        schedule.step()
+    for parameter in network.parameters:
+        parameter.grad = None
+    return network

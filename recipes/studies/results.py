@@ -1,0 +1,172 @@
+"""The results of a study on disk: a line per run, and a line of mean curves per block of seeds.
+
+``benchmarks/results/studies/<study>.jsonl`` has one JSON object a run; ``curves/<study>.jsonl`` beside it has, per
+method and block of seeds, means and standard deviations over the block. Lines are only ever appended.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recipes.studies.engine import PASS_K, Curves, Method, Setting
+
+ROOT = Path("benchmarks/results/studies")
+KEPT_CURVES = ("entropy", "avg", "pass", "clip_low", "clip_high")
+CURVE_POINTS = 26
+EQUAL_REWARD = 0.6  # accuracy at which methods are compared for entropy and pass@k
+
+Row = dict[str, Any]
+
+
+def digest(setting: Setting, method: Method) -> str:
+    """Changes when anything about the run's definition does: such results are not continued."""
+    plain = [repr(setting), *(sorted(getattr(method, g).items(), key=str) for g in ("loss", "selection", "schedule"))]
+    return hashlib.sha256(repr([*plain, method.advantage]).encode()).hexdigest()[:10]
+
+
+def machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {os.cpu_count()} cores, {platform.machine()}"
+
+
+def read(path: Path) -> list[Row]:
+    """The objects of a JSON-lines file; a torn last line (a run killed while writing) is left out. [] without a file."""
+    rows: list[Row] = []
+    lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number != len(lines):
+                raise ValueError(f"{path} line {number} is not JSON: remove it or restore the file") from error
+    return rows
+
+
+def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add a line per object, in one write; a torn last line is cut off first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
+    with path.open("a+b") as file:
+        file.seek(0)
+        whole = file.read()
+        if whole and not whole.endswith(b"\n"):
+            file.truncate(whole.rfind(b"\n") + 1)
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def rows_of(
+    study: str, label: str, setting: Setting, name: str, method: Method, seeds: list[int], curves: Curves
+) -> list[Row]:
+    """One result per seed."""
+    mean = {key: curves[key].double().nanmean(1) for key in ("entropy", "clip_low", "clip_high", "kl")}
+    rows = []
+    for i, seed in enumerate(seeds):
+        avg = curves["avg"][i].double()
+        row: Row = {
+            "study": study,
+            "method": name,
+            "seed": seed,
+            "level": setting.level,
+            "setting": label,
+            "start_entropy": _round(curves["entropy"][i, 0]),
+            "final_entropy": _round(curves["entropy"][i, -1]),
+            "entropy_auc": _round(mean["entropy"][i]),
+            "start_avg_at_k": _round(avg[0]),
+            "avg_at_k": _round(avg[-1]),
+            "pass_at_k": _round(curves["pass"][i, -1]),
+            "k": PASS_K,
+            "clip_low": _round(mean["clip_low"][i], 5),
+            "clip_high": _round(mean["clip_high"][i], 5),
+            "collapsed": collapsed(avg, setting.reward),
+            **at_equal_reward(curves, i),
+        }
+        if "measured" in curves:
+            row |= agreement({k: v[i] for k, v in curves.items() if k == "measured" or k.startswith("predicted")})
+        if method.schedule["name"] == "entropy_target":
+            row["tracking_error"] = tracking_error(method, setting, curves["entropy"][i])
+        rows.append({**row, "digest": digest(setting, method), "command": f"make study STUDY={study}"})
+    return [{**row, "machine": machine()} for row in rows]
+
+
+def collapsed(avg: Tensor, reward: str) -> bool:
+    """Held-out accuracy ends below where it began, or below half of its best, or is not finite.
+
+    Without a learning signal (random rewards) only the last counts.
+    """
+    finite = bool(avg.isfinite().all())
+    if reward == "random":
+        return not finite
+    return not finite or bool(avg[-1] < avg[0]) or bool(avg[-1] < 0.5 * avg.max())
+
+
+def at_equal_reward(curves: Curves, i: int) -> Row:
+    """Entropy and pass@k where accuracy first reaches `EQUAL_REWARD`, interpolated between steps; nothing if never."""
+    avg = curves["avg"][i].double()
+    reached = (avg >= EQUAL_REWARD).nonzero()
+    if not len(reached) or reached[0] == 0:
+        return {}
+    k = int(reached[0])
+    u = float((EQUAL_REWARD - avg[k - 1]) / (avg[k] - avg[k - 1]))
+    entropy, passed = ((1 - u) * curves[n][i, k - 1] + u * curves[n][i, k] for n in ("entropy", "pass"))
+    return {"step_at_equal": round(k - 1 + u, 2), "entropy_at_equal": _round(entropy), "pass_at_equal": _round(passed)}
+
+
+def agreement(series: Mapping[str, Tensor]) -> Row:
+    """Of each predictor against ``measured`` over a run's steps: correlation, slope through the origin, signs."""
+    row: Row = {}
+    kept = series["measured"].isfinite()
+    y = series["measured"][kept].double()
+    for name, values in series.items():
+        if name == "measured":
+            continue
+        x = values[kept].double()
+        key = name.removeprefix("predicted_")
+        centred = [v - v.mean() for v in (x, y)]
+        norm = float(centred[0].norm() * centred[1].norm())
+        row[f"corr_{key}"] = _round((centred[0] * centred[1]).sum() / norm) if norm else None
+        row[f"slope_{key}"] = _round((x * y).sum() / x.square().sum()) if float(x.square().sum()) else None
+        row[f"sign_{key}"] = _round((x.sign() == y.sign()).double().mean())
+    return row
+
+
+def tracking_error(method: Method, setting: Setting, entropy: Tensor) -> float:
+    """Mean |H - H*| / H_init over the second half of the run."""
+    h = entropy.double()
+    x = torch.linspace(0, 1, len(h), dtype=torch.float64)
+    start, end = float(method.schedule.get("start", 1.0)), float(method.schedule.get("end", 1.0))
+    target = start + (end - start) * x if method.schedule["curve"] == "linear" else torch.full_like(h, start)
+    half = len(h) // 2
+    return _round((h / h[0] - target)[half:].abs().mean())
+
+
+def curves_of(label: str, setting: Setting, name: str, method: Method, seeds: list[int], curves: Curves) -> Row:
+    """Means and standard deviations over the seeds at `CURVE_POINTS` steps."""
+    steps = torch.linspace(0, setting.steps, CURVE_POINTS).round().long()
+    row: Row = {"setting": label, "method": name, "digest": digest(setting, method), "seeds": [seeds[0], seeds[-1]]}
+    row |= {"n": len(seeds), "steps": steps.tolist()}
+    for key in KEPT_CURVES:
+        values = curves[key].double()[:, steps]
+        spread = values.std(0) if len(seeds) > 1 else torch.zeros(len(steps))
+        row[key] = [[_round(v) for v in values.mean(0)], [_round(v) for v in spread]]
+    return row
+
+
+def _round(value: Tensor | float, digits: int = 4) -> float:
+    """JSON has no NaN: what is not finite becomes null."""
+    number = float(value)
+    return round(number, digits) if math.isfinite(number) else None  # type: ignore[return-value]

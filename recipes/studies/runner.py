@@ -1,0 +1,96 @@
+"""Runs what a study still lacks, over as many processes as wanted, with progress and the time left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from recipes.studies import results
+from recipes.studies.definitions import Study
+from recipes.studies.engine import Method, Setting, train
+
+
+@dataclass(frozen=True)
+class Item:
+    """One method in one setting for some seeds: the unit of work, all of which is written or nothing."""
+
+    study: str
+    label: str
+    setting: Setting
+    name: str
+    method: Method
+    seeds: tuple[int, ...]
+    probe: bool
+
+    @property
+    def cost(self) -> float:
+        """Relative; used for the time left only."""
+        s = self.setting
+        per_update = 1.0 if s.level == "L1" else 8.0
+        return s.steps * s.epochs * s.mini_batches * len(self.seeds) * per_update * (3.0 if self.probe else 1.0)
+
+
+def missing(name: str, study: Study, rows: list[results.Row], seeds: int | None, level: str | None) -> Iterator[Item]:
+    """What is not in ``rows`` yet. ``seeds`` and ``level`` narrow the study."""
+    done: dict[tuple[str, str, str], set[int]] = {}
+    for row in rows:
+        done.setdefault((row["setting"], row["method"], row["digest"]), set()).add(row["seed"])
+    for label, setting in study.settings.items():
+        if level and setting.level != level:
+            continue
+        wanted = range(study.seeds[setting.level] if seeds is None else seeds)
+        for method_name, method in study.of(setting).items():
+            have = done.get((label, method_name, results.digest(setting, method)), set())
+            if lacking := tuple(seed for seed in wanted if seed not in have):
+                yield Item(name, label, setting, method_name, method, lacking, study.probe)
+
+
+def _run(item: Item) -> tuple[list[results.Row], results.Row]:
+    torch.set_num_threads(1)  # several processes share the cores, and the tensors are small
+    seeds = list(item.seeds)
+    curves = train(item.setting, item.method, seeds, probe=item.probe)
+    rows = results.rows_of(item.study, item.label, item.setting, item.name, item.method, seeds, curves)
+    return rows, results.curves_of(item.label, item.setting, item.name, item.method, seeds, curves)
+
+
+def run(
+    name: str,
+    study: Study,
+    *,
+    root: Path = results.ROOT,
+    jobs: int = 1,
+    seeds: int | None = None,
+    level: str | None = None,
+    report: Callable[[str], None] = print,
+) -> list[results.Row]:
+    """Complete the study's results file and return all its rows. Stop it at any time and start it again."""
+    path = root / f"{name}.jsonl"
+    items = list(missing(name, study, results.read(path), seeds, level))
+    if not items:
+        return results.read(path)
+    begin, done, total = time.monotonic(), 0.0, sum(item.cost for item in items)
+    runs = sum(len(item.seeds) for item in items)
+    report(f"{name}: {len(items)} method x setting, {runs} runs, {jobs} process{'es' if jobs > 1 else ''}")
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(_run, item): item for item in items}
+        for count, future in enumerate(as_completed(futures), 1):
+            item, (rows, curves) = futures[future], future.result()
+            if study.curves:
+                results.append(root / "curves" / f"{name}.jsonl", [curves])
+            results.append(path, rows)
+            done += item.cost
+            elapsed = time.monotonic() - begin
+            left = elapsed * (total - done) / done
+            mean = sum(row["avg_at_k"] or 0.0 for row in rows) / len(rows)
+            entropy = sum(row["final_entropy"] or 0.0 for row in rows) / len(rows)
+            report(
+                f"[{count}/{len(items)}] {item.label}, {item.name}: avg@{results.PASS_K} {mean:.3f}, entropy "
+                f"{entropy:.3f} ({len(rows)} seeds); {elapsed:.0f} s, about {left:.0f} s left"
+            )
+    return results.read(path)
