@@ -10,8 +10,8 @@ from recipes.studies.engine import Method, Setting
 
 MILD = Setting()  # 16 updates a batch: at most 1 % of tokens are clipped under GRPO
 MANY = Setting(epochs=4, lr=0.03)  # 64 updates a batch: 6 % clipped below and 3 % above
-MILD_L2 = Setting(level="L2", lr=0.002)
-MANY_L2 = Setting(level="L2", epochs=4, lr=0.002)
+MILD_L2 = Setting(level="L2", lr=0.0005)
+MANY_L2 = Setting(level="L2", epochs=4, lr=0.001)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ STUDIES: dict[str, Study] = {
     "map": Study(
         title="Stability over updates per batch and learning rate",
         question="Where does learning break, per method, and does the border carry over to shared weights?",
-        settings=_grid("L1", (0.0125, 0.025, 0.05, 0.1)) | _grid("L2", (0.0005, 0.001, 0.002, 0.004)),
+        settings=_grid("L1", (0.0125, 0.025, 0.05, 0.1)) | _grid("L2", (0.00025, 0.0005, 0.001, 0.002)),
         methods=methods.MAP,
         seeds={"L1": 16, "L2": 8},
         curves=False,

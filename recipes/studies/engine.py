@@ -60,7 +60,14 @@ class Setting:
 
 
 Curves = dict[str, Tensor]
-"""Name -> (S, steps + 1): value i is measured after i steps; what belongs to a step is in the column where it ends."""
+"""Name -> (S, steps + 1): value i is measured after i steps; what belongs to a step is in the column where it ends.
+Accuracies are nan except at `evaluation_steps`."""
+
+
+def evaluation_steps(setting: Setting) -> list[int]:
+    """Steps after which accuracy is computed: about 25, with the first and the last."""
+    every = max(1, setting.steps // 25)
+    return sorted({*range(0, setting.steps + 1, every), setting.steps})
 
 
 def train(
@@ -129,6 +136,7 @@ class _Training:
         self.optimizer = _Optimizer(self.policy.parameters, setting)
         self.probe = Probe(self) if probe else None
         self.curves: dict[str, list[Tensor]] = {}
+        self.evaluated = set(evaluation_steps(setting))
 
     def run(self, progress: Callable[[int], None]) -> Curves:
         for step in range(self.setting.steps):
@@ -136,7 +144,7 @@ class _Training:
             progress(step + 1)
         # Value i of a curve is measured after i steps: entropy, reward and accuracy once more at the end, and an
         # empty first place for what belongs to a step.
-        self._measure(*self._rollout())
+        self._measure(self.setting.steps, *self._rollout())
         empty = torch.full((len(self.seeds),), float("nan"))
         for values in self.curves.values():
             if len(values) == self.setting.steps:
@@ -150,7 +158,7 @@ class _Training:
     def _rollout(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Log-probabilities (S, K, V), contexts and choices (S, B, 7), rewards (S, B)."""
         s = self.setting
-        logp = self.policy.table().log_softmax(-1)
+        logp = log_softmax(self.policy.table())
         prompts = self.draws.prompts(s.prompts).repeat_interleave(s.n, 1)
         context, choice = chain.sample(logp, prompts, self.draws.uniform(s.prompts * s.n, chain.TOKENS))
         if s.reward == "random":
@@ -159,18 +167,21 @@ class _Training:
             reward = (choice[..., -1] == chain.answers(prompts)).float()
         return logp, context, choice, reward
 
-    def _measure(self, logp: Tensor, context: Tensor, choice: Tensor, reward: Tensor) -> Tensor:
+    def _measure(self, step: int, logp: Tensor, context: Tensor, choice: Tensor, reward: Tensor) -> Tensor:
         """Log what the policy is now; returns the entropy of each seed's batch, (S,)."""
         entropy = _entropy(logp).gather(1, context.flatten(1)).mean(1)
-        solved = chain.solve_probability(logp, self.held_out)
-        passed = 1 - (1 - solved.clamp(0, 1)) ** PASS_K
+        if step in self.evaluated:
+            solved = chain.solve_probability(logp, self.held_out).clamp(0, 1)
+        else:
+            solved = torch.full((len(self.seeds), 1), float("nan"))
+        passed = 1 - (1 - solved) ** PASS_K
         self._log(entropy=entropy, reward=reward.mean(1), avg=solved.mean(1), **{"pass": passed.mean(1)})
         return entropy
 
     def _step(self, step: int) -> None:
         s = self.setting
         logp, context, choice, reward = self._rollout()
-        entropy = self._measure(logp, context, choice, reward)
+        entropy = self._measure(step, logp, context, choice, reward)
         losses = self._losses(step, entropy)
         batch = self._select(step, logp, context, choice, reward)
         size = s.prompts * s.n // s.mini_batches
@@ -237,7 +248,7 @@ class _Training:
         s = len(self.seeds)
         context, choice = mini.context.flatten(1), mini.choice.flatten(1)
         logits = self.policy.rows(context)
-        all_logp = logits.log_softmax(-1)
+        all_logp = log_softmax(logits)
         p = all_logp.exp()
         logp = all_logp.gather(2, choice[..., None]).squeeze(2)
         x = LossInputs(
@@ -285,6 +296,12 @@ def _per_token(losses: list[tuple[Loss, Tensor]], x: LossInputs) -> tuple[Tensor
         low[of] = terms.metrics.get("pg_clipfrac_low", none).view(len(of), -1)
         high[of] = terms.metrics.get("pg_clipfrac_high", none).view(len(of), -1)
     return weight, low, high
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Over the last, short dimension: four times as fast there as torch's."""
+    shifted = logits - logits.amax(-1, keepdim=True)
+    return shifted - shifted.exp().sum(-1, keepdim=True).log()
 
 
 def _entropy(logp: Tensor) -> Tensor:
@@ -346,7 +363,7 @@ class Probe:
         self._sums = {f"predicted_{name}": torch.zeros(len(counts)) for name in ("token", "gradient", "adam", "step")}
 
     def _mean_entropy(self) -> Tensor:
-        return (self._share * _entropy(self._t.policy.table().log_softmax(-1))).sum(1)
+        return (self._share * _entropy(log_softmax(self._t.policy.table()))).sum(1)
 
     def before_update(self, x: LossInputs, pull: Tensor, p: Tensor, logp: Tensor, gradients: list[Tensor]) -> None:
         assert x.entropy is not None
@@ -354,7 +371,7 @@ class Probe:
         score = x.logp.exp() * (x.entropy + x.logp)
         expected = x.entropy * p.square().sum(-1) + (p.square() * logp).sum(-1)
         self._sums["predicted_token"] -= lr * (pull * (score - expected)).mean(1)
-        table = self._t.policy.rows(None).log_softmax(-1)
+        table = log_softmax(self._t.policy.rows(None))
         slope = -table.exp() * (table + _entropy(table)[..., None])  # of each context's entropy, Flexible eq. 4
         self._entropy_gradient = self._t.policy.backward(self._share[..., None] * slope)
         moments = self._t.optimizer.second_moments()

@@ -18,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recipes.studies.engine import PASS_K, Curves, Method, Setting
+from recipes.studies.engine import PASS_K, Curves, Method, Setting, evaluation_steps
 
 ROOT = Path("benchmarks/results/studies")
 KEPT_CURVES = ("entropy", "avg", "pass", "clip_low", "clip_high")
-CURVE_POINTS = 26
 EQUAL_REWARD = 0.6  # accuracy at which methods are compared for entropy and pass@k
 
 Row = dict[str, Any]
@@ -76,7 +75,7 @@ def rows_of(
     mean = {key: curves[key].double().nanmean(1) for key in ("entropy", "clip_low", "clip_high", "kl")}
     rows = []
     for i, seed in enumerate(seeds):
-        avg = curves["avg"][i].double()
+        avg = curves["avg"][i, evaluation_steps(setting)].double()
         row: Row = {
             "study": study,
             "method": name,
@@ -93,7 +92,7 @@ def rows_of(
             "clip_low": _round(mean["clip_low"][i], 5),
             "clip_high": _round(mean["clip_high"][i], 5),
             "collapsed": collapsed(avg, setting.reward),
-            **at_equal_reward(curves, i),
+            **at_equal_reward(setting, curves, i),
         }
         if "measured" in curves:
             row |= agreement({k: v[i] for k, v in curves.items() if k == "measured" or k.startswith("predicted")})
@@ -114,16 +113,18 @@ def collapsed(avg: Tensor, reward: str) -> bool:
     return not finite or bool(avg[-1] < avg[0]) or bool(avg[-1] < 0.5 * avg.max())
 
 
-def at_equal_reward(curves: Curves, i: int) -> Row:
-    """Entropy and pass@k where accuracy first reaches `EQUAL_REWARD`, interpolated between steps; nothing if never."""
-    avg = curves["avg"][i].double()
+def at_equal_reward(setting: Setting, curves: Curves, i: int) -> Row:
+    """Entropy and pass@k where accuracy first reaches `EQUAL_REWARD`, interpolated between evaluations; {} if never."""
+    steps = evaluation_steps(setting)
+    avg, entropies, passes = (curves[name][i, steps].double() for name in ("avg", "entropy", "pass"))
     reached = (avg >= EQUAL_REWARD).nonzero()
     if not len(reached) or reached[0] == 0:
         return {}
     k = int(reached[0])
     u = float((EQUAL_REWARD - avg[k - 1]) / (avg[k] - avg[k - 1]))
-    entropy, passed = ((1 - u) * curves[n][i, k - 1] + u * curves[n][i, k] for n in ("entropy", "pass"))
-    return {"step_at_equal": round(k - 1 + u, 2), "entropy_at_equal": _round(entropy), "pass_at_equal": _round(passed)}
+    entropy, passed = ((1 - u) * values[k - 1] + u * values[k] for values in (entropies, passes))
+    step = (1 - u) * steps[k - 1] + u * steps[k]
+    return {"step_at_equal": round(step, 2), "entropy_at_equal": _round(entropy), "pass_at_equal": _round(passed)}
 
 
 def agreement(series: Mapping[str, Tensor]) -> Row:
@@ -155,10 +156,10 @@ def tracking_error(method: Method, setting: Setting, entropy: Tensor) -> float:
 
 
 def curves_of(label: str, setting: Setting, name: str, method: Method, seeds: list[int], curves: Curves) -> Row:
-    """Means and standard deviations over the seeds at `CURVE_POINTS` steps."""
-    steps = torch.linspace(0, setting.steps, CURVE_POINTS).round().long()
+    """Means and standard deviations over the seeds at the steps of evaluation."""
+    steps = evaluation_steps(setting)
     row: Row = {"setting": label, "method": name, "digest": digest(setting, method), "seeds": [seeds[0], seeds[-1]]}
-    row |= {"n": len(seeds), "steps": steps.tolist()}
+    row |= {"n": len(seeds), "steps": steps}
     for key in KEPT_CURVES:
         values = curves[key].double()[:, steps]
         spread = values.std(0) if len(seeds) > 1 else torch.zeros(len(steps))
