@@ -1,4 +1,4 @@
-"""Methods compared over seeds: `python -m recipes.study NAME [--level L1] [--seeds N] [--jobs N]`, `make study STUDY=NAME`.
+"""Compare methods over seeds: `python -m recipes.study NAME [--level L1] [--seeds N] [--jobs N]`, `make study STUDY=NAME`.
 
 Completes ``benchmarks/results/studies/NAME.jsonl`` (a line per run; start it again and it resumes) and writes the
 study's page to ``runs/studies/NAME.html``. Without a name: the list of studies.
@@ -11,23 +11,32 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from recipes.studies import results, runner
+from megatron_ext.rl.params import suggest
+from recipes.studies import full_stack, results, runner
 from recipes.studies.definitions import STUDIES
+from recipes.studies.full_stack import FULL_STUDIES
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m recipes.study", description=__doc__.split("\n")[0])
-    parser.add_argument("name", nargs="?", choices=[*STUDIES, []], metavar="NAME", help=", ".join(STUDIES))
+    parser.add_argument("name", nargs="?", metavar="NAME", help=", ".join([*STUDIES, *FULL_STUDIES]))
     parser.add_argument("--level", choices=["L1", "L2"], help="only this level")
     parser.add_argument("--seeds", type=int, help="default: the study's own number")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--minutes", type=float, help="full-stack studies: start no run after so many minutes")
     parser.add_argument("--results", type=Path, default=results.ROOT, help="directory of the results files")
     args = parser.parse_args(argv)
     if not args.name:
-        for name, study in STUDIES.items():
+        for name, study in (*STUDIES.items(), *FULL_STUDIES.items()):
             print(f"{name:<16}{study.title}. {study.question}")
-        return
-    runner.run(args.name, STUDIES[args.name], root=args.results, jobs=args.jobs, seeds=args.seeds, level=args.level)
+    elif args.name in STUDIES:
+        study = STUDIES[args.name]
+        runner.run(args.name, study, root=args.results, jobs=args.jobs, seeds=args.seeds, level=args.level)
+    elif args.name in FULL_STUDIES:
+        whole = FULL_STUDIES[args.name]
+        full_stack.run(args.name, whole, root=args.results, seeds=args.seeds, minutes=args.minutes)
+    else:
+        raise SystemExit(f"study {args.name!r} is unknown{suggest(args.name, [*STUDIES, *FULL_STUDIES])}")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ class UpdateMetrics:
     means: dict[
         str, float
     ]  # over response tokens; `loss` (the objective), `pg_loss`, `grad_norm`, `lr`, `skipped_updates`
-    diagnostic_sums: dict[str, float]  # for `entropy_theory.diagnostics`, additive over updates
+    diagnostic_sums: dict[str, float]  # for `megatron_ext.rl.diagnostics`, additive over updates
     tokens: float  # response tokens
 
 

@@ -259,9 +259,9 @@ class _Training:
             seq_ids=(torch.arange(s * mini.choice.shape[1]).view(s, -1, 1).expand(mini.choice.shape)).flatten(1),
             entropy=-(p * all_logp).sum(-1),
         )
-        weight, low, high = _per_token(losses, x)
+        gradient, low, high = _per_token(losses, x)
         keep = mini.keep.flatten(1) & self.selection.inside(x)
-        pull = torch.where(keep, weight * x.advantages, 0.0)
+        pull = torch.where(keep, gradient, 0.0)
         pull = pull - mini.kl_coef.flatten(1) * (logp - x.old_logp).sign()
         tokens = logp.shape[1]
         onehot = torch.nn.functional.one_hot(choice, chain.CHOICES)
@@ -283,19 +283,15 @@ class _Training:
 
 
 def _per_token(losses: list[tuple[Loss, Tensor]], x: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
-    """(gradient weight F, clipped below, clipped above), (S, N) each."""
-    shape = x.logp.shape
-    weight, low, high = (torch.empty(shape, dtype=t) for t in (x.logp.dtype, torch.bool, torch.bool))
+    """(F A with F the gradient weight, clipped below, clipped above), (S, N) each."""
+    pull, low, high = torch.empty_like(x.logp), torch.empty_like(x.mask), torch.empty_like(x.mask)
     for loss, of in losses:
-        part = LossInputs(
-            **{name: None if (v := getattr(x, name)) is None else v[of].flatten() for name in x.__dataclass_fields__}
-        )
-        terms = loss.terms(part, (part.logp - part.old_logp).clamp(max=44.0).exp())
-        none = torch.zeros_like(part.mask)
-        weight[of] = terms.weight.view(len(of), -1)
-        low[of] = terms.metrics.get("pg_clipfrac_low", none).view(len(of), -1)
-        high[of] = terms.metrics.get("pg_clipfrac_high", none).view(len(of), -1)
-    return weight, low, high
+        part = {name: None if (v := getattr(x, name)) is None else v[of].flatten() for name in x.__dataclass_fields__}
+        out = loss(LossInputs(**part))
+        pull[of] = out.gradient.view(len(of), -1)
+        low[of] = (out.below & (part["advantages"] < 0)).view(len(of), -1)
+        high[of] = (out.above & (part["advantages"] > 0)).view(len(of), -1)
+    return pull, low, high
 
 
 def log_softmax(logits: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.rl import diagnostics as d
-from megatron_ext.rl import entropy_theory as theory
+from recipes.studies import theorems as theory
 from megatron_ext.rl.aggregation import sequence_weights
 from megatron_ext.rl.losses import LOSSES, build_loss
 from megatron_ext.rl.objective import Coefficients, Objective, evaluate

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ext.rl import entropy_theory as theory
+from recipes.studies import theorems as theory
 
 ETA = 1e-3
 

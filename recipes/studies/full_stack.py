@@ -1,0 +1,199 @@
+"""Level L3: studies whose runs are whole `recipes.train` runs, with the Megatron learner and real rollouts.
+
+Runs are made seed by seed over all methods, so that a study that is stopped early is still balanced. A finished run is
+only read, an unfinished one resumes. Each seed has its own warm start.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from recipes.studies import methods, results
+from recipes.studies.engine import Method
+from recipes.studies.methods import overrides
+
+EDGE = 5  # steps averaged at the end
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullStudy:
+    """One results file; every run is ``recipes.train`` with ``words``, the method's own words and its seeds."""
+
+    title: str
+    question: str
+    words: tuple[str, ...]
+    methods: Mapping[str, Method]
+    seeds: int
+    eval_set: str
+    k: int
+    setting: str
+
+
+FULL_STUDIES: dict[str, FullStudy] = {
+    "full_stack": FullStudy(
+        title="Headline methods on the full stack",
+        question="Do the directions of the table hold with Megatron-Core, text and shared weights, where clipping acts?",
+        words=(
+            "recipe=quickstart",
+            "rollout.engine=local",
+            "train.steps=60",
+            "train.epochs=4",
+            "train.entropy_probe_every=1",
+        ),
+        methods={n: methods.LOSSES[n] for n in ("GRPO", "eps_low 0.05", "eps_high off", "CE-GPPO (0, 1)")},
+        seeds=10,
+        eval_set="chain",
+        k=8,
+        setting="quick start, 4 epochs",
+    ),
+    "gpu": FullStudy(
+        title="Headline methods on a GPU",
+        question="Do the directions hold on SmolLM2-135M with vLLM and word problems?",
+        words=(
+            "recipe=smollm2_gsm8k",
+            "train.steps=24",
+            "train.epochs=4",
+            "train.entropy_probe_every=1",
+            "model.dtype=bfloat16",
+            "rollout.dtype=bfloat16",
+            "train.tis_cap=2",
+            "rollout.agreement_limit=0.02",
+            "eval.problems=64",
+            "eval.n=8",
+        ),
+        methods={n: methods.LOSSES[n] for n in ("GRPO", "eps_low 0.05", "eps_high off", "CE-GPPO (0, 1)")},
+        seeds=2,
+        eval_set="one_step_problems",
+        k=8,
+        setting="SmolLM2-135M, 4 epochs",
+    ),
+}
+
+
+def run(
+    name: str,
+    study: FullStudy,
+    *,
+    root: Path = results.ROOT,
+    runs: Path = Path("runs/studies"),
+    seeds: int | None = None,
+    minutes: float | None = None,
+    report: Callable[[str], None] = print,
+) -> list[results.Row]:
+    """Complete the study's results file, or as much of it as fits into ``minutes``; return all its rows."""
+    path = root / f"{name}.jsonl"
+    done = {(row["method"], row["seed"]) for row in results.read(path)}
+    todo = [(s, m) for s in range(study.seeds if seeds is None else seeds) for m in study.methods if (m, s) not in done]
+    begin = time.monotonic()
+    for count, (seed, method) in enumerate(todo, 1):
+        if minutes is not None and time.monotonic() - begin > 60 * minutes:
+            report(f"{name}: the {minutes:g} minutes are over, {len(todo) - count + 1} runs are left")
+            break
+        run_dir = runs / name / f"{_slug(method)}-seed{seed}"
+        words = [*study.words, *overrides(study.methods[method])]
+        words += [f"seed={seed}", f"model.warm_start.seed={seed}", f"run.dir={run_dir}", f"run.name={name}"]
+        failed = False
+        if not (run_dir / "hf").is_dir():  # exported at the end
+            run_dir.parent.mkdir(parents=True, exist_ok=True)
+            with (run_dir.parent / f"{run_dir.name}.log").open("a") as log:
+                command = [sys.executable, "-m", "recipes.train", *words]
+                failed = subprocess.run(command, stdout=log, stderr=log, check=False).returncode != 0
+        row = _row(name, study, method, seed, run_dir, words, failed)
+        results.append(path, [row])
+        elapsed = time.monotonic() - begin
+        report(
+            f"[{count}/{len(todo)}] {method}, seed {seed}: avg@{study.k} {row['avg_at_k']}, entropy "
+            f"{row['final_entropy']}{', FAILED' if failed else ''}; {elapsed:.0f} s, "
+            f"about {elapsed / count * (len(todo) - count):.0f} s left"
+        )
+    return results.read(path)
+
+
+def _row(
+    name: str, study: FullStudy, method: str, seed: int, run_dir: Path, words: list[str], failed: bool
+) -> results.Row:
+    """A run's line. A run that ended with an error is a collapsed one, with what it has measured."""
+    metrics = results.read(run_dir / "metrics.jsonl")
+    row = {
+        "study": name,
+        "method": method,
+        "seed": seed,
+        "level": "L3",
+        "setting": study.setting,
+        "failed": failed,
+        **summary(metrics, study.eval_set, study.k, failed),
+        "k": study.k,
+        "command": "python -m recipes.train " + " ".join(w for w in words if not w.startswith("run.")),
+        "machine": results.machine(),
+    }
+    return row
+
+
+def summary(metrics: list[results.Row], eval_set: str, k: int, failed: bool = False) -> results.Row:
+    """What a run's ``metrics.jsonl`` says, under the names of the results files."""
+
+    def series(key: str) -> list[float]:
+        return [row[key] for row in metrics if row.get(key) is not None]
+
+    def mean(values: list[float]) -> float | None:
+        return round(sum(values) / len(values), 5) if values else None
+
+    entropy, reward = series("actor/entropy"), series("critic/rewards/mean")
+    before, after = series(f"val-before/{eval_set}/avg@{k}"), series(f"val-core/{eval_set}/avg@{k}")
+    passed = series(f"val-core/{eval_set}/pass@{k}")
+    smooth = [sum(reward[i : i + EDGE]) / EDGE for i in range(len(reward) - EDGE + 1)]
+    below_start = bool(before and after and after[-1] < before[0])
+    row: results.Row = {
+        "steps": len(metrics),
+        "start_entropy": round(entropy[0], 4) if entropy else None,
+        "final_entropy": mean(entropy[-EDGE:]),
+        "entropy_auc": mean(entropy),
+        "start_avg_at_k": round(before[0], 4) if before else None,
+        "avg_at_k": round(after[-1], 4) if after else None,
+        "pass_at_k": round(passed[-1], 4) if passed else None,
+        "final_reward": mean(reward[-EDGE:]),
+        "clip_low": mean(series("actor/pg_clipfrac_low")),
+        "clip_high": mean(series("actor/pg_clipfrac_high")),
+        "max_abs_dp": max(series("rollout_agreement/abs_dp_mean"), default=None),
+        "collapsed": failed or below_start or bool(smooth and smooth[-1] < 0.5 * max(smooth)),
+    }
+    return row | entropy_agreement(metrics)
+
+
+def entropy_agreement(metrics: list[results.Row]) -> results.Row:
+    """Predicted against measured change of entropy over the steps of a run, by `results.agreement`.
+
+    The prediction is ``theory/entropy_slope`` times the number of updates and the learning rate; the measurement is the
+    change on the same tokens where the run probed it (``train.entropy_probe_every``), else the change to the next step's
+    batch. {} for a run of fewer than three such steps.
+    """
+    predicted, measured = entropy_changes(metrics)
+    if len(measured) < 3:
+        return {}
+    pair = {"measured": torch.tensor(measured), "predicted_token": torch.tensor(predicted)}
+    return results.agreement(pair)
+
+
+def entropy_changes(metrics: list[results.Row]) -> tuple[list[float], list[float]]:
+    """(predicted, measured) change of entropy of every step that has both."""
+    predicted, measured = [], []
+    for row, following in zip(metrics, [*metrics[1:], {}], strict=True):
+        change = row.get("theory/entropy_change_same_tokens")
+        if change is None and "actor/entropy" in following and "actor/entropy" in row:
+            change = following["actor/entropy"] - row["actor/entropy"]
+        slope = row.get("theory/entropy_slope")
+        if change is not None and slope is not None:
+            predicted.append(slope * row["actor/updates"] * row["actor/lr"])
+            measured.append(change)
+    return predicted, measured
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "._" else "_" for c in name)
