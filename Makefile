@@ -1,6 +1,8 @@
 # make train [RECIPE=quickstart] [ARGS="key=value ..."] [DRY_RUN=1]   train; a run directory that exists is resumed
 # make check                                                          linter, types, import layers, unit tests: a minute
 # make test                                                           make check, then all other tests
+# make theory                                                         check the papers' theorems by taking the step
+# make study [STUDY=losses]                                           compare methods over seeds; no name: the list
 # make doctor                                                         what this machine has, what it lacks, what that costs
 #
 # Each installs what is pinned in constraints/ into .venv first, once.
@@ -13,6 +15,7 @@ PY := $(VENV)/bin/python
 
 RECIPE ?= quickstart
 ARGS ?=
+STUDY ?=
 DRY_RUN ?=
 
 # Packages are installed without byte code and compile on first use: an environment that forbids writing it would make
@@ -20,7 +23,7 @@ DRY_RUN ?=
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help env train check test doctor
+.PHONY: help env train check test theory study doctor
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -31,6 +34,12 @@ env:
 
 train: env
 	@$(PY) -m recipes.train recipe=$(RECIPE) $(if $(filter-out 0 false,$(DRY_RUN)),run.dry_run=true) $(ARGS)
+
+theory: env
+	@$(PY) -m recipes.theory
+
+study: env
+	@$(PY) -m recipes.study $(STUDY) $(ARGS)
 
 doctor: env
 	@$(PY) -m recipes.doctor

@@ -1,4 +1,4 @@
-"""Compare methods over seeds: `python -m recipes.study NAME [--level L1] [--seeds N] [--jobs N]`, `make study STUDY=NAME`.
+"""Compare methods over seeds: `python -m recipes.study NAME [--level L1] [--seeds N]`, or `make study STUDY=NAME`.
 
 Completes ``benchmarks/results/studies/NAME.jsonl`` (a line per run; start it again and it resumes) and writes the
 study's page to ``runs/studies/NAME.html``. Without a name: the list of studies.
@@ -27,8 +27,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=results.ROOT, help="directory of the results files")
     args = parser.parse_args(argv)
     if not args.name:
-        for name, study in (*STUDIES.items(), *FULL_STUDIES.items()):
-            print(f"{name:<16}{study.title}. {study.question}")
+        for name in (*STUDIES, *FULL_STUDIES):
+            described = STUDIES[name] if name in STUDIES else FULL_STUDIES[name]
+            print(f"{name:<16}{described.title}. {described.question}")
     elif args.name in STUDIES:
         study = STUDIES[args.name]
         runner.run(args.name, study, root=args.results, jobs=args.jobs, seeds=args.seeds, level=args.level)

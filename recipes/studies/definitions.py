@@ -35,14 +35,14 @@ class Study:
         return {name: self.methods[name] for name in chosen}
 
 
-def _grid(level: str, rates: tuple[float, ...]) -> dict[str, Setting]:
+def _grid(level: str, rates: tuple[float, ...], updates: tuple[int, ...], steps: int) -> dict[str, Setting]:
     """Updates per batch x learning rate: up to 16 mini-batches a pass, then more passes."""
     grid = {}
-    for updates in (4, 16, 64, 192):
+    for count in updates:
         for lr in rates:
-            size, epochs = min(updates, 16), max(1, updates // 16)
-            setting = Setting(level=level, steps=60, mini_batches=size, epochs=epochs, lr=lr)
-            grid[f"{level} {updates} x {lr:g}"] = setting
+            size, epochs = min(count, 16), max(1, count // 16)
+            setting = Setting(level=level, steps=steps, mini_batches=size, epochs=epochs, lr=lr)
+            grid[f"{level} {count} x {lr:g}"] = setting
     return grid
 
 
@@ -112,9 +112,11 @@ STUDIES: dict[str, Study] = {
     "map": Study(
         title="Stability over updates per batch and learning rate",
         question="Where does learning break, per method, and does the border carry over to shared weights?",
-        settings=_grid("L1", (0.0125, 0.025, 0.05, 0.1)) | _grid("L2", (0.00025, 0.0005, 0.001, 0.002)),
+        settings=_grid("L1", (0.0125, 0.025, 0.05, 0.1), (4, 16, 64, 192), 60)
+        | _grid("L2", (0.00025, 0.0005, 0.001), (16, 64, 192), 40),
         methods=methods.MAP,
-        seeds={"L1": 16, "L2": 8},
+        l2_methods=("GRPO", "eps_low 0.05", "eps_high off", "CE-GPPO (0, 1)"),
+        seeds={"L1": 16, "L2": 6},
         curves=False,
     ),
     "why": Study(

@@ -286,11 +286,12 @@ def _per_token(losses: list[tuple[Loss, Tensor]], x: LossInputs) -> tuple[Tensor
     """(F A with F the gradient weight, clipped below, clipped above), (S, N) each."""
     pull, low, high = torch.empty_like(x.logp), torch.empty_like(x.mask), torch.empty_like(x.mask)
     for loss, of in losses:
-        part = {name: None if (v := getattr(x, name)) is None else v[of].flatten() for name in x.__dataclass_fields__}
-        out = loss(LossInputs(**part))
+        names = ("logp", "old_logp", "advantages", "mask", "seq_ids", "entropy")
+        part = LossInputs(*(getattr(x, name)[of].flatten() for name in names))
+        out = loss(part)
         pull[of] = out.gradient.view(len(of), -1)
-        low[of] = (out.below & (part["advantages"] < 0)).view(len(of), -1)
-        high[of] = (out.above & (part["advantages"] > 0)).view(len(of), -1)
+        low[of] = (out.below & (part.advantages < 0)).view(len(of), -1)
+        high[of] = (out.above & (part.advantages > 0)).view(len(of), -1)
     return pull, low, high
 
 
@@ -341,8 +342,8 @@ class Probe:
 
     ``measured`` is the change of mean entropy. The predictions are first-order sums over the updates:
 
-    * ``predicted_token``: -eta E_B[F keep A (S - E_p[S])] over each update's tokens, as if every token had logits of its
-      own (Entropy Dynamics theorem 2 with the loss's own weight). Its scale is not that of the other three.
+    * ``predicted_token``: -eta E_B[F keep A (S - E_p[S])] over each update's tokens, as if every token had logits of
+      its own (Entropy Dynamics theorem 2 with the loss's own weight). Its scale is not that of the other three.
     * ``predicted_gradient``: -eta <grad H, g>, g the gradient of the update and H the mean entropy of the batch.
     * ``predicted_adam``: the same with g / (sqrt(v) + eps), v Adam's second moment (with SGD, equal to the last).
     * ``predicted_step``: <grad H, step>, with the step that the optimizer took, momentum included.

@@ -39,7 +39,7 @@ class FullStudy:
 FULL_STUDIES: dict[str, FullStudy] = {
     "full_stack": FullStudy(
         title="Headline methods on the full stack",
-        question="Do the directions of the table hold with Megatron-Core, text and shared weights, where clipping acts?",
+        question="Do the table's directions hold with Megatron-Core, text and shared weights, where clipping acts?",
         words=(
             "recipe=quickstart",
             "rollout.engine=local",
@@ -170,9 +170,9 @@ def summary(metrics: list[results.Row], eval_set: str, k: int, failed: bool = Fa
 def entropy_agreement(metrics: list[results.Row]) -> results.Row:
     """Predicted against measured change of entropy over the steps of a run, by `results.agreement`.
 
-    The prediction is ``theory/entropy_slope`` times the number of updates and the learning rate; the measurement is the
-    change on the same tokens where the run probed it (``train.entropy_probe_every``), else the change to the next step's
-    batch. {} for a run of fewer than three such steps.
+    The prediction is ``theory/entropy_slope`` times the number of updates and the learning rate. The measurement is the
+    change on the same tokens where the run probed it (``train.entropy_probe_every``), else the change to the next
+    step's batch. {} for a run of fewer than three such steps.
     """
     predicted, measured = entropy_changes(metrics)
     if len(measured) < 3:

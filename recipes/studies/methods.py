@@ -163,8 +163,24 @@ def _targets() -> dict[str, Method]:
 
 RANDOM_REWARDS, BETAS, FLEXIBLE = _sweep(), _betas(), _flexible()
 REGIONS, DISCRIMINATORS, TARGETS = _regions(), _discriminators(), _targets()
-MAP = {name: LOSSES[name] for name in (BASELINE, "eps_low 0.05", "eps_high off", *[f"CE-GPPO ({b})" for b in ("0, 1", "0.5, 1", "1, 0.5")])}
-PREDICTION = {name: LOSSES[name] for name in (BASELINE, "eps_low 0.05", "eps_high off", "CE-GPPO (0, 1)", "CE-GPPO (1, 0.5)", "dynamic upper", "GSPO", "Clip_B 1", "Clip_V 1")}
+MAP = {
+    name: LOSSES[name]
+    for name in (BASELINE, "eps_low 0.05", "eps_high off", *[f"CE-GPPO ({b})" for b in ("0, 1", "0.5, 1", "1, 0.5")])
+}
+PREDICTION = {
+    name: LOSSES[name]
+    for name in (
+        BASELINE,
+        "eps_low 0.05",
+        "eps_high off",
+        "CE-GPPO (0, 1)",
+        "CE-GPPO (1, 0.5)",
+        "dynamic upper",
+        "GSPO",
+        "Clip_B 1",
+        "Clip_V 1",
+    )
+}
 
 
 def overrides(method: Method) -> list[str]:

@@ -40,7 +40,7 @@ def machine() -> str:
 
 
 def read(path: Path) -> list[Row]:
-    """The objects of a JSON-lines file; a torn last line (a run killed while writing) is left out. [] without a file."""
+    """The objects of a JSON-lines file, without a torn last line (a run killed while writing). [] without a file."""
     rows: list[Row] = []
     lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
     for number, line in enumerate(lines, 1):

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from megatron_ext.rl import diagnostics as d
-from recipes.studies import theorems as theory
 from megatron_ext.rl.aggregation import sequence_weights
 from megatron_ext.rl.losses import LOSSES, build_loss
 from megatron_ext.rl.objective import Coefficients, Objective, evaluate
 from megatron_ext.rl.selection import SELECTIONS, Selection, SelectionInputs, build_selection
 from megatron_ext.rl.types import LossInputs, TokenStats
+from recipes.studies import theorems as theory
 
 F64 = torch.float64
 

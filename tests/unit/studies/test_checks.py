@@ -1,0 +1,57 @@
+"""`make theory` is the test of the theorems: every check comes out as expected, and each kind is able to fail."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from recipes.studies import checks, theorems
+from recipes.studies.checks import CHECKS, Check
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: f"{check.paper.split(',')[0]}: {check.label}")
+def test_check(check: Check) -> None:
+    outcome = check.run()
+    assert outcome.verdict == check.expected, outcome.measured
+
+
+def _run(label: str) -> str:
+    papers = (checks.DYNAMICS, "every loss, its own F")
+    return next(check for check in CHECKS if check.label == label and check.paper in papers).run().verdict
+
+
+@pytest.mark.parametrize("label", ["theorem 2", "cor. 1", "cor. 3.1", "GRPO", "CE-GPPO (1, 0.5)"])
+def test_a_missing_baseline_is_found(label: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(theorems, "centred_discriminants", theorems.discriminants)
+    assert _run(label) == "fails"
+
+
+def test_a_clip_at_the_wrong_bound_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = theorems.clip_events
+
+    def swapped(z: Tensor, old: Tensor, *, eps_low: float, eps_high: float) -> tuple[Tensor, Tensor]:
+        low, high = events(z, old, eps_low=eps_low, eps_high=eps_high)
+        return high, low
+
+    direction = theorems.clipped_gradient
+
+    def claim(seed: int) -> tuple[Tensor, theorems.FirstOrder]:
+        z, old = checks.drifted(seed)
+        right = direction(z, old, eps_low=0.2, eps_high=0.2)
+        monkeypatch.setattr(theorems, "clip_events", swapped)
+        wrong = direction(z, old, eps_low=0.2, eps_high=0.2)
+        monkeypatch.setattr(theorems, "clip_events", events)
+        return z, theorems.FirstOrder(right.direction, wrong.slope)
+
+    assert checks.first_order(claim)().verdict == "fails"
+
+
+def test_exponential_fit() -> None:
+    """Recovers a and b of R = a exp(H) + b from exact data; R^2 = 0 for a constant reward."""
+    h = torch.linspace(0.1, 1.5, 9, dtype=torch.float64)
+    a, b, r2 = theorems.exponential_fit(h, -0.3 * h.exp() + 0.9)
+    assert [float(x) for x in (a, b, r2)] == pytest.approx([-0.3, 0.9, 1.0])
+    assert float(theorems.exponential_fit(h, torch.full_like(h, 0.4))[2]) == pytest.approx(0.0)
+    noisy = theorems.exponential_fit(h, -0.3 * h.exp() + torch.tensor([1.0, -1.0] * 4 + [1.0]))[2]
+    assert 0 < noisy < 0.9
