@@ -19,6 +19,7 @@ class RunConfig:
     dry_run: bool = False  # print the plan and the resolved configuration, and stop
     peak_tflops: float | None = None  # of a learner's GPU, for MFU; None: its bfloat16 peak by name, none on a CPU
     report_every: int = 10  # rewrite report.html every so many steps; 0: only at the end
+    collective_timeout_s: float = 600.0  # of collectives between devices; waits for rollouts and files have none
 
 
 @dataclass

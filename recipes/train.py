@@ -43,7 +43,8 @@ def train(config: Config, model_dir: Path) -> None:
     per_step = config.train.epochs * updates_per_epoch(config)
     critic: Critic | None = None
     policy_steps = config.train.steps
-    with distributed(config.parallel, config.seed), RunDir(config) as run:
+    limit_s = config.run.collective_timeout_s
+    with distributed(config.parallel, config.seed, timeout_s=limit_s), RunDir(config) as run:
         if config.advantage.name == "gae":
             critic = Critic(config, model_dir, total_updates=config.train.steps * per_step)
             policy_steps -= config.critic.warmup_steps

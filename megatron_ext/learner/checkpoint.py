@@ -27,6 +27,7 @@ from megatron.core.utils import unwrap_model
 from conversion.hf_files import side_files
 from conversion.megatron_reader import HF_FILES, stored_cuts
 from conversion.publish import ManifestError, check_manifest, published, working_directory, write_manifest
+from megatron_ext.learner import control
 from megatron_ext.learner.critic import Critic
 from megatron_ext.learner.learner import Learner, Trainable
 from megatron_ext.learner.model import on_device
@@ -63,11 +64,11 @@ def save(
     ):
         if first and critic is not None:
             (partial / CRITIC).mkdir()
-        torch.distributed.barrier()
+        control.barrier()
         _write(learner, partial)
         if critic is not None:
             _write(critic, partial / CRITIC)
-        torch.distributed.barrier()
+        control.barrier()
         if first:
             (partial / HF_FILES).mkdir()
             for file in side_files(learner.model_dir):  # so that the checkpoint can be exported by itself
@@ -80,7 +81,7 @@ def save(
         _write_atomically(root / LATEST, directory.name + "\n")
         for old in sorted(root.glob("step_*[0-9]"))[:-keep] if keep else []:
             shutil.rmtree(old)
-    torch.distributed.barrier()
+    control.barrier()
     return directory
 
 
@@ -118,7 +119,7 @@ def load(learner: Learner, directory: Path, *, critic: Critic | None = None) -> 
             f"{directory} was written {'with' if saved_critic else 'without'} a critic: "
             f"{'set' if saved_critic else 'do not set'} advantage.name=gae to continue"
         )
-    torch.distributed.barrier()
+    control.barrier()
     scales = bool(manifest.get("fp8_scales"))
     _restore(learner, directory, scales)
     if critic is not None:

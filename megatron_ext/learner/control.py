@@ -14,24 +14,19 @@ import torch
 import torch.distributed as dist
 
 WAIT = timedelta(days=14)  # in milliseconds it fits into 31 bits
-_groups: dict[int, tuple[dist.ProcessGroup, dist.ProcessGroup]] = {}
+_made: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None  # the default group, and the control group beside it
 
 
 def group() -> dist.ProcessGroup:
     """The control group of all ranks, made at the first call, which is a collective."""
+    global _made
     world = dist.group.WORLD
-    assert world is not None, "call this inside `megatron_ext.learner.model.distributed`"
-    made_for, made = _groups.get(0, (None, None))
-    if made is None or made_for is not world:  # tests form several default groups, one after the other
+    assert world is not None, "no process group: call this inside `megatron_ext.learner.model.distributed`"
+    if _made is None or _made[0] is not world:  # a process may form several default groups, one after the other
         made = dist.new_group(backend="gloo", timeout=WAIT, group_desc="control")
         assert made is not None
-        _groups[0] = (world, made)
-    return made
-
-
-def forget() -> None:
-    """Drop the group, when the default group ends."""
-    _groups.clear()
+        _made = world, made
+    return _made[1]
 
 
 def broadcast_bytes(data: bytes, *, src: int) -> bytes:

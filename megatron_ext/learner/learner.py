@@ -23,8 +23,8 @@ from torch import Tensor
 import conversion
 from configs.schema import Config
 from megatron_ext.flops import ForwardFlops
+from megatron_ext.learner import control, weights, work
 from megatron_ext.learner import model as megatron
-from megatron_ext.learner import weights, work
 from megatron_ext.learner.fp8 import alignment
 from megatron_ext.learner.model import parallel_state
 from megatron_ext.learner.offload import Parking, drop_fp8_copies, model_tensors, optimizer_tensors
@@ -77,6 +77,7 @@ class Trainable:
             value_head=value_head,
         )
         weights.import_hf(self.hf, model_dir, self.chunks, skip=(WEIGHT,) if value_head else ())
+        control.barrier()  # reading takes ranks of different nodes different times
         self.optimizer, self.lr_schedule = megatron.build_optimizer(
             optim, config.model.dtype, self.chunks, total_updates
         )
@@ -252,9 +253,7 @@ class Trainable:
             torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
             reduced = dict(zip(names, total.tolist(), strict=True))
         last = torch.distributed.get_world_size() - 1
-        result: dict[str, float] = json.loads(
-            broadcast_bytes(json.dumps(reduced).encode(), src=last, device=self.device)
-        )
+        result: dict[str, float] = json.loads(control.broadcast_bytes(json.dumps(reduced).encode(), src=last))
         return result
 
 
@@ -334,16 +333,3 @@ def token_multiple(config: Config) -> int:
     """
     parallel = config.parallel
     return parallel.cp * (parallel.tp if parallel.sp else 1) * alignment(config)
-
-
-def broadcast_bytes(data: bytes, *, src: int, device: torch.device) -> bytes:
-    """``data`` of rank ``src`` on every rank; not pickled."""
-    if torch.distributed.get_world_size() == 1:
-        return data
-    size = torch.tensor([len(data)], device=device)
-    torch.distributed.broadcast(size, src=src)
-    buffer = torch.empty(int(size), dtype=torch.uint8, device=device)
-    if torch.distributed.get_rank() == src:
-        buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    torch.distributed.broadcast(buffer, src=src)
-    return bytes(buffer.cpu().numpy())

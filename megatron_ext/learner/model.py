@@ -29,7 +29,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 import conversion
 from configs.schema import ModelConfig, OptimConfig, ParallelConfig
-from megatron_ext.learner import ON_GPU, cpu
+from megatron_ext.learner import ON_GPU, control, cpu
 from megatron_ext.learner.attention import PackedAttention
 from megatron_ext.learner.value_head import put_value_head
 
@@ -66,11 +66,13 @@ def transformer_impl(model: ModelConfig) -> str:
 
 @contextlib.contextmanager
 def distributed(
-    parallel: ParallelConfig, seed: int, *, alone: bool = False, timeout_s: float = 1800.0
+    parallel: ParallelConfig, seed: int, *, alone: bool = False, timeout_s: float = 600.0
 ) -> Iterator[None]:
     """Join the process group and lay out Megatron's groups; undone on a clean exit.
 
     The group is that of torchrun's environment, or this process alone when there is none or ``alone`` is set.
+    ``timeout_s``: after which a collective on the device fails. Waits for another rank's work do not belong there, but
+    in `megatron_ext.learner.control`.
     """
     from datetime import timedelta
 
@@ -96,7 +98,9 @@ def distributed(
         context_parallel_size=parallel.cp,
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=1,
+        distributed_timeout_minutes=timeout_s / 60,
     )
+    control.barrier()
     with on_device():
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
     yield

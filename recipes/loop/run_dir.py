@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from configs.load import load_saved_config, save_config
 from configs.schema import Config
+from megatron_ext.learner import control
 from megatron_ext.rl.types import Sample
 from recipes.cluster.attempt import FINISHED, LATEST, LOGS, STOP, VARIABLE, own_attempt, record, write_finished
 from recipes.loop.metrics import StepMetrics
@@ -163,6 +164,7 @@ class RunDir:
             write_hf(out, learner.hf, model_dir, tensors, dtype, overwrite=True, card=card)
         for _ in tensors:
             pass
+        control.barrier()  # rank 0 may still write
         if self._first:
             if self._progress is not None:
                 self._progress.stop()

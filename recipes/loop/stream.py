@@ -11,8 +11,9 @@ from typing import Any, cast
 import torch
 
 from configs.schema import Config
+from megatron_ext.learner import control
 from megatron_ext.learner.critic import Critic
-from megatron_ext.learner.learner import Learner, broadcast_bytes
+from megatron_ext.learner.learner import Learner
 from megatron_ext.rl.types import Sample
 from recipes.loop import journal
 from recipes.loop.collect import Collector
@@ -76,7 +77,7 @@ class RolloutStream:
                     check_staleness(found, ahead)
                     record = self._journal.put(found)
                     self._live().begin(step + 1, found["position"], ahead)
-        decoded: dict[str, Any] = json.loads(broadcast_bytes(record, src=0, device=self._learner.device))
+        decoded: dict[str, Any] = json.loads(control.broadcast_bytes(record, src=0))
         metrics.add({f"rollout/{name}": float(value) for name, value in decoded.get("counters", {}).items()})
         first_seq_id = step * self._config.rollout.prompts_per_step * self._config.rollout.n
         return decoded, journal.decode_samples(decoded, first_seq_id)
@@ -93,12 +94,12 @@ class RolloutStream:
                 if self._first:
                     assert self._journal is not None
                     line = self._journal.put(self._live().evaluate(step))
-        decoded = json.loads(broadcast_bytes(line, src=0, device=self._learner.device))
+        decoded = json.loads(control.broadcast_bytes(line, src=0))
         return dict(decoded.get("metrics", {}))
 
     def agree(self, flag: bool) -> bool:
         """Rank 0's flag on every rank."""
-        return broadcast_bytes(bytes([flag]), src=0, device=self._learner.device) == b"\x01"
+        return control.agree(flag)
 
     # --- inside ---------------------------------------------------------------------------------------------------
 
@@ -145,10 +146,21 @@ class RolloutStream:
             # The sender hashes tensors through numpy, which prevents torch from freeing a CPU weight's storage later.
             tensors = ((name, tensor.clone()) for name, tensor in tensors)
         if self._first:
-            self._live().engine.push(version, tensors)
+            self._live().engine.push(version, _after_barrier(tensors))
+        else:
+            control.barrier()
         for _ in tensors:  # other ranks take part in every gather
             pass
         self._served = version
+
+
+def _after_barrier(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same tensors; the other ranks enter the first gather only once the engine asks for the first tensor.
+
+    Before that it may start servers, or wait for one that is coming back.
+    """
+    control.barrier()
+    yield from tensors
 
 
 def check_staleness(record: dict[str, Any], most: int) -> None:

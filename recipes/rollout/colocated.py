@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
 from typing import Protocol
 
-import torch
+from megatron_ext.learner import control
 
 
 class Model(Protocol):
@@ -113,5 +113,4 @@ class Turns:
 
 def _wait_for_all() -> None:
     """No rank goes on before every rank has freed its memory, or the servers have freed theirs."""
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        torch.distributed.barrier()
+    control.barrier()

@@ -1,0 +1,113 @@
+"""Ranks wait for rank 0 longer than any device collective may take: rollouts, evaluation, engine start, colocated."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import gloo
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from configs.load import load_config
+from configs.schema import Config, ParallelConfig
+from megatron_ext.learner import control
+from megatron_ext.learner.model import distributed
+from recipes.loop import stream
+from recipes.loop.metrics import StepMetrics
+
+pytestmark = pytest.mark.distributed
+LIMIT_S, SLOW_S = 1.0, 1.4  # of a collective on the device; of everything that rank 0 does meanwhile
+
+
+class SlowEngine:
+    counters: dict[str, int] = {}
+
+    def push(self, version: int, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        time.sleep(SLOW_S)  # a server is just coming back
+        for _ in tensors:
+            pass
+
+    def sleep(self) -> None: ...
+
+    def wake(self, tag: str) -> None: ...
+
+
+class SlowCollector:
+    def __init__(self, *_: Any) -> None:
+        time.sleep(SLOW_S)  # servers start
+        self.engine = SlowEngine()
+
+    def begin(self, step: int, position: int, count: int) -> None: ...
+
+    def finish(self, step: int) -> dict[str, Any]:
+        time.sleep(SLOW_S)
+        return {"kind": "rollouts", "step": step, "position": 1, "groups": []}
+
+    def evaluate(self, step: int) -> dict[str, Any]:
+        time.sleep(SLOW_S)
+        return {"kind": "eval", "step": step, "metrics": {"m": 0.5}}
+
+    def close(self) -> None: ...
+
+
+class Learner:
+    """What the stream needs: an export that is a collective on the device."""
+
+    device = torch.device("cpu")
+
+    def export(self, *, explicit_lm_head: bool) -> Iterator[tuple[str, Tensor]]:
+        value = torch.ones(1)
+        dist.all_reduce(value)
+        if dist.get_rank() == 0:
+            yield "weight", value
+
+    def offload(self, *, weights: bool = False) -> None: ...
+
+    def reload(self, *, optimizer: bool | None = None) -> None: ...
+
+
+def waits(rank: int, root: Path, config: Config) -> None:
+    stream.Collector = SlowCollector  # type: ignore[misc, assignment]
+    dist.init_process_group(
+        "gloo", init_method=f"file://{root}/store", rank=rank, world_size=2, timeout=timedelta(seconds=LIMIT_S)
+    )
+    with distributed(ParallelConfig(), seed=0, timeout_s=LIMIT_S):
+        learner: Any = Learner()
+        for colocated in (False, True):
+            config.rollout.colocated = colocated
+            (root / str(colocated)).mkdir(exist_ok=True)
+            with stream.RolloutStream(config, root, root / str(colocated), learner) as rollouts:
+                begin = time.monotonic()
+                record, _ = rollouts.next(1, 0, StepMetrics(1))
+                assert record["position"] == 1 and time.monotonic() - begin > 2 * SLOW_S
+                assert colocated or rollouts.evaluate(2) == {"m": 0.5}
+        control.barrier()
+        with pytest.raises(RuntimeError):  # the limit of the device's collectives is real
+            if rank == 0:
+                time.sleep(LIMIT_S + 1)
+            dist.all_reduce(torch.ones(1))
+            raise RuntimeError("rank 0 came late, and the other has gone")
+
+
+def test_generation_may_be_slower_than_any_collective(tmp_path: Path) -> None:
+    config = load_config(["recipe=quickstart", "rollout.engine=vllm"])
+    gloo.run(2, waits, tmp_path, config, timeout_s=120)
+
+
+def exchange(rank: int, root: Path) -> None:
+    for number in range(2):  # a second default group in the same process gets a control group of its own
+        with gloo.group(rank, 2, root / f"store-{number}"):
+            for size in (0, 1, 1 << 20):
+                sent = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
+                assert control.broadcast_bytes(sent if rank == 1 else b"", src=1) == sent
+            assert control.agree(rank == 0) and not control.agree(rank == 1)
+
+
+def test_bytes_arrive_whole(tmp_path: Path) -> None:
+    gloo.run(2, exchange, tmp_path, timeout_s=60)
