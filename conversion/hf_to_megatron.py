@@ -14,14 +14,17 @@ import torch
 from conversion import cli
 from conversion.config import HFConfig
 from conversion.hf_files import HFReader, side_files
-from conversion.locate import require
+from conversion.locate import RELEASE, require
 from conversion.mapping import HF_OUTPUT, hf_shapes, unconsumed
+from conversion.megatron_args import megatron_lm_flags
 from conversion.megatron_reader import HF_FILES
 from conversion.megatron_writer import Progress, write_megatron
 from conversion.parse import read_config
 from conversion.pickled import PickledReader, open_hf
-from conversion.publish import check_manifest, published, require_space, write_manifest
+from conversion.publish import TRACKER, check_manifest, published, require_space, write_manifest
 from conversion.values import Values
+
+LAYOUTS = ("flat", "megatron-lm")
 
 
 def check_source(hf: HFConfig, reader: HFReader | PickledReader) -> None:
@@ -55,6 +58,7 @@ def convert(
     overwrite: bool = False,
     allow_pickle: bool = False,
     check_finite: bool = False,
+    layout: str = "flat",
     progress: Progress = lambda count: None,
 ) -> str:
     """Write `out` completely or not at all; a sentence on what was found in the numbers.
@@ -64,6 +68,7 @@ def convert(
     Args:
         allow_pickle: read `pytorch_model.bin` where there are no safetensors.
         check_finite: NaN and infinite numbers are an error.
+        layout: "flat", `out` is the checkpoint; "megatron-lm", `out` is what Megatron-LM takes as `--load`.
 
     Raises:
         ValueError, OSError: what is wrong with the source or the destination.
@@ -76,14 +81,18 @@ def convert(
         check_source(hf, reader)
         with published(out, overwrite, [hf_dir]) as partial:
             require_space(partial, total_bytes(hf, reader, dtype))
+            checkpoint = partial if layout == "flat" else partial / RELEASE
+            checkpoint.mkdir(exist_ok=True)
             segments = write_megatron(
-                hf, reader, partial, dtype=dtype, threads=threads, values=values, progress=progress
+                hf, reader, checkpoint, dtype=dtype, threads=threads, values=values, progress=progress
             )
             checked = reader.check_rest(hf_shapes(hf))
-            (partial / HF_FILES).mkdir()
+            (checkpoint / HF_FILES).mkdir()
             for path in side_files(hf_dir):
-                shutil.copyfile(path, partial / HF_FILES / path.name)
-            write_manifest(partial, segments=segments, base_model=hf_dir.resolve().name)
+                shutil.copyfile(path, checkpoint / HF_FILES / path.name)
+            if layout != "flat":
+                (partial / TRACKER).write_text(RELEASE, encoding="utf-8")
+            write_manifest(checkpoint, segments=segments, base_model=hf_dir.resolve().name)
     finally:
         reader.close()
     return f"{checked}; {values.report()}"
@@ -103,6 +112,7 @@ def main() -> int:
     parser.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face model directory (safetensors)")
     parser.add_argument("--out", required=True, metavar="DIR", help="Megatron checkpoint to write")
     parser.add_argument("--allow-pickle", action="store_true", help="read *.bin weights, with weights_only=True")
+    parser.add_argument("--layout", choices=LAYOUTS, default="flat", help="megatron-lm: with its tracker file")
     cli.add_common(parser)
     args = parser.parse_args()
     dtype = cli.DTYPES.get(args.dtype)
@@ -120,9 +130,12 @@ def main() -> int:
             overwrite=args.overwrite,
             allow_pickle=args.allow_pickle,
             check_finite=args.check_finite,
+            layout=args.layout,
             progress=advance,
         )
     print(report)
+    if args.layout == "megatron-lm":
+        print(f"Megatron-LM: --load {args.out} {' '.join(megatron_lm_flags(read_config(directory)))}")
     return 0
 
 

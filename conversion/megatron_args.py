@@ -73,6 +73,47 @@ def gpt_model_kwargs(hf: HFConfig, tp_size: int = 1, vocab_multiple: int = 1) ->
     }
 
 
+def megatron_lm_arguments(hf: HFConfig) -> dict[str, Any]:
+    """What Megatron-LM's training script calls the architecture, by the names of its parsed arguments.
+
+    A checkpoint holds them under "args": Megatron-LM compares some when it loads (`check_checkpoint_args`) and takes
+    the architecture from them with `--use-checkpoint-args` (megatron/training/checkpointing.py, seen in 0.16 to 0.19).
+    """
+    core, model = transformer_config(hf), gpt_model_kwargs(hf)
+    same = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
+    same += ("normalization", "add_bias_linear", "add_qkv_bias", "qk_layernorm", "attention_dropout", "hidden_dropout")
+    return {
+        **{key: core[key] for key in same},
+        **{key: value for key, value in core.items() if key.startswith("moe_")},
+        "num_experts": core.get("num_moe_experts"),
+        "group_query_attention": True,
+        "norm_epsilon": core["layernorm_epsilon"],
+        "swiglu": True,
+        "max_position_embeddings": model["max_sequence_length"],
+        "position_embedding_type": model["position_embedding_type"],
+        "add_position_embedding": False,
+        "rotary_base": model["rotary_base"],
+        "rotary_percent": model["rotary_percent"],
+        "use_rope_scaling": model["rope_scaling"],
+        "rope_scaling_factor": model["rope_scaling_factor"],
+        "untie_embeddings_and_output_weights": not hf.tied,
+        "tensor_model_parallel_size": 1,  # of the checkpoint, which fits any
+        "pipeline_model_parallel_size": 1,
+    }
+
+
+def megatron_lm_flags(hf: HFConfig) -> list[str]:
+    """What to add to Megatron-LM's command line: `--use-checkpoint-args` leaves these at its own defaults."""
+    arguments = megatron_lm_arguments(hf)
+    flags = ["--use-checkpoint-args", f"--norm-epsilon {hf.norm_eps:g}", "--ckpt-format torch_dist"]
+    flags += ["--qk-layernorm"] if hf.qk_norm else []
+    if arguments["use_rope_scaling"]:
+        flags += ["--use-rope-scaling", f"--rope-scaling-factor {hf.rope.factor:g}"]
+    if hf.rope.kind == "linear":
+        flags.append(f"--rotary-seq-len-interpolation-factor {hf.rope.factor:g}")
+    return flags
+
+
 def yarn_attributes(hf: HFConfig) -> dict[str, Any]:
     """Attributes to set on Megatron's `TransformerConfig`: GPTModel reads them there, though it declares none.
 

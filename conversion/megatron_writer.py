@@ -8,6 +8,7 @@ read, rearranged, hashed and written while they are in the processor's cache, an
 
 from __future__ import annotations
 
+import argparse
 import io
 import itertools
 import json
@@ -38,6 +39,7 @@ from conversion.config import HFConfig
 from conversion.digests import bulk_digest, text
 from conversion.hf_files import PIECE_BYTES, WRITEBACK_BYTES, HFReader, start_writeback
 from conversion.mapping import hf_parts, import_rows, megatron_names, megatron_shape, row_unit
+from conversion.megatron_args import megatron_lm_arguments
 from conversion.megatron_keys import extra_state_keys, stacked_slots
 from conversion.parallel import for_each
 from conversion.pickled import PickledReader
@@ -263,6 +265,8 @@ def write_megatron(
     importer = _Importer(hf, reader, out, values, progress)
     importer.write(pieces, threads)
     _IndexWriter(out).finish(metadata, [importer.results])
-    torch.save({}, out / "common.pt")
+    # Without a version Megatron-LM takes a checkpoint for one of 2019 and looks for query, key and value to reorder.
+    common = {"args": argparse.Namespace(**megatron_lm_arguments(hf)), "checkpoint_version": 3.0, "iteration": 0}
+    torch.save(common, out / "common.pt")
     (out / "metadata.json").write_text(json.dumps(FORMAT), encoding="utf-8")
     return importer.segments
