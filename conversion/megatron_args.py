@@ -80,7 +80,14 @@ def megatron_lm_arguments(hf: HFConfig) -> dict[str, Any]:
     the architecture from them with `--use-checkpoint-args` (megatron/training/checkpointing.py, seen in 0.16 to 0.19).
     """
     core, model = transformer_config(hf), gpt_model_kwargs(hf)
-    same = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
+    same: tuple[str, ...] = (
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+    )
     same += ("normalization", "add_bias_linear", "add_qkv_bias", "qk_layernorm", "attention_dropout", "hidden_dropout")
     return {
         **{key: core[key] for key in same},
