@@ -52,6 +52,9 @@ def train(config: Config, model_dir: Path) -> None:
         state: dict[str, Any] = {"step": 0, "position": 0, "controller": controller.init()}
         if found := checkpoint.find_latest(run.checkpoints):
             state = checkpoint.load(learner, found, critic=critic)
+        saver = checkpoint.Saver(
+            run.checkpoints, keep=config.train.keep_checkpoints, background=config.train.async_save
+        )
         run.begin(state["step"])
         stop = StopSignal(run.stop_file)
         with RolloutStream(config, model_dir, run.path, learner, critic) as stream:
@@ -75,8 +78,10 @@ def train(config: Config, model_dir: Path) -> None:
                 metrics = StepMetrics(step + 2)  # the next line gets the time of saving
                 if last or stopping or (config.train.save_every and (step + 1) % config.train.save_every == 0):
                     with metrics.clock("save"):
-                        keep = config.train.keep_checkpoints
-                        checkpoint.save(learner, run.checkpoints, step + 1, {**state}, keep=keep, critic=critic)
+                        saver.save(learner, step + 1, {**state}, critic=critic)
+                        if last or stopping:
+                            saver.wait()
+                metrics.add(saver.report())
                 if stopping and not last:
                     run.stopped(step + 1)
                     return

@@ -1,8 +1,11 @@
 """Save and resume with Megatron's `dist_checkpointing`: any layout writes it, any layout reads it.
 
 A checkpoint directory appears complete or not at all: it is written under a temporary name, synced, described by a
-manifest of SHA-256 checksums and renamed; only then does the pointer file `latest` name it. Megatron's format contains
-pickles, so nothing of it is opened before the manifest verifies.
+manifest of checksums and renamed; only then does the pointer file `latest` name it. Megatron's format contains pickles,
+so nothing of it is opened before the manifest verifies.
+
+Every rank writes, digests and reads its own share: data-parallel ranks divide the weights among themselves
+(Megatron's "fully parallel" strategies), and the optimizer's state is never gathered (`optimizer_pieces`).
 """
 
 from __future__ import annotations
@@ -10,35 +13,46 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import queue
 import re
 import shutil
+import threading
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, merge
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
-from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    FullyParallelLoadStrategyWrapper,
+    FullyParallelSaveStrategyWrapper,
+)
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.utils import unwrap_model
 
 from conversion.hf_files import side_files
-from conversion.megatron_reader import HF_FILES, stored_cuts
-from conversion.publish import ManifestError, check_manifest, published, working_directory, write_manifest
+from conversion.megatron_reader import HF_FILES
+from conversion.publish import (
+    ManifestError,
+    check_file,
+    check_manifest,
+    published,
+    working_directory,
+    write_manifest,
+)
 from megatron_ext.learner import control
+from megatron_ext.learner.checkpoint_files import PlannedFile, SaveStrategy, Staging, collect_reports, report
 from megatron_ext.learner.critic import Critic
 from megatron_ext.learner.learner import Learner, Trainable
 from megatron_ext.learner.model import on_device
+from megatron_ext.learner.optimizer_pieces import use_pieces
 
-# We save synchronously, so results of the writers are collected in this process. Megatron would make a manager process
-# for them, which imports the whole program again (3 s of CPU, as much memory) and outlives a killed trainer.
-filesystem_async._results_queue = queue.Queue()
 # The format of the distributed optimizer's state that any layout can read back.
 _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
     "chained_optim_avoid_prefix": True,  # else the names would say whether experts are spread over ranks
 }
 LATEST = "latest"
@@ -47,42 +61,152 @@ EXTRA_STATE = "._extra_state"  # in the names of what Transformer Engine keeps b
 CRITIC = "critic"  # directory inside a checkpoint, in the same format
 
 
+class Saver:
+    """Writes the checkpoints of a run, one at a time."""
+
+    def __init__(self, root: Path, *, keep: int = 0, background: bool = False) -> None:
+        """
+        Args:
+            root: where checkpoints ``step_N`` and the pointer ``latest`` are, on a file system that all ranks share.
+            keep: all but the newest so many checkpoints are removed after each save; 0 keeps all.
+            background: `save` returns once this rank has copied its part to host memory, and training goes on while
+                the copy is written. Needs that memory: this rank's share of weights and optimizer state.
+        """
+        self._root, self._keep = root, keep
+        self._background = background
+        self._staging = {name: Staging() for name in ("", CRITIC)} if background else {}  # by directory
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._began = 0.0
+        self.seconds: float | None = None  # from the call of `save` to the end of this rank's part, of the last one
+
+    @property
+    def staged_bytes(self) -> int:
+        """Host memory that background saving holds on this rank."""
+        return sum(staging.nbytes for staging in self._staging.values())
+
+    def save(self, learner: Learner, step: int, state: dict[str, Any], *, critic: Critic | None = None) -> Path:
+        """Write ``root/step_N`` with weights, optimizer, learning-rate schedule and ``state`` (JSON). A collective.
+
+        The critic's are in a directory of their own, so that the policy reads and exports without it. In the
+        background, waits for the previous checkpoint first, and raises what went wrong with it.
+        """
+        self.wait()
+        self._began = time.monotonic()
+        directory, rank, world = self._root / f"step_{step:06d}", dist.get_rank(), dist.get_world_size()
+        with contextlib.ExitStack() as stack:
+            temporary = working_directory(directory)
+            if rank == 0:
+                temporary = stack.enter_context(published(directory, overwrite=True))
+                if critic is not None:
+                    (temporary / CRITIC).mkdir()
+            control.barrier()
+            if not temporary.is_dir():
+                raise ValueError(
+                    f"rank {rank} does not see {temporary}, which rank 0 made: put run.dir on a file system that all "
+                    "nodes share"
+                )
+            models = {"": learner} if critic is None else {"": learner, CRITIC: critic}
+            planned: list[PlannedFile] = []
+            written: list[dict[str, Any]] = []
+            for name, model in models.items():
+                planned.append(_plan(model, temporary / name, self._staging.get(name)))
+                if not self._background:
+                    written.append(planned[-1].write())
+                model.rest()
+            about = {
+                "kind": "megatron-gppo checkpoint",
+                "step": step,
+                "settings": _settings(learner),
+                "fp8_scales": _has_scales(learner),
+            }
+            content = json.dumps({"step": step, **state}, indent=1) + "\n"
+            finish = partial(self._finish, stack.pop_all(), directory, planned, learner.model_dir, content, about)
+        if not self._background:
+            finish(written, rank, world)
+            control.barrier()
+        else:
+            self._thread = threading.Thread(target=self._in_background, args=(finish, rank, world), daemon=True)
+            self._thread.start()
+        return directory
+
+    def report(self) -> dict[str, float]:
+        """In the background: seconds from the call to the published checkpoint, once, and host memory. No collective.
+
+        Raises what went wrong on this rank.
+        """
+        self._raise()
+        if not self._background or self.seconds is None:
+            return {}
+        seconds, self.seconds = self.seconds, None
+        return {"timing_s/checkpoint": seconds, "perf/checkpoint_host_gib": self.staged_bytes / 2**30}
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def wait(self) -> None:
+        """Return when the checkpoint in the making, if there is one, is published. A collective."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        self._raise()
+        control.barrier()  # rank 0 publishes
+
+    def _in_background(self, finish: Any, rank: int, world: int) -> None:
+        try:
+            finish(None, rank, world)
+        except BaseException as error:
+            self._error = error
+
+    def _finish(
+        self,
+        stack: contextlib.ExitStack,
+        directory: Path,
+        planned: list[PlannedFile],
+        model_dir: Path,
+        state: str,
+        about: dict[str, Any],
+        written: list[dict[str, Any]] | None,
+        rank: int,
+        world: int,
+    ) -> None:
+        """Write this rank's files if that was not done yet; rank 0 then publishes. No collective."""
+        temporary = working_directory(directory)
+        with stack:
+            try:
+                parts = [file.write() for file in planned] if written is None else written
+            except BaseException as error:
+                with contextlib.suppress(OSError):  # rank 0 may have failed too and be gone with the directory
+                    report(temporary, rank, {"error": f"{type(error).__name__}: {error}"})
+                raise
+            report(temporary, rank, {"parts": parts})
+            if rank == 0:
+                reports = [content["parts"] for content in collect_reports(temporary, world)]
+                segments: dict[str, dict[int, str]] = {}
+                for file, parts_of_ranks in zip(planned, zip(*reports, strict=True), strict=True):
+                    where = file.directory.relative_to(temporary)
+                    found = file.finish(list(parts_of_ranks))
+                    segments |= {(where / name).as_posix(): starts for name, starts in found.items()}
+                (temporary / HF_FILES).mkdir()
+                for source in side_files(model_dir):  # so that the checkpoint can be exported by itself
+                    shutil.copyfile(source, temporary / HF_FILES / source.name)
+                (temporary / STATE).write_text(state, encoding="utf-8")
+                write_manifest(temporary, segments=segments, **about)
+        if rank == 0:
+            _write_atomically(self._root / LATEST, directory.name + "\n")
+            for old in sorted(self._root.glob("step_*[0-9]"))[: -self._keep] if self._keep else []:
+                shutil.rmtree(old)
+        self.seconds = time.monotonic() - self._began
+
+
 def save(
     learner: Learner, root: Path, step: int, state: dict[str, Any], *, keep: int = 0, critic: Critic | None = None
 ) -> Path:
-    """Write ``root/step_N`` with weights, optimizer, learning-rate schedule and ``state`` (JSON). A collective.
-
-    The critic's are in a directory of their own, so that the policy reads and exports without it. ``keep`` > 0 removes
-    all but the newest so many checkpoints afterwards.
-    """
-    directory = root / f"step_{step:06d}"
-    first = torch.distributed.get_rank() == 0
-    with (
-        published(directory, overwrite=True)
-        if first
-        else contextlib.nullcontext(working_directory(directory)) as partial
-    ):
-        if first and critic is not None:
-            (partial / CRITIC).mkdir()
-        control.barrier()
-        _write(learner, partial)
-        if critic is not None:
-            _write(critic, partial / CRITIC)
-        control.barrier()
-        if first:
-            (partial / HF_FILES).mkdir()
-            for file in side_files(learner.model_dir):  # so that the checkpoint can be exported by itself
-                shutil.copyfile(file, partial / HF_FILES / file.name)
-            (partial / STATE).write_text(json.dumps({"step": step, **state}, indent=1) + "\n", encoding="utf-8")
-            settings, scales = _settings(learner), _has_scales(learner)
-            facts: dict[str, Any] = {"step": step, "settings": settings, "fp8_scales": scales}
-            write_manifest(partial, cuts=stored_cuts(partial), kind="megatron-gppo checkpoint", **facts)
-    if first:
-        _write_atomically(root / LATEST, directory.name + "\n")
-        for old in sorted(root.glob("step_*[0-9]"))[:-keep] if keep else []:
-            shutil.rmtree(old)
-    control.barrier()
-    return directory
+    """One checkpoint, complete on return. See :class:`Saver`."""
+    return Saver(root, keep=keep).save(learner, step, state, critic=critic)
 
 
 def find_latest(root: Path) -> Path | None:
@@ -108,9 +232,7 @@ def load(learner: Learner, directory: Path, *, critic: Critic | None = None) -> 
     Raises ManifestError (a ValueError) when a file is missing or differs from the manifest, and ValueError when the
     optimizer or the precision is another one, or there is a critic on one side only; nothing is read then.
     """
-    manifest = check_manifest(directory, contents=torch.distributed.get_rank() == 0)
-    if manifest is None:
-        raise ManifestError(f"{directory} has no manifest: it is not a checkpoint of this project")
+    manifest = _verified_manifest(directory)
     for key, value in _settings(learner).items():
         if (saved := manifest.get("settings", {}).get(key)) != value:
             raise ValueError(f"{directory} was written with {key}={saved}, not {value}: set it back to continue")
@@ -119,7 +241,6 @@ def load(learner: Learner, directory: Path, *, critic: Critic | None = None) -> 
             f"{directory} was written {'with' if saved_critic else 'without'} a critic: "
             f"{'set' if saved_critic else 'do not set'} advantage.name=gae to continue"
         )
-    control.barrier()
     scales = bool(manifest.get("fp8_scales"))
     _restore(learner, directory, scales)
     if critic is not None:
@@ -128,31 +249,67 @@ def load(learner: Learner, directory: Path, *, critic: Critic | None = None) -> 
     return state
 
 
-def _write(model: Trainable, directory: Path) -> None:
+def _verified_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest, once all bytes are what it says. Ranks divide the large files, and all raise the same error.
+
+    Raises ManifestError.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    error, manifest = "", None
+    try:
+        manifest = check_manifest(directory, contents=False)  # sizes, and whatever is not plain tensors
+        if manifest is None:
+            raise ManifestError(f"{directory} has no manifest: it is not a checkpoint of this project")
+        files = sorted(manifest["files"].items(), key=lambda item: (-item[1]["size"], item[0]))
+        for name, entry in files[rank::world]:
+            check_file(directory / name, entry)
+    except ManifestError as problem:
+        error = str(problem)
+    # Reading takes as long as it takes: ranks wait on the CPU.
+    failed = torch.tensor([rank if error else world])
+    if world > 1:
+        dist.all_reduce(failed, op=dist.ReduceOp.MIN, group=control.group())
+    if int(failed) < world:
+        raise ManifestError(control.broadcast_bytes(error.encode(), src=int(failed)).decode())
+    assert manifest is not None
+    return manifest
+
+
+def _plan(model: Trainable, directory: Path, staging: Staging | None) -> PlannedFile:
+    """What this rank writes of ``model``, copied to the host if there is ``staging``. A collective."""
     model.reload(optimizer=True)
     _start(model.optimizer)
+    strategy = SaveStrategy(staging)
     with on_device():
         state = _sharded_state(model, is_loading=False, scales=_has_scales(model))
-        dist_checkpointing.save(state, str(directory))
-    model.rest()
+        dist_checkpointing.save(state, str(directory), FullyParallelSaveStrategyWrapper(strategy, _replicas()))
+    assert strategy.planned is not None
+    return strategy.planned
+
+
+def _replicas() -> Any:
+    """Ranks that hold the same weights: those among which saving and loading is divided."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
 def _restore(model: Trainable, directory: Path, saved_scales: bool) -> None:
     model.reload(optimizer=True)
     if model.config.optim.distributed:
-        _prepare_torch_adam(model.optimizer)
+        _start(model.optimizer)  # what is loaded goes straight into it
     scales = saved_scales and _has_scales(model)
     with on_device():
         wanted = _sharded_state(model, is_loading=True, scales=scales)
         _, settings = extract_matching_values(
             wanted["optimizer"], lambda value: isinstance(value, (ShardedBase, LocalNonpersistentObject))
         )
-        loaded = dist_checkpointing.load(wanted, str(directory))
+        strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), _replicas())
+        loaded = dist_checkpointing.load(wanted, str(directory), strategy)
         for key, chunk in _chunks(model).items():
             load_weights(chunk, loaded[key])
         loaded["optimizer"] = _fit_parts(model.optimizer, loaded["optimizer"], settings)
         _fit_steps(model.optimizer, loaded["optimizer"])
         model.optimizer.load_state_dict(loaded["optimizer"])
+        model.lr_schedule.num_steps = 0  # Megatron adds the loaded count to what is there
         model.lr_schedule.load_state_dict(loaded["lr_schedule"])
     _unshare_steps(model.optimizer)
     model.rest()
@@ -203,18 +360,6 @@ def _start(optimizer: Any) -> None:
         if _is_torch_adam(part):
             for state in part.optimizer.state.values():
                 state.setdefault("step", torch.tensor(0.0))
-
-
-def _prepare_torch_adam(optimizer: Any) -> None:
-    """Make a fresh distributed optimizer around torch's Adam loadable.
-
-    Only apex and Transformer Engine count steps per group; torch counts per parameter. Megatron reads that count before
-    loading, when it is not there yet, and later expects it among the saved tensors, where it never was (it restores
-    the count from the parameter groups).
-    """
-    _start(optimizer)
-    for part in filter(_is_torch_adam, _parts(optimizer)):
-        part._set_main_param_and_optimizer_states = partial(_set_states_keeping_step, part)
 
 
 def _fit_parts(optimizer: Any, loaded: dict[Any, Any], settings: dict[Any, Any]) -> dict[Any, Any]:
@@ -272,11 +417,6 @@ def _fit_steps(optimizer: Any, loaded: dict[Any, Any]) -> None:
                 group.setdefault(key, value)
 
 
-def _set_states_keeping_step(part: Any, parameter: Any, tensors: dict[str, Any]) -> None:
-    step = part._get_main_param_and_optimizer_states(parameter)["step"].clone()
-    type(part)._set_main_param_and_optimizer_states(part, parameter, {"step": step, **tensors})
-
-
 def _unshare_steps(optimizer: Any) -> None:
     """Megatron restores one step tensor for all parameters; torch's Adam would then count it up once per parameter."""
     for part in _parts(optimizer):
@@ -295,6 +435,7 @@ def _sharded_state(model: Trainable, *, is_loading: bool, scales: bool) -> dict[
     for name, chunk in _chunks(model).items():
         tensors = chunk.sharded_state_dict()
         state[name] = {key: value for key, value in tensors.items() if scales or EXTRA_STATE not in key}
+    use_pieces(model.optimizer)
     state["optimizer"] = model.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=_METADATA)
     state["lr_schedule"] = model.lr_schedule.state_dict()
     return state
