@@ -21,7 +21,8 @@ def sliding_window(config: Fields) -> dict[str, Any]:
     ]
     if len(types) != layers or not set(types) <= {"sliding_attention", "full_attention"}:
         raise ValueError(
-            f"layer_types={shown(types)} must name sliding_attention or full_attention for each of {layers} layers"
+            f"layer_types={shown(types)} must name sliding_attention or full_attention for each of "
+            f"num_hidden_layers={layers}"
         )
     windowed = tuple(kind == "sliding_attention" for kind in types)
     return {"window": window, "window_layers": windowed} if any(windowed) else {}
