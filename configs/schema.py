@@ -91,6 +91,7 @@ class RolloutConfig:
     max_staleness: int = 0  # 0: synchronous; k: the next k steps are generated while a step trains
     in_flight: Literal["wait", "keep", "abort"] = "wait"  # at an update: wait for requests, let them run, restart them
     weight_sync: Literal["disk", "nccl", "gloo"] = "disk"  # how weights reach the servers; nccl, gloo (TCP): broadcasts
+    weight_digest: Literal["fast", "sha256"] = "fast"  # of updates: fast finds damage; sha256 also intent, at 1 GB/s
     sync_dir: str | None = None  # "disk": where weights are staged, seen by all servers; None: this host's memory
     colocated: bool = False  # learner and servers share the GPUs of this machine, in turns; see docs/gpu.md
     gpu_memory_utilization: float = 0.85  # share of its GPU's memory that a server takes

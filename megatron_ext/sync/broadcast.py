@@ -63,11 +63,13 @@ class BroadcastSync:
     Args:
         backend: "nccl" (learner and servers on GPUs) or "gloo" (any device, over TCP).
         device: of the buckets on the wire; default the current GPU for NCCL, else the host's memory.
+        digest: kind of `WeightDigest`; default "lanes" for NCCL (both sides hash on their GPU), else "xxh3".
     """
 
-    def __init__(self, backend: str, device: torch.device | None = None) -> None:
+    def __init__(self, backend: str, device: torch.device | None = None, digest: str | None = None) -> None:
         assert backend in BACKENDS
         self._backend = backend
+        self.digest = digest or ("lanes" if backend == "nccl" else "xxh3")
         on_gpu = backend == "nccl" and torch.cuda.is_available()
         self._device = device or torch.device(f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu")
         self._store: dist.TCPStore | None = None
@@ -86,25 +88,30 @@ class BroadcastSync:
         self.discard()
         self._spare = spare
 
-    def send(self, name: str, tensor: Tensor) -> None:
+    def send(self, name: str, tensor: Tensor) -> Tensor:
         """Stage a copy of one tensor on the host."""
         entry = Entry(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
         if not self._fill or self._fill + entry.nbytes > BUCKET_BYTES:
             _, need = layout([entry])
             fits = self._spare and need <= BUCKET_BYTES
-            bucket = self._spare.pop() if fits else torch.empty(max(BUCKET_BYTES, need), dtype=torch.uint8)
+            bucket = self._spare.pop() if fits else self._host_memory(max(BUCKET_BYTES, need))
             self._buckets.append(bucket)
             self._entries.append([])
             self._fill = 0
         place = self._buckets[-1][self._fill : self._fill + entry.nbytes]
-        place.view(tensor.dtype).reshape(entry.shape).copy_(tensor.detach())
+        placed = place.view(tensor.dtype).reshape(entry.shape)
+        placed.copy_(tensor.detach())
         self._entries[-1].append(entry)
-        self._fill = layout(self._entries[-1])[1]
+        self._fill += -(-entry.nbytes // ALIGN_BYTES) * ALIGN_BYTES
+        return placed
+
+    def _host_memory(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
 
     def seal(self, version: int, checksum: str) -> None:
         self._spare = []
         buckets = [[asdict(entry) for entry in entries] for entries in self._entries]
-        self.info = {"version": version, "checksum": checksum, "buckets": buckets}
+        self.info = {"version": version, "checksum": checksum, "digest": self.digest, "buckets": buckets}
 
     def discard(self) -> None:
         self.info, self._fill = None, 0

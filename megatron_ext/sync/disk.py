@@ -7,6 +7,8 @@ are paused only once the files are complete. The files stay until the next versi
 from __future__ import annotations
 
 import fcntl
+import json
+import mmap
 import os
 import shutil
 import tempfile
@@ -14,23 +16,37 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
-SHARD_BYTES = 1 << 30  # staged host memory is bounded by one shard
+SHARD_BYTES = 1 << 30
+HEADER_BYTES = 256 << 10  # of a file, for some 2000 tensors
+ENTRY_BYTES = 200  # of a header, at most, for one tensor without its name
+MEMORY = Path("/dev/shm")
+DTYPES = {
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
+    **{torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.bool: "BOOL"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
+}  # their names in a safetensors header
 PREFIX = "megatron-gppo-weights-"
 
 
 class DiskSync:
     """`WeightSync` by files.
 
+    Memory-backed files are written again in place for the next version: fresh pages cost seven times the copy. A worker
+    that still reads the version before, because it was given up, then reads mixed bytes; it serves nothing before it
+    has confirmed a later version.
+
     Args:
         parent: directory in which a private (0700) one is made; default /dev/shm if it has room, else the system's
             temporary directory. Servers on other hosts need a shared file system here.
         need_bytes: room that one update takes, for the choice of the default.
+        digest: kind of `WeightDigest`.
     """
 
-    def __init__(self, parent: Path | None = None, need_bytes: int = 0) -> None:
+    def __init__(self, parent: Path | None = None, need_bytes: int = 0, digest: str = "xxh3") -> None:
+        self.digest = digest
         parent = parent or default_parent(need_bytes)
         parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(parent)
@@ -38,33 +54,61 @@ class DiskSync:
         self._lock_fd = os.open(self.root / "lock.new", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
         (self.root / "lock.new").rename(self.root / "lock")  # never visible unlocked
+        self._in_memory = MEMORY in self.root.resolve().parents
         self._stage: Path | None = None
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._files: list[str] = []
+        self._shards: list[Shard] = []
+        self._spare: list[Shard] = []
         self.info: dict[str, Any] | None = None
 
     def begin(self, version: int) -> None:
-        self.discard()
-        self._stage = self.root / f"v{version:06d}"
-        self._stage.mkdir(mode=0o700)
-        self._pending, self._pending_bytes, self._files = {}, 0, []
+        stage = self.root / f"v{version:06d}"
+        if self._in_memory and self._stage is not None:
+            self.info = None
+            if stage != self._stage:
+                self._stage.rename(stage)
+            self._spare, self._shards = [*self._shards, *self._spare], []
+        else:
+            self.discard()
+            stage.mkdir(mode=0o700)
+        self._stage = stage
 
-    def send(self, name: str, tensor: Tensor) -> None:
-        """Stage a copy of one tensor."""
+    def send(self, name: str, tensor: Tensor) -> Tensor:
+        """Stage a copy of one tensor: one copy, into the file itself where that is in memory."""
         assert self._stage is not None, "send() before begin()"
-        # A sender may reuse its buffer (a gather per layer does), and a shard is written later than it is sent.
-        self._pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        self._pending_bytes += tensor.numel() * tensor.element_size()
-        if self._pending_bytes >= SHARD_BYTES:
-            self._flush()
+        if not self._shards or not self._shards[-1].takes(name, tensor):
+            if self._shards:
+                self._shards[-1].finish()
+            nbytes = max(SHARD_BYTES, tensor.nbytes)
+            if self._spare and self._spare[0].capacity >= nbytes:
+                shard = self._spare.pop(0)
+                shard.begin()
+            else:
+                self._remove_spare()
+                shard = Shard(f"shard-{len(self._shards):05d}.safetensors", self._stage, nbytes, self._in_memory)
+            self._shards.append(shard)
+        return self._shards[-1].put(name, tensor.detach())
 
     def seal(self, version: int, checksum: str) -> None:
-        self._flush()
-        self.info = {"directory": str(self._stage), "files": self._files, "version": version, "checksum": checksum}
+        assert self._stage is not None, "seal() before begin()"
+        if self._shards:
+            self._shards[-1].finish()
+        self._remove_spare()
+        files = [shard.name for shard in self._shards]
+        self.info = {"directory": str(self._stage), "files": files, "version": version, "checksum": checksum}
+        self.info["digest"] = self.digest
+
+    def _remove_spare(self) -> None:
+        assert self._stage is not None
+        for shard in self._spare:
+            shard.close()
+            (self._stage / shard.name).unlink(missing_ok=True)
+        self._spare = []
 
     def discard(self) -> None:
-        self.info, self._pending = None, {}
+        self.info = None
+        for shard in (*self._shards, *self._spare):
+            shard.close()
+        self._shards, self._spare = [], []
         if self._stage is not None:
             shutil.rmtree(self._stage, ignore_errors=True)
             self._stage = None
@@ -81,26 +125,94 @@ class DiskSync:
 
     def close(self) -> None:
         """Remove the private directory; safe to call twice."""
+        self.discard()
         shutil.rmtree(self.root, ignore_errors=True)
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
 
-    def _flush(self) -> None:
-        if not self._pending:
-            return
-        assert self._stage is not None
-        name = f"shard-{len(self._files):05d}.safetensors"
-        save_file(self._pending, self._stage / name)
-        self._files.append(name)
-        self._pending, self._pending_bytes = {}, 0
+
+class Shard:
+    """One safetensors file being written, with its data at a fixed offset: the header before it comes last.
+
+    In memory the file is mapped and stays so for the versions that follow; else it is written and closed.
+    """
+
+    def __init__(self, name: str, directory: Path, capacity: int, in_memory: bool) -> None:
+        self.name, self.capacity = name, capacity
+        self._fd = os.open(directory / name, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        self._map: Tensor | None = None
+        self._pinned = 0  # bytes of the map that are registered with the GPU's driver
+        if in_memory:
+            os.ftruncate(self._fd, HEADER_BYTES + capacity)  # takes no memory yet
+            self._map = torch.frombuffer(mmap.mmap(self._fd, HEADER_BYTES + capacity), dtype=torch.uint8)
+        self.begin()
+
+    def begin(self) -> None:
+        """Empty, for a new version."""
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._end = self._header = 0
+        if self._map is not None:
+            os.ftruncate(self._fd, HEADER_BYTES + self.capacity)
+
+    def takes(self, name: str, tensor: Tensor) -> bool:
+        """Whether the tensor still fits: a safetensors file has no gaps, so every tensor must be aligned by itself."""
+        fits = self._end + tensor.nbytes <= self.capacity and self._end % tensor.element_size() == 0
+        return fits and self._header + len(name) + ENTRY_BYTES <= HEADER_BYTES
+
+    def put(self, name: str, tensor: Tensor) -> Tensor:
+        """Append a copy of the tensor, which is returned."""
+        start, self._end = self._end, self._end + tensor.nbytes
+        self._header += len(name) + ENTRY_BYTES
+        dtype = DTYPES[tensor.dtype]
+        self._entries[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, self._end]}
+        if self._map is not None:
+            placed = self._map[HEADER_BYTES + start : HEADER_BYTES + self._end].view(tensor.dtype).reshape(tensor.shape)
+            placed.copy_(tensor)
+            return placed
+        host = tensor.cpu().contiguous()
+        if host.nbytes:
+            _write(self._fd, host.reshape(-1).view(torch.uint8).numpy().data, HEADER_BYTES + start)
+        return host
+
+    def finish(self) -> None:
+        """Write the header; the file is whole after this."""
+        header = json.dumps(self._entries, separators=(",", ":")).encode()
+        size = HEADER_BYTES - 8
+        os.pwrite(self._fd, size.to_bytes(8, "little") + header.ljust(size), 0)
+        if self._pinned not in (0, self._end):
+            self._unpin()  # truncating would take pages from under the driver
+        os.ftruncate(self._fd, HEADER_BYTES + self._end)
+        if self._map is None:
+            self.close()
+        elif not self._pinned and torch.cuda.is_available():
+            # From the next version on, copies from the GPU run at the speed of the bus.
+            torch.cuda.cudart().cudaHostRegister(self._map.data_ptr(), HEADER_BYTES + self._end, 0)
+            self._pinned = self._end
+
+    def _unpin(self) -> None:
+        if self._pinned and self._map is not None:
+            torch.cuda.cudart().cudaHostUnregister(self._map.data_ptr())
+        self._pinned = 0
+
+    def close(self) -> None:
+        self._unpin()
+        self._map = None
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _write(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(fd, data, offset)  # at most 2 GiB at a time
+        data, offset = data[written:], offset + written
 
 
 def default_parent(need_bytes: int) -> Path:
     """Memory if it has room (containers often get 64 MiB of /dev/shm), else the disk."""
-    memory = Path("/dev/shm")
-    roomy = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > need_bytes
-    return memory if roomy else Path(tempfile.gettempdir())
+    roomy = os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > need_bytes
+    return MEMORY if roomy else Path(tempfile.gettempdir())
 
 
 def remove_abandoned(parent: Path) -> None:

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from megatron_ext.sync.base import WeightDigest
+from megatron_ext.sync.base import Clock, WeightDigest
 from megatron_ext.sync.broadcast import Entry, Rendezvous, broadcast, join_group, layout
 
 try:
@@ -54,6 +54,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
 
     version: int
     checksum: str
+    digest: str = "xxh3"  # kind of `WeightDigest`
     directory: str = ""
     files: list[str] = field(default_factory=list)
     buckets: list[list[dict[str, Any]]] = field(default_factory=list)
@@ -73,6 +74,7 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._tied = bool(getattr(self.model_config.hf_text_config, "tie_word_embeddings", False))
         self._group: Any = None
         self._timeout_s = 0.0
+        self.seconds: dict[str, float] = {}  # of the last update: "receive", "check", "load"
         die_with_parent()
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
@@ -94,29 +96,37 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Raises ValueError when the update is not exactly what was announced; see the module for what is left then."""
+        self.seconds = {}
+        clock = Clock(self.seconds)
         if update_info.buckets:
-            self._receive_broadcast(update_info)
+            self._receive_broadcast(update_info, clock)
         else:
-            weights = read_verified(update_info)
+            weights = read_verified(update_info, clock)
             check_complete({name: tuple(w.shape) for name, w in weights.items()}, self._shapes, tied=self._tied)
             with self._loading():
                 self._load(weights)
+            clock.lap("load")
         self.loaded = (update_info.version, update_info.checksum)
 
-    def _receive_broadcast(self, info: UpdateInfo) -> None:
+    def _receive_broadcast(self, info: UpdateInfo, clock: Clock) -> None:
         if self._group is None:
             raise RuntimeError("weight broadcast without a group: the learner must call init first")
         entries = [[Entry(**entry) for entry in bucket] for bucket in info.buckets]
-        digest = WeightDigest()
+        digest = WeightDigest(info.digest)
         received = receive_buckets(self._group, entries, self.device, self._timeout_s)
         try:
             check_complete({e.name: tuple(e.shape) for part in entries for e in part}, self._shapes, tied=self._tied)
             with self._loading():
                 for weights in received:
+                    clock.lap("receive")
                     for name, tensor in weights.items():
                         digest.add(name, tensor)
+                    clock.lap("check")
                     self._load(weights)
+                    clock.lap("load")
+            clock.lap("load")
             verify(digest, info)
+            clock.lap("check")
         finally:
             for _ in received:  # the others in the group wait for us, whatever went wrong here
                 pass
@@ -157,14 +167,17 @@ def receive_buckets(
         }
 
 
-def read_verified(info: UpdateInfo) -> dict[str, Tensor]:
-    """All tensors of an update. ValueError if their checksum is not the announced one."""
+def read_verified(info: UpdateInfo, clock: Clock) -> dict[str, Tensor]:
+    """All tensors of an update, mapped and not copied. ValueError if their checksum is not the announced one."""
     weights: dict[str, Tensor] = {}
-    digest = WeightDigest()
+    digest = WeightDigest(info.digest)
     for name in info.files:
-        for key, tensor in load_file(Path(info.directory) / name).items():
+        found = load_file(Path(info.directory) / name)
+        clock.lap("receive")
+        for key, tensor in found.items():
             digest.add(key, tensor)
             weights[key] = tensor
+        clock.lap("check")
     verify(digest, info)
     return weights
 
@@ -222,9 +235,13 @@ class WorkerExtension:
     weight_transfer_engine: TransferEngine
 
     def loaded_weights(self) -> dict[str, Any]:
-        """Version and checksum of the weights in the model; both None before the first update or after a failed one."""
-        version, checksum = self.weight_transfer_engine.loaded or (None, None)
-        return {"version": version, "checksum": checksum}
+        """Version and checksum of the weights in the model, both None before the first update or after a failed one.
+
+        Besides, the seconds that the update took in this worker.
+        """
+        engine = self.weight_transfer_engine
+        version, checksum = engine.loaded or (None, None)
+        return {"version": version, "checksum": checksum, "seconds": engine.seconds}
 
 
 def die_with_parent() -> None:

@@ -73,6 +73,7 @@ class RolloutStream:
                         with metrics.clock("wait"):
                             self._live().begin(step, position, 1 + ahead)
                             found = self._live().finish(step)
+                    metrics.add({f"timing_s/sync/{name}": s for name, s in self._live().engine.sync_seconds.items()})
                     assert found is not None and self._journal is not None
                     check_staleness(found, ahead)
                     record = self._journal.put(found)

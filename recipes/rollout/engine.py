@@ -58,6 +58,7 @@ class RolloutEngine(Protocol):
     """What the training loop knows of an engine. `generate` may run in several threads, also while `push` runs."""
 
     version: int  # of the weights it serves
+    sync_seconds: dict[str, float]  # of the last `push`, by phase
 
     @property
     def counters(self) -> dict[str, int]:

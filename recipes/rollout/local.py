@@ -30,6 +30,7 @@ class LocalEngine:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.version = 0
         self.counters = {"requests": 0}
+        self.sync_seconds: dict[str, float] = {}
         self.model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).to(device).eval()
         self._device = device
         self._eos = stop_tokens(model_dir)

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from configs.schema import RolloutConfig
 from megatron_ext.rl.types import Rollout
-from megatron_ext.sync.base import WeightUpdateError
+from megatron_ext.sync.base import WeightUpdateError, stage_weights
 from megatron_ext.sync.broadcast import BroadcastSync
 from megatron_ext.sync.disk import DiskSync
 from recipes.rollout.colocated import Turns
@@ -149,6 +149,22 @@ def test_push_changes_every_weight(
             assert all(server.usable for server in pool.servers)
         old_mean, _ = worst_difference(tiny_model, weights, rollouts)
         assert old_mean > 0.1, "the change must be large enough to be seen"
+
+
+def test_staging_in_place_leaves_the_served_weights_alone(
+    pool: VLLMPool, tiny_model: Path, weights: dict[str, Tensor]
+) -> None:
+    """The files of the version before are written again while the servers generate: nothing of them may be in use."""
+    served = changed(weights, 30)
+    pool.push(pool.version + 1, served.items())
+    files = sorted(Path(pool._sync.info["directory"]).iterdir())  # type: ignore[index]
+    stage_weights(pool._sync, pool.version + 1, changed(weights, 31).items())
+    again = sorted(Path(pool._sync.info["directory"]).iterdir())  # type: ignore[index]
+    assert [file.stat().st_ino for file in again] and not files[0].exists()
+    assert worst_difference(tiny_model, served, generate(pool))[1] < 2e-4
+    assert {"export", "stage", "digest", "pause", "transfer", "receive", "check", "load", "confirm"} == set(
+        pool.sync_seconds
+    )
 
 
 FAULTS = [

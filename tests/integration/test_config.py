@@ -109,7 +109,7 @@ def paper(tmp_path: Path) -> list[str]:
         ("rollout.update_timeout_s=0", ["rollout.update_timeout_s=0", "above 0"]),
         ("rollout.server_gpus=0", ["rollout.server_gpus=0", "at least 1"]),
         ("rollout.extra_args=[-tp,'4'] rollout.server_gpus=2", ["rollout.extra_args=", "4 GPUs", "server_gpus=2"]),
-        ("rollout.extra_args=[--data-parallel-size=x]", ["rollout.extra_args=", "not a number"]),
+        ("rollout.extra_args=['--data-parallel-size=x']", ["rollout.extra_args=", "not a number"]),
         ("parallel.tp=2 parallel.nproc=3", ["parallel.nproc=3", "multiple", "2"]),
         ("parallel.ep=3 parallel.nproc=4", ["parallel.nproc=4", "ep x pp", "of 3"]),
         ("parallel.vpp=2", ["parallel.vpp=2", "parallel.pp >= 2"]),

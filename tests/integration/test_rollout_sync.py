@@ -73,6 +73,33 @@ def test_digest_of_large_tensors_sees_every_chunk(monkeypatch: pytest.MonkeyPatc
     assert len(found) == 7
 
 
+def test_lanes_see_what_the_others_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device-side hash: any flipped bit, order within and across rows and pieces, and the length."""
+    monkeypatch.setattr(base, "LANE_WORDS", 16)
+    monkeypatch.setattr(base, "LANE_PIECE_ROWS", 2)
+    base._lane_weights.cache_clear()
+    data = torch.arange(75, dtype=torch.int32)  # five rows in three pieces, the last one short
+
+    def of(tensor: Tensor, kind: str = "lanes") -> str:
+        result = WeightDigest(kind)
+        result.add("a", tensor)
+        return result.hexdigest()
+
+    changes = [data, data.roll(1), data.roll(16), data.roll(32), data[:-1], torch.cat([data, data.new_zeros(1)])]
+    for bit in (0, 31, 32 * 40 + 7, 32 * 74 + 30):
+        flipped = data.clone()
+        flipped[bit // 32] ^= torch.tensor(1).bitwise_left_shift(torch.tensor(bit % 32)).int()
+        changes.append(flipped)
+    two = data.clone()  # the highest bit of two words
+    two[3] ^= -(2**31)
+    two[7] ^= -(2**31)
+    found = {of(change) for change in [*changes, two]}
+    assert len(found) == len(changes) + 1 and of(data.clone()) in found
+    assert of(data.view(torch.uint8)[1:]) == of(data.view(torch.uint8)[1:].clone()), "whatever its alignment"
+    assert len({of(data, kind) for kind in base.DIGESTS}) == 3
+    base._lane_weights.cache_clear()
+
+
 def test_small_shared_memory_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=64 << 20))
     monkeypatch.setattr(disk.os, "access", lambda path, mode: True)
@@ -110,6 +137,36 @@ def test_disk_holds_one_version_privately(sync: DiskSync, monkeypatch: pytest.Mo
         assert sorted(path.name for path in sync.root.iterdir()) == ["lock", f"v{version:06d}"], "the last one only"
     sync.close()
     assert not sync.root.exists()
+
+
+def test_files_in_memory_are_written_again_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh pages cost more than the copy. A version of another shape, or of fewer tensors, leaves nothing behind."""
+    monkeypatch.setattr(disk, "SHARD_BYTES", 40)
+    sync = DiskSync()
+    try:
+        nodes = []
+        for version, scale in ((1, 1), (2, 3)):
+            weights = {name: tensor * scale for name, tensor in WEIGHTS.items()}
+            checksum = stage_weights(sync, version, weights.items())
+            assert digest(read(sync)) == checksum == digest(weights)
+            assert sync.info is not None
+            nodes.append([(sync.root / f"v00000{version}" / name).stat().st_ino for name in sync.info["files"]])
+            assert len(list((sync.root / f"v00000{version}").iterdir())) == len(sync.info["files"])
+        assert nodes[0] == nodes[1]
+        for version, weights in ((3, {"a": torch.ones(50)}), (4, {"b": torch.ones(2, dtype=torch.int8)})):
+            assert stage_weights(sync, version, weights.items()) == digest(read(sync))
+            assert len(list((sync.root / f"v00000{version}").iterdir())) == 1
+    finally:
+        sync.close()
+    assert not sync.root.exists()
+
+
+def test_a_shard_ends_where_a_tensor_would_not_be_aligned_or_named(sync: DiskSync) -> None:
+    weights = {"odd": torch.ones(3, dtype=torch.int8), "even": torch.ones(2), "none": torch.ones(0)}
+    weights |= {f"{'n' * 2000}{index}": torch.tensor(index) for index in range(200)}  # 400 KB of names
+    checksum = stage_weights(sync, 1, weights.items())
+    assert digest(read(sync)) == checksum == digest(weights)
+    assert sync.info is not None and len(sync.info["files"]) == 3
 
 
 def test_sender_may_reuse_its_buffer(sync: DiskSync) -> None:

@@ -59,6 +59,7 @@ class VLLMPool:
                 f"rollout.num_servers={rollout.num_servers}: start at least one server, or give rollout.urls"
             )
         self.version = 0
+        self.sync_seconds: dict[str, float] = {}
         self._requests = {"requests": 0, "retries": 0, "continued": 0}
         self._rollout, self._place = rollout, place
         self._eos = stop_tokens(place.model_dir)
@@ -230,8 +231,11 @@ class VLLMPool:
         """See `RolloutEngine`. The servers go on generating while the tensors are staged."""
         self._run(self._delivering.acquire())  # a server that is just coming back finishes first
         try:
-            checksum = stage_weights(self._sync, version, cast_floats(tensors, self._rollout.dtype))
+            self.sync_seconds = {}
+            cast = cast_floats(tensors, self._rollout.dtype)
+            checksum = stage_weights(self._sync, version, cast, self.sync_seconds)
             self._run(self._update(version, f"{version}-{checksum[:16]}"))
+            self.sync_seconds |= self._updater.seconds
         finally:
             self._loop.call_soon_threadsafe(self._delivering.release)
 
@@ -368,8 +372,9 @@ def make_sync(rollout: RolloutConfig, model_dir: Path) -> WeightSync:
     """The transport that ``rollout.weight_sync`` names."""
     if rollout.weight_sync == "nccl" and not torch.cuda.is_available():
         raise ValueError("rollout.weight_sync=nccl: there is no GPU here; set rollout.weight_sync to disk or gloo")
+    digest = "sha256" if rollout.weight_digest == "sha256" else None  # None: the transport's fast one
     if rollout.weight_sync != "disk":
-        return BroadcastSync(rollout.weight_sync)
+        return BroadcastSync(rollout.weight_sync, digest=digest)
     on_disk = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
     parent = Path(rollout.sync_dir).absolute() if rollout.sync_dir else None
-    return DiskSync(parent, 4 * on_disk)  # bfloat16 sent as float32, and twice that to spare
+    return DiskSync(parent, 4 * on_disk, digest or "xxh3")  # bfloat16 sent as float32, and twice that to spare

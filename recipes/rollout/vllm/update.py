@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from megatron_ext.sync.base import WeightSync
+from megatron_ext.sync.base import Clock, WeightSync
 from recipes.rollout.vllm.client import NoAnswer, Server, ServerError
 
 Post = Callable[[Server, str, Any, float], Awaitable[Any]]
@@ -25,6 +25,8 @@ class Updater:
     def __init__(self, sync: WeightSync, post: Post, get: Get, *, timeout_s: float, answer_s: float) -> None:
         self._sync, self._post, self._get, self._timeout_s, self._answer_s = sync, post, get, timeout_s, answer_s
         self._members: list[str] = []  # addresses of the servers in the sync's group
+        # Of the last delivery: "pause", "transfer", "confirm"; within "transfer" a worker's "receive", "check", "load".
+        self.seconds: dict[str, float] = {}
 
     async def deliver(self, servers: Sequence[Server], label: str, mode: str) -> dict[Server, Exception]:
         """Returns the servers that did not take the version over, with the reason.
@@ -35,12 +37,17 @@ class Updater:
             mode: "wait" | "keep" | "abort", for the requests in flight.
         """
         failed: dict[Server, Exception] = {}
+        self.seconds = {}
+        clock = Clock(self.seconds)
         for server in servers:
             server.updating = True
         try:
             left = await _each(servers, failed, lambda server: self._prepare(server, mode))
+            clock.lap("pause")
             left = await self._transfer(left, failed)
+            clock.lap("transfer")
             await _each(left, failed, lambda server: self._confirm(server, label))
+            clock.lap("confirm")
         finally:
             for server in servers:
                 server.updating = False
@@ -150,8 +157,11 @@ class Updater:
         await self._post(server, "/finish_weight_update", {"weight_version": label}, self._answer_s)
         answer = await self._post(server, "/collective_rpc", {"method": "loaded_weights"}, self._answer_s)
         for worker in answer["results"]:
-            if worker != announced:
-                raise ServerError(f"{server.url}: a worker holds {worker}, not the announced {announced}")
+            held = {key: worker.get(key) for key in announced}
+            if held != announced:
+                raise ServerError(f"{server.url}: a worker holds {held}, not the announced {announced}")
+            for name, value in worker.get("seconds", {}).items():  # of the slowest worker
+                self.seconds[name] = max(value, self.seconds.get(name, 0.0))
         # Refused while any request holds keys and values, which would be those of the old weights.
         answer = await self._post(server, "/reset_prefix_cache", None, self._answer_s)
         if not answer["success"]:
