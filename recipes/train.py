@@ -111,7 +111,7 @@ def train_step(
         batch, groups_B, include_B = make_batch(config, samples)
         stats = learner.statistics(batch)
         batch.ref_logp = learner.reference_logp(batch)
-    rollout_logp = torch.tensor([x for s in samples for x in s.rollout.logprobs], dtype=stats.logp.dtype)
+    rollout_logp = torch.cat([torch.as_tensor(s.rollout.logprobs, dtype=stats.logp.dtype) for s in samples])
     batch.old_logp = stats.logp if config.train.old_logprobs == "learner" else rollout_logp
     if config.train.tis_cap is not None:
         batch.is_weight = mismatch_weights(stats.logp, rollout_logp, cap=config.train.tis_cap)

@@ -28,8 +28,8 @@ from megatron_ext.rl.types import LossInputs, TokenStats
 class TrainBatch:
     """A rollout batch, whole, on every rank: token ids per sample and flat per-token tensors of shape (T,)."""
 
-    prompts: list[list[int]]
-    responses: list[list[int]]
+    prompts: Sequence[list[int] | Tensor]  # a list, or int tensors of one dimension
+    responses: Sequence[list[int] | Tensor]
     old_logp: Tensor
     advantages: Tensor
     mask: Tensor  # bool: False for tokens of filtered samples
@@ -67,7 +67,7 @@ def make_micro_batch(
     batch: TrainBatch, samples: Sequence[int], weights_B: Tensor | None, *, pad_to: int = 1, pad_sequences_to: int = 1
 ) -> MicroBatch:
     """Pack ``samples`` (indices into the batch); ``weights_B`` (float64, all samples) are the aggregation weights."""
-    pairs = [(batch.prompts[i], batch.responses[i]) for i in samples]
+    pairs = [(_as_list(batch.prompts[i]), _as_list(batch.responses[i])) for i in samples]
     packed = packing.collate(pairs, pad_to_multiple=pad_to, pad_sequences_to=pad_sequences_to)
     flat_R = packing.response_slots(packed, samples, batch.offsets)
     return MicroBatch(
@@ -77,6 +77,10 @@ def make_micro_batch(
         context_parallel.gathered_order(packed.cu_seqlens)[packed.response_mask_T],
         None if weights_B is None else weights_B[batch.seq_ids[flat_R]],
     )
+
+
+def _as_list(ids: list[int] | Tensor) -> list[int]:
+    return ids.tolist() if isinstance(ids, Tensor) else ids
 
 
 def forward(model: Any, mb: MicroBatch, device: torch.device) -> Tensor:

@@ -25,7 +25,7 @@ from recipes.data.evalsets import EvalSet, due_sets, load_sets
 from recipes.data.sources import ProblemSource, encode_prompt, make_source
 from recipes.data.suites import Protocol
 from recipes.loop.evaluation import Answered, Progress, answer_set, set_metrics
-from recipes.loop.journal import encode_group
+from recipes.loop.journal import Group
 from recipes.rewards import RewardItem, Scorer, make_scorer
 from recipes.rollout.engine import RolloutEngine, Sampling, request_seed
 from recipes.rollout.make import make_engine
@@ -110,7 +110,7 @@ class Collector:
         position: int = start if isinstance(start, int) else start.result()["position"]
         wanted = config.rollout.prompts_per_step
         asked = config.rollout.generated_prompts or wanted  # more than wanted where a filter will drop some
-        groups: list[dict[str, Any]] = []
+        groups: list[Group] = []
         generate_s = reward_s = 0.0
         for attempt in range(1 + self._refills()):
             problems = self.source.problems(position, asked)
@@ -125,7 +125,7 @@ class Collector:
             for index, problem in enumerate(problems):
                 members = samples[index * n : (index + 1) * n]
                 if not config.advantage.drop_uniform_groups or _informative(members):
-                    groups.append(encode_group(problem, members))
+                    groups.append((problem, members))
             if len(groups) >= wanted:
                 break
         return {

@@ -71,7 +71,7 @@ class StepMetrics:
         Raises ValueError when their probabilities differ by more than ``limit`` on average: training on such ratios
         goes wrong slowly and silently.
         """
-        versions = torch.tensor([v for s in samples for v in s.rollout.weight_versions])
+        versions = torch.cat([torch.as_tensor(s.rollout.weight_versions, dtype=torch.long) for s in samples])
         same = versions == version
         self._values["rollout/staleness"] = float((version - versions).double().mean()) if len(versions) else 0.0
         if bool(same.any()):

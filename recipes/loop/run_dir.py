@@ -188,7 +188,7 @@ class RunDir:
             from recipes.models.locate import model_location
 
             self._tokenizer = AutoTokenizer.from_pretrained(model_location(self.config))
-        golds = {group["problem"]: group["gold"] for group in record["groups"]}
+        golds = dict(zip(record["problems"], record["golds"], strict=True))
         with (self.path / "samples.jsonl").open("a", encoding="utf-8") as file:
             for sample in samples[:: max(1, len(samples) // SAMPLES_PER_STEP)][:SAMPLES_PER_STEP]:
                 row = {

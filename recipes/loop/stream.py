@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -40,7 +39,7 @@ class RolloutStream:
 
     def __enter__(self) -> RolloutStream:
         if self._first:
-            source = Path(self._config.rollout.replay) / journal.FILE if self._config.rollout.replay else None
+            source = journal.source_file(Path(self._config.rollout.replay)) if self._config.rollout.replay else None
             self._journal = journal.Journal(self._run_dir / journal.FILE, source)
         return self
 
@@ -75,17 +74,17 @@ class RolloutStream:
                             found = self._live().finish(step)
                     metrics.add({f"timing_s/sync/{name}": s for name, s in self._live().engine.sync_seconds.items()})
                     assert found is not None and self._journal is not None
-                    check_staleness(found, ahead)
                     record = self._journal.put(found)
+                    check_staleness(journal.Record(record), ahead)
                     self._live().begin(step + 1, found["position"], ahead)
-        decoded: dict[str, Any] = json.loads(control.broadcast_bytes(record, src=0))
-        metrics.add({f"rollout/{name}": float(value) for name, value in decoded.get("counters", {}).items()})
+        decoded = journal.Record(control.broadcast_bytes(record, src=0))
+        metrics.add({f"rollout/{name}": float(value) for name, value in decoded.about.get("counters", {}).items()})
         first_seq_id = step * self._config.rollout.prompts_per_step * self._config.rollout.n
-        return decoded, journal.decode_samples(decoded, first_seq_id)
+        return decoded.about, decoded.samples(first_seq_id)
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Evaluation of the weights after ``step`` steps; empty in a replay whose journal has none."""
-        line = b"{}"
+        line = b""
         if self._available("eval", step):
             if self._first:
                 assert self._journal is not None
@@ -95,8 +94,8 @@ class RolloutStream:
                 if self._first:
                     assert self._journal is not None
                     line = self._journal.put(self._live().evaluate(step))
-        decoded = json.loads(control.broadcast_bytes(line, src=0))
-        return dict(decoded.get("metrics", {}))
+        line = control.broadcast_bytes(line, src=0)
+        return dict(journal.Record(line).about.get("metrics", {})) if line else {}
 
     def agree(self, flag: bool) -> bool:
         """Rank 0's flag on every rank."""
@@ -164,12 +163,11 @@ def _after_barrier(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tupl
     yield from tensors
 
 
-def check_staleness(record: dict[str, Any], most: int) -> None:
+def check_staleness(record: journal.Record, most: int) -> None:
     """RuntimeError when a token was written by weights more than ``most`` steps older than the step it trains."""
-    versions = (v for group in record["groups"] for response in group["responses"] for v in response["versions"])
-    oldest = min(versions, default=record["step"])
-    if oldest < record["step"] - most:
+    oldest, step = record.oldest_version(), record.about["step"]
+    if oldest is not None and oldest < step - most:
         raise RuntimeError(
-            f"rollouts of step {record['step'] + 1} hold tokens of weight version {oldest}, older than "
+            f"rollouts of step {step + 1} hold tokens of weight version {oldest}, older than "
             f"rollout.max_staleness={most} allows: this is a defect, please report it"
         )

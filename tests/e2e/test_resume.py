@@ -43,17 +43,17 @@ def _die() -> None:
 
 def torn_journal(count: int) -> None:
     """Dies half-way through writing the journal's record number ``count`` of this start."""
-    from recipes.loop.journal import Journal
+    from recipes.loop.journal import Journal, frame
 
     write, seen = Journal._write, [0]
 
-    def torn(self: Journal, line: bytes) -> None:
+    def torn(self: Journal, payload: bytes) -> None:
         seen[0] += 1
         if seen[0] == count:
-            self._file.write(line[: len(line) // 2])
+            self._file.write((frame(payload) + payload)[: len(payload) // 2])
             self._file.flush()
             _die()
-        write(self, line)
+        write(self, payload)
 
     Journal._write = torn  # type: ignore[method-assign]
 

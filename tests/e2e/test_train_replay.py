@@ -69,7 +69,7 @@ def test_replay_is_bit_identical(model: Path, recorded: Path, tmp_path: Path) ->
     again = run_here(model, tmp_path / "again", f"rollout.replay={replay}")
     for run in (replay, again):
         assert_same_run(run, recorded)
-        assert (run / "journal.jsonl").read_bytes() == (recorded / "journal.jsonl").read_bytes()
+        assert (run / "journal.bin").read_bytes() == (recorded / "journal.bin").read_bytes()
 
 
 @pytest.mark.usefixtures("no_report", "no_engine")
@@ -185,7 +185,7 @@ def test_user_errors_are_one_sentence_and_status_2(
         fcntl.flock(held, fcntl.LOCK_EX)
         assert "is in use by another process; wait or choose another" in refusal(recorded)
     assert "journal ends before step 5; set train.steps=4" in refusal(tmp_path / "long", replay, "train.steps=5")
-    assert "no journal.jsonl there" in refusal(tmp_path / "none", f"rollout.replay={tmp_path}")
+    assert "no journal.bin there" in refusal(tmp_path / "none", f"rollout.replay={tmp_path}")
     assert "parallel.nproc=2" in refusal(tmp_path / "few", "parallel.nproc=2", "parallel.tp=4", "parallel.pp=1")
     after = {path: path.read_bytes() for path in recorded.rglob("*") if path.is_file()}
     assert after == before, "a refused start changes nothing of the run"
@@ -207,10 +207,10 @@ def test_a_replay_continues_only_its_own_journal(
         for group in record.get("groups", []):
             group["responses"].reverse()
         lines.append(json.dumps(record) + "\n")
-    (other / "journal.jsonl").write_text("".join(lines))
+    (other / "journal.jsonl").write_text("".join(lines))  # the format before this one
     fresh = tmp_path / "fresh"
     fresh.mkdir()
-    (fresh / "journal.jsonl").write_bytes((recorded / "journal.jsonl").read_bytes())
+    (fresh / "journal.bin").write_bytes((recorded / "journal.bin").read_bytes())
     capfd.readouterr()
     assert launch_here(arguments(model, fresh, f"rollout.replay={other}")) == 2
     assert "holds other rollouts of step" in capfd.readouterr().err

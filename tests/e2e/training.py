@@ -111,7 +111,13 @@ def weights(run_dir: Path) -> dict[str, Any]:
 
 
 def journal(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "journal.jsonl").read_text().splitlines()]
+    """The records of a run, their groups as plain lists."""
+    from recipes.loop.journal import as_groups, records
+
+    return [
+        record.about | ({"groups": as_groups(record)} if record.about["kind"] == "rollouts" else {})
+        for record in records(run_dir)
+    ]
 
 
 def assert_same_run(a: Path, b: Path) -> None:

@@ -119,7 +119,7 @@ def paper(tmp_path: Path) -> list[str]:
         ("data.name=jsonl", ["data.name=jsonl", "data.path="]),
         ("data.name=chains", ["data.name=chains", "'chain'"]),
         ("reward.name=maths", ["reward.name=maths", "'math'"]),
-        ("rollout.replay=nowhere", ["rollout.replay=nowhere", "journal.jsonl", "directory of a run"]),
+        ("rollout.replay=nowhere", ["rollout.replay=nowhere", "journal.bin", "directory of a run"]),
         ("advantage.name=grp", ["advantage.name='grp'", "'grpo'"]),
         ("advantage.params.delt=1", ["advantage.params.delt=1", "'delta'"]),
         ("model.dtype=float16", ["model.dtype=float16", "bfloat16"]),

@@ -103,7 +103,7 @@ def test_a_directory_belongs_to_one_run(model: Path, tmp_path: Path, change: str
 
 
 def test_a_run_is_not_replayed_into_itself(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "journal.jsonl").touch()
+    (tmp_path / "journal.bin").touch()
     with pytest.raises(ValueError, match="is this run's own directory; set run.dir to another one"):
         RunDir(config(model, tmp_path, f"rollout.replay={tmp_path}/../{tmp_path.name}")).__enter__()
 

