@@ -35,7 +35,7 @@ def log(run: RunDir, step: int) -> None:
     samples = [Sample(Rollout([1, 4], [5, 2], [-1.0, -1.0], [0, 0], "stop"), "p", 0, i) for i in range(8)]
     metrics = StepMetrics(step)
     metrics.rollouts(samples)
-    run.log(metrics, samples, {"groups": [{"problem": "p", "gold": "7"}]})
+    run.log(metrics, samples, {"problems": ["p"], "golds": ["7"]})
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
