@@ -20,7 +20,6 @@ from megatron_ext.rl.value import check_gae
 from recipes.checks import fp8, rollout
 from recipes.data.evalsets import check_sets, eval_paths
 from recipes.data.sources import GENERATORS
-from recipes.loop.journal import FILE, source_file
 from recipes.rewards.verifiers import VERIFIERS
 
 PLACEHOLDER = re.compile(r"<(.+)>")  # a value that the user must give, as in model.path: <Qwen2.5-7B>
@@ -169,8 +168,9 @@ def _check_files(c: Config) -> None:
         section, name = key.split(".")
         if missing := PLACEHOLDER.fullmatch(getattr(getattr(c, section), name) or ""):
             raise ValueError(f"{key}: give the {what} of {missing[1]}, as {key}=PATH")
-    if c.rollout.replay is not None and source_file(Path(c.rollout.replay)) is None:
-        raise ValueError(f"rollout.replay={c.rollout.replay}: no {FILE} there; give the directory of a run")
+    journals = ("journal.bin", "journal.jsonl")  # in this format, and in the one before it
+    if c.rollout.replay is not None and not any((Path(c.rollout.replay) / name).is_file() for name in journals):
+        raise ValueError(f"rollout.replay={c.rollout.replay}: no {journals[0]} there; give the directory of a run")
     generated = c.model.path in ("tiny", "smollm2")
     if not generated and not (Path(c.model.path) / "config.json").is_file():
         raise ValueError(
