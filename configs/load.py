@@ -128,13 +128,17 @@ def _check_key(item: str) -> None:
     if item.startswith("~") and key.startswith(FREE_KEYS):
         return  # takes an entry away, such as ~schedule.points.beta1
     if not equals:
-        raise ValueError(f"argument {item!r} is not of the form key=value{near(key, known)}")
+        hint = f"; give {key} a value" if key in known else near(key, known)
+        raise ValueError(f"argument {item!r} is not of the form key=value{hint}")
     if key in GROUPS:
         if value not in choices(key):
             listed = "--help lists all" if key == "recipe" else f"choose {', '.join(choices(key))}"
             raise ValueError(f"{key}={value} is unknown{near(value, choices(key))}; {listed}")
     elif not key.startswith(FREE_KEYS) and key.split("[")[0] not in known:
         raise ValueError(f"{item}: there is no key {key!r}{near(key, known)}; configs/schema.py lists all keys")
+    elif key in (f.name for f in fields(Config) if f.name != "seed"):
+        example = next(name for name in known if name.startswith(f"{key}."))
+        raise ValueError(f"{item}: {key} is a section; set its keys one by one, as in {example}=...")
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -179,6 +183,8 @@ def _explain(error: Exception, overrides: Sequence[str]) -> str:
     text = str(error) if error.__cause__ is None else str(error.__cause__)
     if isinstance(error, OverrideParseException):
         return f"{error.override.lstrip('+')} cannot be read: quote special characters, as in \"key='a, b'\""
+    if ambiguous := re.match(r"Ambiguous value for argument '\+*(.+?)'", text):
+        return f"{ambiguous[1]}: one value is needed; write a list as [a,b], and quote a comma in text: key='a,b'"
     first = re.split(r"\n\s*(?:full_key|object_type|reference_type|See )", text)[0].strip().replace("\n", " ")
     match = re.search(r"full_key: (\S+)", text)
     if match is None:

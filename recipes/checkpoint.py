@@ -14,11 +14,13 @@ from rich.table import Table
 
 from conversion.megatron_to_hf import convert
 from conversion.publish import ManifestError, check_manifest
+from recipes.checks.messages import sentence
 
 
 def checkpoints(run_dir: Path) -> dict[int, Path]:
     """Complete checkpoints of a run by step. Raises ValueError when there is none."""
-    found = {int(path.name[5:]): path for path in sorted((run_dir / "checkpoints").glob("step_*[0-9]"))}
+    paths = sorted((run_dir / "checkpoints").glob("step_*"))
+    found = {int(path.name[5:]): path for path in paths if path.name[5:].isdecimal()}
     if not found:
         raise ValueError(f"{run_dir}: no checkpoints there; give the directory of a run (run.dir)")
     return found
@@ -54,8 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         if step not in found:
             raise ValueError(f"--step {step}: there are checkpoints of steps {', '.join(map(str, found))}")
         convert(found[step], args.export, card={"step": step})
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
     print(f"wrote {args.export} (step {step})")
     return 0

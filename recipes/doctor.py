@@ -6,6 +6,7 @@ training is impossible here.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.metadata
 import importlib.util
@@ -299,6 +300,11 @@ def show(lines: list[Finding], console: Console) -> bool:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        prog="python -m recipes.doctor",
+        description="What this machine has for training, what it lacks, and what that costs. Exits 1 when training is "
+        "impossible here.",
+    ).parse_args()
     raise SystemExit(0 if show(findings(collect()), Console()) else 1)
 
 

@@ -7,24 +7,32 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import conversion
 from configs.layout import learner_processes, process_multiple
-from configs.load import GROUPS, choices
+from configs.load import load_config
 from configs.schema import Config
-from recipes.checks.model import check_device, check_model
-from recipes.checks.settings import load_checked
+from recipes.checks.cli import print_help, wants_help
+from recipes.checks.machine import check_machine
+from recipes.checks.messages import sentence
+from recipes.checks.model import check_device, check_model, check_tokenizer
+from recipes.checks.settings import check
 from recipes.models.locate import model_location, prepare_model
 from recipes.plan import print_plan
-from recipes.rewards import make_verifier
 
 HELP = """usage: python -m recipes.train [recipe=NAME] [key=value ...]
        make train [RECIPE=NAME] [ARGS="key=value ..."] [DRY_RUN=1]
+
+Train a policy: generate, judge, update, evaluate, save, until train.steps. Ctrl-C stops after the current step with a
+checkpoint; the same command again continues.
 
   recipe=NAME      {recipe}
   loss=NAME        {loss}
   selection=NAME   {selection}
   schedule=NAME    {schedule}
 
-Any key of configs/schema.py or of the chosen loss, selection or schedule can follow, e.g.
+Any key can follow; --help SECTION lists those of a section with type, default and meaning:
+  {sections}
+For example
   loss.beta1=0.75 optim.lr=1e-6 train.steps=200 rollout.n=16 parallel.tp=2 seed=1
   run.dir=DIR              everything the run writes; the same directory again resumes it
   rollout.replay=DIR       train on the recorded rollouts of another run, without any server
@@ -35,19 +43,14 @@ Any key of configs/schema.py or of the chosen loss, selection or schedule can fo
 def launch(train: Callable[[Config, Path], None], argv: Sequence[str] | None = None) -> int:
     """Run ``train`` with the configuration of the command line; the exit status. User errors are one line on stderr."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(argv):
-        names = {group: choices(group) for group in GROUPS}
-        papers = [name for name in names["recipe"] if "/" in name]
-        own = [name for name in names["recipe"] if name not in papers]
-        names["recipe"] = [*own, f"and {len(papers)} settings of the papers (docs/recipes.md)"]
-        print(HELP.format(**{group: ", ".join(entries) for group, entries in names.items()}))
-        return 0
+    if wants_help(argv):
+        return print_help(argv, HELP)
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # loading a model is not what the user waits for
     try:
-        config = load_checked(argv)
-        make_verifier(config.reward.name, **config.reward.params)  # says what is wrong with its parameters
+        config = load_config(argv)
+        check(config, data=not config.run.dry_run)
         if config.run.dry_run:
             print_plan(config)
             return 0
@@ -56,6 +59,10 @@ def launch(train: Callable[[Config, Path], None], argv: Sequence[str] | None = N
             check_device(config)
             prepare_model(config, model_dir)
             check_model(config, model_dir)
+            check_tokenizer(config, model_dir)
+            if "WORLD_SIZE" not in os.environ:
+                for remark in check_machine(config, conversion.read_config(model_dir)):
+                    print(f"note: {remark}", file=sys.stderr)
         processes = learner_processes(config)
         if "WORLD_SIZE" not in os.environ and processes > 1:
             relaunch(processes, argv)
@@ -66,8 +73,8 @@ def launch(train: Callable[[Config, Path], None], argv: Sequence[str] | None = N
                 f"and parallel.nproc={config.parallel.nproc} must be their number or unset"
             )
         train(config, model_dir)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; start again with the same run.dir to continue from the last checkpoint", file=sys.stderr)

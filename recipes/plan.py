@@ -11,15 +11,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import lcm
+from math import inf, lcm
 from typing import Any
 
 import conversion
 from configs.layout import learner_processes, updates_per_epoch
-from configs.load import to_yaml
+from configs.load import load_config, to_yaml
 from configs.schema import Config
-from recipes.checks.model import check_model
-from recipes.checks.settings import load_checked
+from recipes.checks.cli import print_help, wants_help
+from recipes.checks.messages import sentence
+from recipes.checks.model import check_model, too_long
+from recipes.checks.settings import check
 from recipes.models.locate import model_location
 from recipes.planning.memory import (
     data_parallel,
@@ -31,6 +33,17 @@ from recipes.planning.memory import (
 )
 
 GIB = 1 << 30
+HELP = """usage: python -m recipes.plan [recipe=NAME] [key=value ...] [gpu_gib=80]
+       make train DRY_RUN=1 [RECIPE=NAME] [ARGS="key=value ..."]
+
+Print what a run would do and need: layout, batch arithmetic, memory and the resolved configuration. Nothing starts. Of
+the model only config.json is read, and no data is needed.
+
+  gpu_gib=NUMBER   compare with a GPU of so many GiB; default: the GPU that is here, if any
+  recipe=NAME      {recipe}
+
+All keys of recipes.train can follow; --help SECTION lists those of a section:
+  {sections}"""
 # Models that a run makes by itself, so that a plan needs none: `prepare_model.make_tiny_model` and `.smollm2`.
 _LLAMA = {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
 GENERATED_MODELS: dict[str, dict[str, Any]] = {
@@ -142,11 +155,13 @@ def _alternatives(config: Config, hf: conversion.HFConfig) -> list[tuple[str, Co
     return options
 
 
-def remarks(config: Config) -> list[str]:
+def remarks(config: Config, hf: conversion.HFConfig | None = None) -> list[str]:
     """What the numbers imply and a reader might miss."""
     batch, rollout = batch_plan(config), config.rollout
     room = rollout.max_model_len - rollout.max_tokens
     found = []
+    if hf is not None and (problem := too_long(config, hf)):
+        found.append(f"Will not start: {problem}.")
     if config.data.max_prompt_tokens > room:
         found.append(
             f"Prompts of more than {room} tokens do not fit: rollout.max_model_len - rollout.max_tokens is below "
@@ -178,7 +193,7 @@ def read_model(config: Config) -> tuple[conversion.HFConfig, str]:
     """The model's sizes and where they come from. Raises ValueError for a layout that the model does not allow."""
     directory = model_location(config)
     if directory.exists():
-        check_model(config, directory)
+        check_model(config, directory, lengths=False)
         return conversion.read_config(directory), str(directory)
     return conversion.parse_config(GENERATED_MODELS[config.model.path]), f"{directory}, not made yet"
 
@@ -201,7 +216,7 @@ def print_plan(config: Config, gpu_gib: float | None = None) -> None:
     for override, total in savings(config, hf)[:4]:
         fits = " (fits)" if limit and total <= limit * GIB else ""
         console.print(f"  {_gib(total)} with {override}{fits}")
-    for remark in remarks(config):
+    for remark in remarks(config, hf):
         console.print(f"[yellow]Note:[/yellow] {remark}")
     console.print("\n[bold]Configuration[/bold]")
     print(to_yaml(config), end="")
@@ -292,18 +307,25 @@ def _gpu_gib(arguments: Sequence[str]) -> float | None:
     if not arguments:
         return None
     try:
-        return float(arguments[-1].removeprefix("gpu_gib="))
+        value = float(arguments[-1].removeprefix("gpu_gib="))
     except ValueError:
         raise ValueError(f"{arguments[-1]} is not a number: give the memory of one GPU in GiB") from None
+    if not 0 < value < inf:
+        raise ValueError(f"{arguments[-1]} must be above 0: give the memory of one GPU in GiB")
+    return value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if wants_help(arguments):
+        return print_help(arguments, HELP)
     try:
         limit = _gpu_gib([a for a in arguments if a.startswith("gpu_gib=")])
-        print_plan(load_checked([a for a in arguments if not a.startswith("gpu_gib=")]), limit)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        config = load_config([a for a in arguments if not a.startswith("gpu_gib=")])
+        check(config, data=False)
+        print_plan(config, limit)
+    except (ValueError, OSError) as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.markup import escape
 
 from recipes.cluster import attempt
 from recipes.cluster.attempt import Event
-from recipes.reporting.page import read_jsonl
+from recipes.reporting.runs import is_number, read_config, read_jsonl
 
 ALIVE_S = 60.0  # the batch script's heartbeat comes every 2 s; file servers may show it late
 TAIL = 8  # lines of a failed role's log
@@ -118,9 +117,8 @@ def describe(run_dir: Path, now: float | None = None) -> list[tuple[str, str]]:
     now = time.time() if now is None else now
     if not run_dir.is_dir():
         raise ValueError(f"{run_dir}: no such directory; give the run.dir of a run")
-    metrics, config_file = run_dir / "metrics.jsonl", run_dir / "config.yaml"
-    config: dict[str, Any] = yaml.safe_load(config_file.read_text()) if config_file.is_file() else {}
-    rows = [row for row in (read_jsonl(metrics)[0] if metrics.is_file() else []) if "step" in row]
+    metrics, config = run_dir / "metrics.jsonl", read_config(run_dir)
+    rows = [row for row in (read_jsonl(metrics)[0] if metrics.is_file() else []) if is_number(row.get("step"))]
     all_attempts = attempt.attempts(run_dir)
     if not config and not all_attempts:
         raise ValueError(f"{run_dir} holds neither config.yaml nor logs: give the run.dir of a run")
@@ -140,19 +138,21 @@ def describe(run_dir: Path, now: float | None = None) -> list[tuple[str, str]]:
 
 
 def _progress(rows: list[dict[str, Any]], config: dict[str, Any], name: str) -> list[tuple[str, str]]:
-    steps = (config.get("train") or {}).get("steps", "?")
+    train = config.get("train")
+    steps = train.get("steps", "?") if isinstance(train, dict) else "?"
     if not rows:
         return [("step", f"0 of {steps}")]
     last = rows[-1]
     out = [("step", f"{last['step']} of {steps}")]
-    values = [f"{label} {last[key]:.4g}" for label, key in SHOWN.items() if key in last]
+    values = [f"{label} {last[key]:.4g}" for label, key in SHOWN.items() if is_number(last.get(key))]
     out.append(("last step", ", ".join(values)))
     evaluations = [row for row in rows if any(key.startswith("val-core/") for key in row)]
     if evaluations:
         row = evaluations[-1]
         scores = [f"{key.removeprefix('val-core/')} {row[key]:.3f}" for key in sorted(row) if _is_score(key)]
         out.append(("evaluation", f"step {row['step']}: {', '.join(scores)}"))
-    seconds = statistics.median(row["timing_s/step"] for row in rows[-RECENT:])
+    timed = [row["timing_s/step"] for row in rows[-RECENT:] if is_number(row.get("timing_s/step"))]
+    seconds = statistics.median(timed) if timed else 0.0
     speed = f"{last.get('perf/throughput', 0):.0f} tokens/s, {seconds:.3g} s a step"
     if name == "running" and isinstance(steps, int):
         speed += f", {_duration((steps - last['step']) * seconds)} left"

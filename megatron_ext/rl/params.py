@@ -7,7 +7,7 @@ their parameters. What can go wrong is therefore the same everywhere and is word
 from __future__ import annotations
 
 import difflib
-import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
@@ -66,7 +66,9 @@ def check_type(key: str, value: object, hint: Any) -> None:
         for item in value:  # type: ignore[attr-defined]
             check_type(key, item, arguments[0])
     elif hint is float:
-        check_number(key, value)
+        _require(key, value, (int, float), "a number", bool)
+        if value != value:
+            raise ValueError(f"{key}={value!r} is not of the right type: give a number.")
     elif hint is int:
         _require(key, value, int, "a whole number", bool)
     elif hint in (bool, str):
@@ -84,15 +86,22 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
+_LARGEST = sys.float_info.max
+
+
 def check_number(
-    key: str, value: object, low: float = -math.inf, high: float = math.inf, *, exclusive: bool = False
+    key: str, value: object, low: float = -_LARGEST, high: float = _LARGEST, *, exclusive: bool = False
 ) -> None:
-    """Raise ``ValueError`` naming ``key`` unless ``value`` is a number in [low, high] (or (low, high)); NaN is not."""
-    brackets = "()" if exclusive else "[]"
+    """Raise ``ValueError`` naming ``key`` unless ``value`` is a number in [low, high] (or (low, high)).
+
+    NaN never is; infinity only where ``high`` is infinite.
+    """
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if number and (low < value < high if exclusive else low <= value <= high):  # type: ignore[operator]
         return
-    raise ValueError(f"{key}={value!r} is out of range: set a number in {brackets[0]}{low:g}, {high:g}{brackets[1]}.")
+    below = "(-inf" if low == -_LARGEST else f"{'(' if exclusive else '['}{low:g}"
+    above = "inf)" if high == _LARGEST else f"{high:g}{')' if exclusive else ']'}"
+    raise ValueError(f"{key}={value!r} is out of range: set a number in {below}, {above}.")
 
 
 def check_choice(key: str, value: object, choices: Iterable[object]) -> None:

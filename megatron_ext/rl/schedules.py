@@ -281,8 +281,8 @@ def _limits(
         )
     for key, pair in (limits or {}).items():
         _check_moves(f"schedule.limits.{key}", key, loss_name, known)
-        if len(pair) != 2:
-            raise ValueError(f"schedule.limits.{key}={list(pair)!r} must be an interval [low, high].")
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise ValueError(f"schedule.limits.{key}={pair!r} must be an interval [low, high].")
     return dict(limits) if limits else {key: a.limits for key, a in known.items() if a.limits is not None}
 
 

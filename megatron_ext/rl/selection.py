@@ -136,8 +136,8 @@ class ClipB(Selection):
     """Advantage sign of the tokens that can be dropped."""
 
     def __post_init__(self) -> None:
-        check_number("selection.mu_low", self.mu_low, 0)
-        check_number("selection.mu_high", self.mu_high, 0)
+        check_number("selection.mu_low", self.mu_low, 0, math.inf)
+        check_number("selection.mu_high", self.mu_high, 0, math.inf)
 
     def _score(self, x: SelectionInputs, reduce: Reduce) -> tuple[Tensor, Tensor, Tensor]:
         """(deviation (T,), mean, sigma) of the score that is clipped."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,9 @@ import conversion
 from configs.schema import Config, ParallelConfig
 from conversion import HFConfig
 from recipes.checks import fp8
+from recipes.data.sources import check_template, render_prompt
+
+TOKENIZER_LIMIT_S = 60.0  # a chat template may loop
 
 
 def check_device(config: Config) -> None:
@@ -23,8 +28,11 @@ def check_device(config: Config) -> None:
     fp8.check_device(config, capability, torch.version.cuda, has_te)
 
 
-def check_model(config: Config, directory: Path) -> None:
-    """Refuse a layout, lengths or a precision that the model does not allow. Raises ValueError."""
+def check_model(config: Config, directory: Path, *, lengths: bool = True) -> None:
+    """Refuse a layout, lengths or a precision that the model does not allow. Raises ValueError.
+
+    ``lengths=False`` leaves out what `too_long` says.
+    """
     hf, p = conversion.read_config(directory), config.parallel
     for what, size in (("attention heads", hf.num_heads), ("MLP columns", hf.ffn_hidden_size)):
         if size % p.tp:
@@ -48,9 +56,56 @@ def check_model(config: Config, directory: Path) -> None:
                 f"reference.path={config.reference.path} is another model than the policy ({other.architecture}, "
                 f"{hf.architecture}, or their sizes): give a checkpoint of the same model, or unset it"
             )
-    if config.rollout.max_model_len > hf.max_positions:
+    if lengths and (problem := too_long(config, hf)):
+        raise ValueError(problem)
+
+
+def too_long(config: Config, hf: HFConfig) -> str:
+    """What is wrong with sequences longer than the model's positions, and both ways out; empty when they fit."""
+    if config.rollout.max_model_len <= hf.max_positions:
+        return ""
+    prompt = hf.max_positions - config.rollout.max_tokens
+    if prompt > 0:
+        fit = f"rollout.max_model_len={hf.max_positions}, which leaves {prompt} tokens for a prompt"
+    else:
+        fit = f"rollout.max_tokens={3 * hf.max_positions // 4} rollout.max_model_len={hf.max_positions}"
+    return (
+        f"rollout.max_model_len={config.rollout.max_model_len} exceeds the model's {hf.max_positions} positions: set "
+        f"{fit}, or raise max_position_embeddings to {config.rollout.max_model_len} in your copy's config.json"
+    )
+
+
+def check_tokenizer(config: Config, directory: Path) -> None:
+    """Load the tokenizer and render a prompt as training will. Raises ValueError where that fails or takes too long."""
+    from transformers import AutoTokenizer
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError(f"no result after {TOKENIZER_LIMIT_S:g} s")
+
+    what = f"model.path={config.model.path}: its tokenizer cannot be read"
+    timer = threading.current_thread() is threading.main_thread()  # elsewhere there are no signals
+    before = signal.signal(signal.SIGALRM, give_up) if timer else None
+    if timer:
+        signal.setitimer(signal.ITIMER_REAL, TOKENIZER_LIMIT_S)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        check_template(tokenizer, config.data.template)
+        what = f"data.template={config.data.template!r}: a prompt cannot be made with this tokenizer"
+        ids = render_prompt(tokenizer, "1 + 1", config.data.template)
+    except Exception as error:  # any at all: the files are somebody else's, and the chat template is a program
+        if isinstance(error, ValueError) and str(error).startswith("data.template"):
+            raise
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(f"{what} ({said}); give a model directory with working tokenizer files") from error
+    finally:
+        if timer:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+    vocabulary = conversion.read_config(directory).vocab_size
+    if bad := [i for i in ids if not 0 <= i < vocabulary]:
         raise ValueError(
-            f"rollout.max_model_len={config.rollout.max_model_len} exceeds the model's {hf.max_positions} positions"
+            f"model.path={config.model.path}: its tokenizer gives token {bad[0]} and the model has {vocabulary}; "
+            "the files are of two models"
         )
 
 

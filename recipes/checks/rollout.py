@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.parse import urlsplit
+
 from configs.schema import Config, RolloutConfig
 from recipes.rollout.vllm.server import parallel_size
 
@@ -9,11 +11,12 @@ from recipes.rollout.vllm.server import parallel_size
 def check_settings(c: Config) -> None:
     """Raises ValueError, in one sentence that names the key, for settings that contradict each other."""
     rollout, train = c.rollout, c.train
-    for key in ("probe_s", "revive_timeout_s", "start_timeout_s", "timeout_s", "update_timeout_s"):
-        if not getattr(rollout, key) > 0:
-            raise ValueError(f"rollout.{key}={getattr(rollout, key)} must be above 0 seconds")
-    if rollout.max_staleness < 0:
-        raise ValueError(f"rollout.max_staleness={rollout.max_staleness} must be 0 (synchronous) or more steps")
+    for index, url in enumerate(rollout.urls):
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"rollout.urls={rollout.urls}: {url!r} is no address such as http://node1:8000")
+        if url in rollout.urls[:index]:
+            raise ValueError(f"rollout.urls={rollout.urls} names {url} twice; name every server once")
     if rollout.max_staleness and train.tis_cap is None and train.old_logprobs == "learner":
         raise ValueError(
             f"rollout.max_staleness={rollout.max_staleness} trains on tokens of older weights, and nothing corrects "
@@ -55,8 +58,6 @@ def _check_server_gpus(r: RolloutConfig) -> None:
 
 def _check_colocated(c: Config) -> None:
     r = c.rollout
-    if not 0 < r.gpu_memory_utilization <= 1:
-        raise ValueError(f"rollout.gpu_memory_utilization={r.gpu_memory_utilization} must be above 0 and at most 1")
     unfit = {
         f"rollout.max_staleness={r.max_staleness} generates while the learner trains": r.max_staleness > 0,
         f"rollout.engine={r.engine} has no servers": r.engine == "local",

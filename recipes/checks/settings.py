@@ -12,16 +12,16 @@ from configs.layout import process_multiple
 from configs.load import load_config, near
 from configs.schema import Config
 from megatron_ext.rl.advantages import compute_advantages, soft_overlong_penalty
-from megatron_ext.rl.aggregation import AGGREGATIONS
-from megatron_ext.rl.losses.kl import KL_TYPES
 from megatron_ext.rl.schedules import build_controller
 from megatron_ext.rl.selection import build_selection
 from megatron_ext.rl.value import check_gae
-from recipes.checks import fp8, rollout
+from recipes.checks import fp8, ranges, rollout
+from recipes.checks.keys import NAMES
 from recipes.data.evalsets import check_sets, eval_paths
 from recipes.data.sources import GENERATORS
-from recipes.rewards.verifiers import VERIFIERS
+from recipes.rewards.verifiers import make_verifier
 
+MOST_RESPONSES = 1_000_000  # of one rollout step
 PLACEHOLDER = re.compile(r"<(.+)>")  # a value that the user must give, as in model.path: <Qwen2.5-7B>
 
 
@@ -32,23 +32,29 @@ def load_checked(overrides: Sequence[str]) -> Config:
     return config
 
 
-def check(config: Config) -> None:
-    """Refuse what cannot work, before anything starts."""
+def check(config: Config, *, data: bool = True) -> None:
+    """Refuse what cannot work, before anything starts. ``data``: whether the problems must be there already."""
+    ranges.check(config)
     _check_algorithm(config)
     _check_sizes(config)
     _check_layout(config)
     fp8.check_settings(config)
     rollout.check_settings(config)
     _check_files(config)
+    if data:
+        _check_data(config)
 
 
 def _check_algorithm(c: Config) -> None:
+    for key, names in NAMES.items():
+        section, name = key.split(".")
+        _one_of(key, getattr(getattr(c, section), name), names)
     schedule = {key: value for key, value in c.schedule.items() if key != "name"}
     build_controller(c.loss["name"], c.loss, c.schedule["name"], **schedule)
     build_selection(**c.selection)
     if c.advantage.name == "gae":
         check_gae(c.advantage.params)
-        if 0 < c.train.steps <= c.critic.warmup_steps:
+        if c.train.steps <= c.critic.warmup_steps:
             raise ValueError(f"critic.warmup_steps={c.critic.warmup_steps} must be below train.steps={c.train.steps}")
     else:
         if c.rollout.n == 1 and (c.advantage.name != "reinforce_pp" or c.advantage.params.get("baseline") == "group"):
@@ -57,18 +63,14 @@ def _check_algorithm(c: Config) -> None:
                 "every advantage would be 0; set rollout.n to 2 or more, or advantage.name=reinforce_pp"
             )
         compute_advantages(c.advantage.name, torch.tensor([0.0, 1.0]), torch.tensor([0, 0]), **c.advantage.params)
-    _one_of("reference.kl_type", c.reference.kl_type, KL_TYPES)
     if c.reference.path is not None and not c.reference.kl_coef:
         raise ValueError(f"reference.path={c.reference.path} has no effect: set reference.kl_coef above 0 or unset it")
-    _one_of("advantage.aggregation", c.advantage.aggregation, AGGREGATIONS)
     if c.optim.distributed and (c.optim.optimizer != "adam" or c.model.dtype == "float64"):
         raise ValueError(
             "optim.distributed=true works with optim.optimizer=adam in float32 or bfloat16, not with "
             f"{c.optim.optimizer} in {c.model.dtype}: set optim.distributed=false"
         )
-    _one_of("reward.name", c.reward.name, tuple(VERIFIERS))
-    if c.train.tis_cap is not None and not c.train.tis_cap > 0:
-        raise ValueError(f"train.tis_cap={c.train.tis_cap} must be above 0; null switches the correction off")
+    make_verifier(c.reward.name, **c.reward.params)  # says what is wrong with its parameters
     if c.advantage.overlong == "penalty":
         soft_overlong_penalty(
             torch.zeros(1),
@@ -91,22 +93,15 @@ def _check_algorithm(c: Config) -> None:
 
 
 def _check_sizes(c: Config) -> None:
-    for key in (
-        "rollout.prompts_per_step",
-        "rollout.n",
-        "rollout.max_tokens",
-        "train.mini_batch_prompts",
-        "train.epochs",
-    ):
-        _at_least(c, key, 1)
-    for key in ("train.micro_batch_tokens", "eval.problems", "eval.n", "rollout.num_servers", "train.threads"):
-        _at_least(c, key, 1)
-    for key in ("train.steps", "train.save_every", "eval.every", "train.loss_chunk_tokens", "optim.lr"):
-        _at_least(c, key, 0)
-    for key in ("critic.lr", "critic.clip_grad", "critic.warmup_steps", "reference.kl_coef", "train.positive_nll_coef"):
-        _at_least(c, key, 0)
-    if c.critic.clip_range is not None and not c.critic.clip_range > 0:
-        raise ValueError(f"critic.clip_range={c.critic.clip_range} must be above 0; null switches clipping off")
+    if len(c.optim.betas) != 2:
+        raise ValueError(f"optim.betas={c.optim.betas} must be two numbers, such as [0.9,0.999]")
+    if c.optim.min_lr > c.optim.lr:
+        raise ValueError(f"optim.min_lr={c.optim.min_lr} is above optim.lr={c.optim.lr}; lower it")
+    if (responses := c.rollout.prompts_per_step * c.rollout.n) > MOST_RESPONSES:
+        raise ValueError(
+            f"rollout.n={c.rollout.n} x rollout.prompts_per_step={c.rollout.prompts_per_step} are {responses:,} "
+            f"responses a step, which are held in memory at once; {MOST_RESPONSES:,} is the most"
+        )
     if c.rollout.prompts_per_step % min(c.train.mini_batch_prompts, c.rollout.prompts_per_step):
         raise ValueError(
             f"train.mini_batch_prompts={c.train.mini_batch_prompts} does not divide rollout.prompts_per_step="
@@ -118,8 +113,6 @@ def _check_sizes(c: Config) -> None:
                 f"{key}={length} leaves no room for a prompt in rollout.max_model_len={c.rollout.max_model_len}; "
                 "raise rollout.max_model_len"
             )
-    if c.run.peak_tflops is not None and not c.run.peak_tflops > 0:
-        raise ValueError(f"run.peak_tflops={c.run.peak_tflops} must be above 0; null looks it up by the GPU's name")
     _check_refills(c)
     _check_evaluation(c)
 
@@ -149,10 +142,8 @@ def _check_refills(c: Config) -> None:
 
 def _check_layout(c: Config) -> None:
     p = c.parallel
-    for key in ("tp", "pp", "vpp", "cp", "ep"):
-        _at_least(c, f"parallel.{key}", 1)
     size = process_multiple(p)
-    if p.nproc is not None and (p.nproc < 1 or p.nproc % size):
+    if p.nproc is not None and p.nproc % size:
         experts = "" if p.ep == 1 else " and ep x pp"
         raise ValueError(
             f"parallel.nproc={p.nproc} is not a multiple of tp x pp x cp{experts}, so of {size}; choose one"
@@ -164,10 +155,16 @@ def _check_layout(c: Config) -> None:
 
 
 def _check_files(c: Config) -> None:
-    for key, what in (("model.path", "Hugging Face directory"), ("data.path", "JSONL file")):
-        section, name = key.split(".")
-        if missing := PLACEHOLDER.fullmatch(getattr(getattr(c, section), name) or ""):
-            raise ValueError(f"{key}: give the {what} of {missing[1]}, as {key}=PATH")
+    for key, text in (("run.dir", c.run.dir), ("run.name", c.run.name), ("model.cache_dir", c.model.cache_dir)):
+        if not text.strip():
+            raise ValueError(f"{key}={text!r} is empty; give a {'name' if key == 'run.name' else 'directory'}")
+    if Path(c.run.dir).exists() and not Path(c.run.dir).is_dir():
+        raise ValueError(f"run.dir={c.run.dir} is a file; give a directory, which is made if it does not exist")
+    template = c.data.template.removeprefix("chat").removeprefix(":") if c.data.template.startswith("chat") else ""
+    if (template or c.data.template).count("{problem}") != 1 and c.data.template != "chat":
+        raise ValueError(f"data.template={c.data.template!r} must contain {{problem}} exactly once, or be 'chat'")
+    if missing := PLACEHOLDER.fullmatch(c.model.path):
+        raise ValueError(f"model.path: give the Hugging Face directory of {missing[1]}, as model.path=PATH")
     journals = ("journal.bin", "journal.jsonl")  # in this format, and in the one before it
     if c.rollout.replay is not None and not any((Path(c.rollout.replay) / name).is_file() for name in journals):
         raise ValueError(f"rollout.replay={c.rollout.replay}: no {journals[0]} there; give the directory of a run")
@@ -180,6 +177,11 @@ def _check_files(c: Config) -> None:
         raise ValueError(
             f"reference.path={c.reference.path}: no config.json there; give a Hugging Face model directory"
         )
+
+
+def _check_data(c: Config) -> None:
+    if missing := PLACEHOLDER.fullmatch(c.data.path or ""):
+        raise ValueError(f"data.path: give the JSONL file of {missing[1]}, as data.path=PATH")
     given = [("data.path", c.data.path), *(("data.eval_path", path) for path in eval_paths(c))]
     for key, path in given:
         if path is not None and not Path(path).exists():
@@ -201,10 +203,3 @@ def _check_data_name(name: str) -> None:
 def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{key}={value} is unknown{near(value, list(allowed))}; choose {' | '.join(allowed)}")
-
-
-def _at_least(config: Config, key: str, low: float) -> None:
-    section, name = key.split(".")
-    value = getattr(getattr(config, section), name)
-    if value < low:
-        raise ValueError(f"{key}={value} must be at least {low}")

@@ -281,18 +281,22 @@ def encode_prompt(tokenizer: Any, problem: Problem, template: str = "{problem}")
     Raises ``ValueError`` when the tokenizer does not know a word of the problem.
     """
     check_template(tokenizer, template)
-    if template == _CHAT or template.startswith(f"{_CHAT}:"):
-        content = template.removeprefix(_CHAT).removeprefix(":") or "{problem}"
-        messages = [{"role": "user", "content": content.replace("{problem}", problem.prompt)}]
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    else:
-        ids = list(tokenizer(template.replace("{problem}", problem.prompt))["input_ids"])
+    ids = render_prompt(tokenizer, problem.prompt, template)
     unknown = tokenizer.unk_token_id
     ambiguous = unknown in (None, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     if not ambiguous and unknown in ids and tokenizer.unk_token not in problem.prompt:
         raise ValueError(f"the tokenizer does not know every word of problem {problem.id}: data and model do not match")
     return ids
+
+
+def render_prompt(tokenizer: Any, problem: str, template: str) -> list[int]:
+    """Token ids of a problem in a template that was checked, see `encode_prompt`."""
+    if template == _CHAT or template.startswith(f"{_CHAT}:"):
+        content = template.removeprefix(_CHAT).removeprefix(":") or "{problem}"
+        messages = [{"role": "user", "content": content.replace("{problem}", problem)}]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(template.replace("{problem}", problem))["input_ids"])
 
 
 def _length_filter(tokenizer: Any, template: str, max_prompt_tokens: int | None) -> Callable[[Problem], bool]:

@@ -8,13 +8,10 @@ visible, and a Content-Security-Policy forbids whatever might slip through.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 import unicodedata
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +19,8 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from recipes.cluster import attempt
 from recipes.reporting import charts
-
-Series = dict[str, list[tuple[float, float]]]
+from recipes.reporting.runs import Run, load_run
 
 SAMPLES_SHOWN = 6
 TEXT_SHOWN = 1500  # characters of a completion
@@ -34,101 +29,14 @@ _SECRET = re.compile(r"(^|[_-])(api_?key|secret|password|passwd|credentials?|tok
 _ABSOLUTE = re.compile(r"(?:file:/+|(?<![\w.:/~<])/|~/)(?:[^\s/:,;'\"]+/)*(?P<name>[^\s/:,;'\"]+)/?")
 
 
-@dataclass
-class Run:
-    """What one run directory holds. ``series`` maps a metric to its (step, value) pairs, finite values only."""
-
-    name: str
-    series: Series
-    config: dict[str, Any]
-    samples: list[dict[str, Any]]
-    notes: list[str] = field(default_factory=list)
-
-    def values(self, key: str) -> list[float]:
-        return [value for _, value in self.series.get(key, [])]
-
-    def steps(self) -> int:
-        """Training steps done; the evaluation before the first step is not one."""
-        return len({step for key, pairs in self.series.items() if not key.startswith("val-core/") for step, _ in pairs})
-
-
-def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], str | None]:
-    """The objects of a JSON-lines file, and a note when its last line is torn.
-
-    A process killed while writing leaves half a line at the end; anywhere else a broken line is an error.
-
-    Raises:
-        ValueError: a line before the last is not a JSON object.
-    """
-    rows: list[dict[str, Any]] = []
-    lines = [(i, line) for i, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
-    for number, line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            if number == lines[-1][0]:
-                return rows, f"The last line of {path.name} is incomplete and was left out."
-            raise ValueError(f"{path.name} line {number} is not JSON: remove it or restore the file") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path.name} line {number} is not a JSON object: remove it or restore the file")
-        rows.append(row)
-    return rows, None
-
-
-def series_of(rows: Iterable[dict[str, Any]]) -> Series:
-    """Metric -> sorted (step, value). A step that occurs twice (a resumed run) keeps its later values.
-
-    ``val-before/*`` is an evaluation with the weights that the row's step started from: one step earlier.
-    """
-    table: dict[str, dict[float, float]] = {}
-    for row in rows:
-        for key, value in row.items():
-            if key == "step" or not isinstance(value, (int, float)) or not math.isfinite(value):
-                continue
-            step = float(row["step"])
-            if key.startswith("val-before/"):
-                key, step = key.replace("val-before/", "val-core/", 1), step - 1
-            table.setdefault(key, {})[step] = float(value)
-    return {key: sorted(pairs.items()) for key, pairs in table.items()}
-
-
-def resumed_after(run_dir: Path) -> list[int]:
-    """Steps after which later starts of the run continued."""
-    starts = [e for a in attempt.attempts(run_dir) for e in attempt.events(a) if e.name == "started"]
-    return [e.details["step"] for e in starts if e.role == "learner" and e.details.get("step")]
-
-
-def load_run(run_dir: Path) -> Run:
-    """Read a run directory. Only ``metrics.jsonl`` must exist.
-
-    Raises:
-        ValueError: no such directory, no metrics in it, or a metrics file broken before its end.
-    """
-    metrics = run_dir / "metrics.jsonl"
-    if not metrics.is_file():
-        raise ValueError(f"{run_dir} holds no metrics.jsonl: give the run.dir of a run")
-    rows, note = read_jsonl(metrics)
-    if not any("step" in row for row in rows):
-        raise ValueError(f"{metrics} holds no complete step yet: wait for the first one")
-    notes = [note] if note else []
-    samples: list[dict[str, Any]] = []
-    if (run_dir / "samples.jsonl").is_file():
-        samples, note = read_jsonl(run_dir / "samples.jsonl")
-        notes += [note] if note else []
-    if resumed := resumed_after(run_dir):
-        notes.append(f"Interrupted, and continued after step {', '.join(map(str, resumed))}.")
-    config_file = run_dir / "config.yaml"
-    config = yaml.safe_load(config_file.read_text()) if config_file.is_file() else {}
-    series = series_of(row for row in rows if "step" in row)
-    return Run(run_dir.resolve().name, series, config or {}, samples, notes)
-
-
 def scrub(value: Any, key: str = "") -> Any:
     """A config without secrets and without absolute paths, of which only the last part is kept."""
     if isinstance(value, dict):
         return {k: scrub(v, str(k)) for k, v in value.items()}
     if isinstance(value, list):
         return [scrub(v, key) for v in value]
+    if not isinstance(value, (str, int, float, bool, type(None))):
+        value = str(value)  # dates and bytes are YAML too
     if isinstance(value, str):
         return "***" if value and _SECRET.search(key) else _ABSOLUTE.sub(r"…/\g<name>", value)
     return value
@@ -304,6 +212,8 @@ def write_report(run_dir: Path, *others: Path, out: Path | None = None) -> Path:
     target = out or (Path("comparison.html") if others else run_dirs[0] / "report.html")
     page = render([load_run(path) for path in run_dirs])
     partial = target.with_name(f".{target.name}.{os.getpid()}")
+    if target.is_dir():
+        raise ValueError(f"--out {target} is a directory; give the name of a file")
     partial.write_text(page, encoding="utf-8")
     os.replace(partial, target)  # a reader never sees half a page
     return target

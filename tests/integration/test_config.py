@@ -120,7 +120,7 @@ def paper(tmp_path: Path) -> list[str]:
         ("data.name=chains", ["data.name=chains", "'chain'"]),
         ("reward.name=maths", ["reward.name=maths", "'math'"]),
         ("rollout.replay=nowhere", ["rollout.replay=nowhere", "journal.bin", "directory of a run"]),
-        ("advantage.name=grp", ["advantage.name='grp'", "'grpo'"]),
+        ("advantage.name=grp", ["advantage.name=grp", "'grpo'"]),
         ("advantage.params.delt=1", ["advantage.params.delt=1", "'delta'"]),
         ("model.dtype=float16", ["model.dtype=float16", "bfloat16"]),
         ("reference.path=/tmp", ["reference.path=/tmp", "no effect", "reference.kl_coef"]),

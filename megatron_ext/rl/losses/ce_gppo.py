@@ -52,7 +52,7 @@ class CeGppo(Loss):
         if self.ratio_stop_low is not None:
             check_number("loss.ratio_stop_low", self.ratio_stop_low, 0, 1 - self.eps_low)
         if self.ratio_stop_high is not None:
-            check_number("loss.ratio_stop_high", self.ratio_stop_high, 1 + self.eps_high)
+            check_number("loss.ratio_stop_high", self.ratio_stop_high, 1 + self.eps_high, math.inf)
 
     def terms(self, x: LossInputs, ratio: Tensor) -> Terms:
         ppo = clipped_terms(x.advantages, ratio, 1 - self.eps_low, 1 + self.eps_high, self.dual_clip)

@@ -13,7 +13,8 @@ import pytest
 from recipes import report as report_command
 from recipes.cluster import attempt
 from recipes.reporting import page as report
-from recipes.reporting.page import load_run, read_jsonl, scrub, visible, write_report
+from recipes.reporting.page import scrub, visible, write_report
+from recipes.reporting.runs import load_run, read_jsonl, series_of
 
 HOSTILE = (
     """</pre><script>alert("x")</script><img src="http://evil.example/x" onerror='y'>"""
@@ -201,7 +202,7 @@ def test_a_line_broken_elsewhere_is_an_error(tmp_path: Path) -> None:
 
 def test_a_step_written_twice_keeps_the_later_values() -> None:
     rows = [{"step": 1, "a": 1.0, "b": 5.0}, {"step": 2, "a": 2.0}, {"step": 1, "a": 3.0}]
-    assert report.series_of(rows) == {"a": [(1.0, 3.0), (2.0, 2.0)], "b": [(1.0, 5.0)]}
+    assert series_of(rows) == {"a": [(1.0, 3.0), (2.0, 2.0)], "b": [(1.0, 5.0)]}
 
 
 def test_every_colour_in_use_is_defined(tmp_path: Path) -> None:
@@ -216,7 +217,7 @@ def test_every_colour_in_use_is_defined(tmp_path: Path) -> None:
 
 def test_an_evaluation_before_the_first_step_stands_at_step_0() -> None:
     rows = [{"step": 1, "val-before/chain/avg@8": 0.2}, {"step": 9, "val-core/chain/avg@8": 0.6}]
-    assert report.series_of(rows) == {"val-core/chain/avg@8": [(0.0, 0.2), (9.0, 0.6)]}
+    assert series_of(rows) == {"val-core/chain/avg@8": [(0.0, 0.2), (9.0, 0.6)]}
 
 
 def test_evaluations_carry_their_intervals(tmp_path: Path) -> None:
@@ -274,11 +275,13 @@ def test_metrics_alone_suffice(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, "", '{"step": 1'])
-def test_nothing_to_report_is_one_sentence(tmp_path: Path, content: str | None) -> None:
+def test_nothing_to_report_is_one_sentence(
+    tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
-    with pytest.raises(SystemExit, match="metrics.jsonl"):
-        report_command.main([str(tmp_path)])
+    assert report_command.main([str(tmp_path)]) == 2
+    assert "metrics.jsonl" in capsys.readouterr().err
 
 
 def test_long_text_is_cut_and_says_so() -> None:

@@ -505,7 +505,7 @@ def test_gspo_is_the_sequence_objective_under_seq_mean_token_mean() -> None:
     [
         ("cegppo", {}, "did you mean 'ce_gppo'"),
         ("ce_gppo", {"beta_1": 0.5}, "loss.beta_1=0.5 .*did you mean 'beta1'"),
-        ("ce_gppo", {"beta1": -0.1}, r"loss.beta1=-0.1 .*\[0, inf\]"),
+        ("ce_gppo", {"beta1": -0.1}, r"loss.beta1=-0.1 .*\[0, inf\)"),
         ("ce_gppo", {"beta1": math.nan}, "loss.beta1"),
         ("ce_gppo", {"beta2": "1"}, "loss.beta2"),
         ("ce_gppo", {"ratio_stop_low": 0.9}, "loss.ratio_stop_low"),

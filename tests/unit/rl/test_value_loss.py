@@ -85,7 +85,7 @@ def test_explained_variance() -> None:
     [
         ("advantage.name=gae advantage.params.lamb=0.9", ["advantage.params.lamb=0.9", "'lam'"]),
         ("advantage.name=gae advantage.params.gamma=2", ["advantage.params.gamma=2", "[0, 1]"]),
-        ("advantage.name=gea", ["'gea'", "gae"]),
+        ("advantage.name=gea", ["advantage.name=gea", "'gae'"]),
         ("critic.clip_range=0", ["critic.clip_range=0", "null"]),
         ("critic.warmup_steps=-1", ["critic.warmup_steps=-1", "at least 0"]),
         ("advantage.name=gae critic.warmup_steps=9 train.steps=9", ["critic.warmup_steps=9", "below train.steps=9"]),
