@@ -12,12 +12,12 @@ from configs.layout import learner_processes, process_multiple
 from configs.load import load_config
 from configs.schema import Config
 from recipes.checks.cli import print_help, wants_help
-from recipes.checks.machine import check_machine
 from recipes.checks.messages import sentence
 from recipes.checks.model import check_device, check_model, check_tokenizer
 from recipes.checks.settings import check
 from recipes.models.locate import model_location, prepare_model
 from recipes.plan import print_plan
+from recipes.planning.machine import check_machine
 
 HELP = """usage: python -m recipes.train [recipe=NAME] [key=value ...]
        make train [RECIPE=NAME] [ARGS="key=value ..."] [DRY_RUN=1]

@@ -85,7 +85,7 @@ def paper(tmp_path: Path) -> list[str]:
         ("rollout.n=1", ["rollout.n=1", "advantage.name=grpo", "2 or more"]),
         ("rollout.n=1 advantage.name=reinforce_pp advantage.params.baseline=group", ["rollout.n=1"]),
         ("train.tis_cap=0", ["train.tis_cap=0.0", "above 0"]),
-        ("train.tis_cap=nan", ["train.tis_cap=nan", "above 0"]),
+        ("train.tis_cap=nan", ["train.tis_cap=nan", "finite"]),
         ("advantage.overlong=penalty advantage.overlong_buffer=25", ["advantage.overlong_buffer=25", "[1, 24]"]),
         ("advantage.overlong=penalty advantage.overlong_factor=-1", ["advantage.overlong_factor=-1.0"]),
         ("loss=pg rollout.max_staleness=1", ["rollout.max_staleness=1", "loss.name=pg", "train.tis_cap=2"]),
