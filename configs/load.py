@@ -20,6 +20,7 @@ from hydra import compose, initialize_config_module
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from configs.schema import Config
 
@@ -152,8 +153,15 @@ def to_yaml(config: Config) -> str:
 
 def load_saved_config(path: Path) -> Config:
     """What :func:`save_config` wrote."""
-    values: Any = OmegaConf.to_container(OmegaConf.merge(_schema(), OmegaConf.load(path)), resolve=True)
-    return _build(Config, values)
+    try:
+        values: Any = OmegaConf.to_container(OmegaConf.merge(_schema(), OmegaConf.load(path)), resolve=True)
+        return _build(Config, values)
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError, OSError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"{path} is not a configuration of this version ({first}): continue with the version that wrote it, or "
+            "set run.dir to a new directory"
+        ) from error
 
 
 def _keys(cls: type) -> Iterator[str]:

@@ -205,9 +205,17 @@ class EvalConfig:
 
 
 @dataclass
+class ResumeConfig:
+    """What may change when a run continues in its directory; see recipes/checks/resume.py for the class of each key."""
+
+    allow_changes: bool = False  # also of what is learned: loss, schedule, reward, optimizer, ...; changes are recorded
+
+
+@dataclass
 class Config:
     seed: int = 0
     run: RunConfig = field(default_factory=RunConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)

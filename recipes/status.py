@@ -18,7 +18,7 @@ from rich.markup import escape
 
 from recipes.cluster import attempt
 from recipes.cluster.attempt import Event
-from recipes.reporting.runs import is_number, read_config, read_jsonl
+from recipes.reporting.runs import changed_settings, is_number, read_config, read_jsonl
 
 ALIVE_S = 60.0  # the batch script's heartbeat comes every 2 s; file servers may show it late
 TAIL = 8  # lines of a failed role's log
@@ -132,6 +132,8 @@ def describe(run_dir: Path, now: float | None = None) -> list[tuple[str, str]]:
         out.append(("attempt", f"{len(all_attempts)}, since {started}, {all_attempts[-1]}"))
         if name == "running" and (text := servers(events)):
             out.append(("servers", text))
+    if changes := changed_settings(run_dir):
+        out.append(("changes", "\n              ".join(changes)))
     if name not in ("finished", "running"):
         out += _error(all_attempts)
     return out

@@ -9,7 +9,6 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -21,7 +20,9 @@ from configs.load import load_saved_config, save_config
 from configs.schema import Config
 from megatron_ext.learner import control
 from megatron_ext.rl.types import Sample
+from recipes.checks.resume import Changes, check_changes, check_replay, differences, shown
 from recipes.cluster.attempt import FINISHED, LATEST, LOGS, STOP, VARIABLE, own_attempt, record, write_finished
+from recipes.loop import journal
 from recipes.loop.metrics import StepMetrics
 
 if TYPE_CHECKING:  # importing Megatron takes seconds
@@ -64,10 +65,18 @@ class RunDir:
         if not lock(self._lock, LOCK_WAIT_S if VARIABLE in os.environ else 0.0):
             raise ValueError(f"run.dir={self.path} is in use by another process; wait or choose another")
         saved = self.path / "config.yaml"
+        changes: Changes = {}
         if saved.is_file():
-            _check_same_run(load_saved_config(saved), self.config)
-        save_config(self.config, saved)
+            rollouts = self.path / journal.FILE
+            begun = (rollouts.is_file() and rollouts.stat().st_size > 0) or any(self.checkpoints.iterdir())
+            changes = check_changes(differences(load_saved_config(saved), self.config), self.config, begun=begun)
+        check_replay(self.config)
         self.logs = own_attempt(self.path)
+        save_config(self.config, saved)
+        save_config(self.config, self.logs / "config.yaml")
+        if changes:
+            record(self.logs, ROLE, "changed", changes=changes)
+            self.say(f"changed since the last start: {shown(changes)}")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
@@ -85,6 +94,11 @@ class RunDir:
         """Cut the logs back to ``step``, from where the run continues."""
         if not self._first:
             return
+        if step > self.config.train.steps:
+            raise ValueError(
+                f"train.steps={self.config.train.steps} is below the {step} steps that run.dir={self.path} has done; "
+                f"set train.steps={step} or more, or run.dir to a new directory"
+            )
         for name in ("metrics.jsonl", "samples.jsonl"):
             _keep_steps(self.path / name, step)
         self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
@@ -251,25 +265,3 @@ def _keep_steps(path: Path, last: int) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
-
-
-def _check_same_run(old: Config, new: Config) -> None:
-    """A run directory belongs to one run: what defines its rollouts may not change under it."""
-    frozen = (
-        "seed",
-        "model.path",
-        "data",
-        "rollout.prompts_per_step",
-        "rollout.n",
-        "train.mini_batch_prompts",
-        "train.epochs",
-    )
-    for key in frozen:
-        a, b = asdict(old), asdict(new)
-        for part in key.split("."):
-            a, b = a[part], b[part]
-        if a != b:
-            raise ValueError(
-                f"run.dir={new.run.dir} holds a run with {key}={a}, not {b}; set run.dir to a new directory, or go "
-                "back to the old value to continue that run"
-            )

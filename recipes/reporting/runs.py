@@ -96,6 +96,22 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     return content or {}
 
 
+def changed_settings(run_dir: Path) -> list[str]:
+    """What later starts of the run changed, a line for each, as in "attempt 2, after step 40: optim.lr 1e-4 → 1e-5"."""
+    found = []
+    for directory in attempt.attempts(run_dir):
+        events = attempt.events(directory)
+        after = next((e.details.get("step") for e in events if e.name == "started" and e.role == "learner"), None)
+        for event in events:
+            changes = event.details.get("changes")
+            if event.name == "changed" and isinstance(changes, dict):
+                pairs = [(key, pair) for key, pair in changes.items() if isinstance(pair, list) and len(pair) == 2]
+                text = ", ".join(f"{key} {before} → {now}" for key, (before, now) in pairs)
+                where = "" if after is None else f", after step {after}"
+                found.append(f"{directory.name.replace('_', ' ')}{where}: {text}")
+    return found
+
+
 def resumed_after(run_dir: Path) -> list[int]:
     """Steps after which later starts of the run continued."""
     starts = [e for a in attempt.attempts(run_dir) for e in attempt.events(a) if e.name == "started"]
@@ -122,5 +138,6 @@ def load_run(run_dir: Path) -> Run:
         notes += [note] if note else []
     if resumed := resumed_after(run_dir):
         notes.append(f"Interrupted, and continued after step {', '.join(map(str, resumed))}.")
+    notes += [f"Settings changed in {line}" for line in changed_settings(run_dir)]
     samples = [row for row in samples if is_number(row.get("step"))]
     return Run(run_dir.resolve().name, series_of(rows), read_config(run_dir), samples, notes)

@@ -11,10 +11,12 @@ import torch
 
 from configs.schema import Config
 from megatron_ext.rl.types import Rollout, Sample
+from recipes import status
 from recipes.checks.settings import load_checked
 from recipes.loop.metrics import StepMetrics
 from recipes.loop.run_dir import RunDir
 from recipes.models.prepare import make_tiny_model
+from recipes.reporting.page import write_report
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +99,35 @@ def test_a_directory_belongs_to_one_run(model: Path, tmp_path: Path, change: str
     with pytest.raises(ValueError, match=f"holds a run with {key}=.*; set run.dir to a new directory"):
         RunDir(config(model, tmp_path, change)).__enter__()
     assert (tmp_path / "config.yaml").read_text() == saved
-    with RunDir(config(model, tmp_path, "train.steps=20", "optim.lr=1e-5")):
-        pass  # longer, or slower, is the same run
-    assert "lr: 1.0e-05" in (tmp_path / "config.yaml").read_text()
+    with RunDir(config(model, tmp_path, "train.steps=20")):
+        pass  # a longer one is the same run
+
+
+def test_changes_need_consent_and_are_shown(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunDir(config(model, tmp_path)) as run:
+        run.begin(0)
+        log(run, 1)
+        (tmp_path / "checkpoints" / "step_000001").mkdir()
+    words = ("optim.lr=1e-5", "train.steps=20")
+    with pytest.raises(ValueError, match=r"optim.lr=5e-05 \(now 1e-05\): .* resume.allow_changes=true"):
+        RunDir(config(model, tmp_path, *words)).__enter__()
+    assert not (tmp_path / "logs" / "attempt_2").exists() and "lr: 5.0e-05" in (tmp_path / "config.yaml").read_text()
+    with RunDir(config(model, tmp_path, *words, "resume.allow_changes=true")) as run:
+        run.begin(1)
+        log(run, 2)
+    assert "lr: 5.0e-05" in (tmp_path / "logs" / "attempt_1" / "config.yaml").read_text()
+    assert "lr: 1.0e-05" in (tmp_path / "logs" / "attempt_2" / "config.yaml").read_text()
+    capsys.readouterr()
+    assert status.main([str(tmp_path)]) == 0
+    line = "attempt 2, after step 1: train.steps 9 → 20, optim.lr 5e-05 → 1e-05"
+    assert line in capsys.readouterr().out
+    assert f"Settings changed in {line}" in write_report(tmp_path).read_text()
+
+
+def test_fewer_steps_than_were_done(model: Path, tmp_path: Path) -> None:
+    with RunDir(config(model, tmp_path)) as run:
+        with pytest.raises(ValueError, match=r"train.steps=9 is below the 12 steps that run.dir=.* has done; set"):
+            run.begin(12)
 
 
 def test_a_run_is_not_replayed_into_itself(model: Path, tmp_path: Path) -> None:
