@@ -15,6 +15,7 @@ from megatron_ext.rl.params import suggest
 from recipes.studies import full_stack, results, runner
 from recipes.studies.definitions import STUDIES
 from recipes.studies.full_stack import FULL_STUDIES
+from recipes.studies.report import study_page
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,11 +34,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.name in STUDIES:
         study = STUDIES[args.name]
         runner.run(args.name, study, root=args.results, jobs=args.jobs, seeds=args.seeds, level=args.level)
+        _page(args.name, study.title, study.question, args.results)
     elif args.name in FULL_STUDIES:
         whole = FULL_STUDIES[args.name]
         full_stack.run(args.name, whole, root=args.results, seeds=args.seeds, minutes=args.minutes)
+        _page(args.name, whole.title, whole.question, args.results)
     else:
         raise SystemExit(f"study {args.name!r} is unknown{suggest(args.name, [*STUDIES, *FULL_STUDIES])}")
+
+
+def _page(name: str, title: str, question: str, root: Path) -> None:
+    print(study_page(name, title, question, Path("runs/studies") / f"{name}.html", root))
 
 
 if __name__ == "__main__":

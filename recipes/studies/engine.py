@@ -269,7 +269,7 @@ class _Training:
         if (coef := mini.entropy_coef.flatten(1)).any():
             assert x.entropy is not None
             ascent = ascent - coef[..., None] * p * (all_logp + x.entropy[..., None])
-        gradients = self.policy.backward(-ascent / tokens)
+        gradients = clip_norms(self.policy.backward(-ascent / tokens))
         if self.probe:
             self.probe.before_update(x, pull, p, all_logp, gradients)
         self.optimizer.step(gradients)
@@ -311,8 +311,15 @@ def _context_statistics(logp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _entropy(logp), p.square().sum(-1), (p.square() * logp).sum(-1)
 
 
+def clip_norms(gradients: list[Tensor]) -> list[Tensor]:
+    """Every seed's gradient, over all parameters, scaled down to norm `MAX_GRAD_NORM` if it is longer."""
+    norm = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
+    scale = (MAX_GRAD_NORM / norm.clamp(min=1e-12)).clamp(max=1.0)
+    return [g * scale.view(-1, *[1] * (g.dim() - 1)) for g in gradients]
+
+
 class _Optimizer:
-    """Adam or SGD on stacked parameters, whose steps are elementwise, with each seed's gradient norm clipped at 1."""
+    """Adam or SGD on stacked parameters; their steps are elementwise, so that seeds do not meet."""
 
     def __init__(self, parameters: list[Tensor], setting: Setting) -> None:
         self.parameters, self._beta2 = parameters, setting.betas[1]
@@ -323,10 +330,8 @@ class _Optimizer:
             self._torch = torch.optim.SGD(parameters, lr=setting.lr, fused=True)
 
     def step(self, gradients: list[Tensor]) -> None:
-        norm = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
-        scale = (MAX_GRAD_NORM / norm.clamp(min=1e-12)).clamp(max=1.0)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient * scale.view(-1, *[1] * (gradient.dim() - 1))
+            parameter.grad = gradient
         self._torch.step()
 
     def second_moments(self) -> list[Tensor] | None:
@@ -344,7 +349,7 @@ class Probe:
 
     * ``predicted_token``: -eta E_B[F keep A (S - E_p[S])] over each update's tokens, as if every token had logits of
       its own (Entropy Dynamics theorem 2 with the loss's own weight). Its scale is not that of the other three.
-    * ``predicted_gradient``: -eta <grad H, g>, g the gradient of the update and H the mean entropy of the batch.
+    * ``predicted_gradient``: -eta <grad H, g>, g the norm-clipped gradient of the update, H the batch's entropy.
     * ``predicted_adam``: the same with g / (sqrt(v) + eps), v Adam's second moment (with SGD, equal to the last).
     * ``predicted_step``: <grad H, step>, with the step that the optimizer took, momentum included.
     """

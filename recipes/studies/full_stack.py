@@ -184,7 +184,7 @@ def entropy_agreement(metrics: list[results.Row]) -> results.Row:
 def entropy_changes(metrics: list[results.Row]) -> tuple[list[float], list[float]]:
     """(predicted, measured) change of entropy of every step that has both."""
     predicted, measured = [], []
-    for row, following in zip(metrics, [*metrics[1:], {}], strict=True):
+    for row, following in zip(metrics, [*metrics[1:], {}], strict=False):
         change = row.get("theory/entropy_change_same_tokens")
         if change is None and "actor/entropy" in following and "actor/entropy" in row:
             change = following["actor/entropy"] - row["actor/entropy"]

@@ -111,13 +111,16 @@ class Network:
         return list(torch.autograd.grad(logits, leaves, gradient))
 
 
-def warm_started(seeds: list[int], *, steps: int = 400, lr: float = 5e-3) -> Network:
+WARM_STEPS = 400
+
+
+def warm_started(seeds: list[int], *, lr: float = 5e-3) -> Network:
     """A network fitted to each seed's start table by cross entropy over all contexts: where its training starts."""
     network = Network(seeds)
     target = chain.start_logits(seeds).softmax(-1)
     optimizer = torch.optim.Adam(network.parameters, lr=lr, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, WARM_STEPS)
+    for _ in range(WARM_STEPS):
         logits = network.rows(None)
         gradients = network.backward((logits.softmax(-1) - target) / chain.CONTEXTS)
         for parameter, gradient in zip(network.parameters, gradients, strict=True):

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -52,11 +53,22 @@ def missing(name: str, study: Study, rows: list[results.Row], seeds: int | None,
 
 
 def _run(item: Item) -> tuple[list[results.Row], results.Row]:
-    torch.set_num_threads(1)  # several processes share the cores, and the tensors are small
     seeds = list(item.seeds)
     curves = train(item.setting, item.method, seeds, probe=item.probe)
     rows = results.rows_of(item.study, item.label, item.setting, item.name, item.method, seeds, curves)
     return rows, results.curves_of(item.label, item.setting, item.name, item.method, seeds, curves)
+
+
+def _finished(items: list[Item], jobs: int) -> Iterator[tuple[Item, list[results.Row], results.Row]]:
+    """Items as they finish, over ``jobs`` processes."""
+    if jobs <= 1:
+        yield from ((item, *_run(item)) for item in items)
+        return
+    # One thread each: the tensors are small.
+    start = partial(torch.set_num_threads, 1)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=start) as pool:
+        futures = {pool.submit(_run, item): item for item in items}
+        yield from ((futures[future], *future.result()) for future in as_completed(futures))
 
 
 def run(
@@ -77,20 +89,17 @@ def run(
     begin, done, total = time.monotonic(), 0.0, sum(item.cost for item in items)
     runs = sum(len(item.seeds) for item in items)
     report(f"{name}: {len(items)} method x setting, {runs} runs, {jobs} process{'es' if jobs > 1 else ''}")
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(_run, item): item for item in items}
-        for count, future in enumerate(as_completed(futures), 1):
-            item, (rows, curves) = futures[future], future.result()
-            if study.curves:
-                results.append(root / "curves" / f"{name}.jsonl", [curves])
-            results.append(path, rows)
-            done += item.cost
-            elapsed = time.monotonic() - begin
-            left = elapsed * (total - done) / done
-            mean = sum(row["avg_at_k"] or 0.0 for row in rows) / len(rows)
-            entropy = sum(row["final_entropy"] or 0.0 for row in rows) / len(rows)
-            report(
-                f"[{count}/{len(items)}] {item.label}, {item.name}: avg@{results.PASS_K} {mean:.3f}, entropy "
-                f"{entropy:.3f} ({len(rows)} seeds); {elapsed:.0f} s, about {left:.0f} s left"
-            )
+    for count, (item, rows, curves) in enumerate(_finished(items, jobs), 1):
+        if study.curves:
+            results.append(root / "curves" / f"{name}.jsonl", [curves])
+        results.append(path, rows)
+        done += item.cost
+        elapsed = time.monotonic() - begin
+        left = elapsed * (total - done) / done
+        mean = sum(row["avg_at_k"] or 0.0 for row in rows) / len(rows)
+        entropy = sum(row["final_entropy"] or 0.0 for row in rows) / len(rows)
+        report(
+            f"[{count}/{len(items)}] {item.label}, {item.name}: avg@{results.PASS_K} {mean:.3f}, entropy "
+            f"{entropy:.3f} ({len(rows)} seeds); {elapsed:.0f} s, about {left:.0f} s left"
+        )
     return results.read(path)

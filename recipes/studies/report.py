@@ -1,0 +1,245 @@
+"""The page of a study, and the figures of docs/evidence.md, from its results files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes.studies import figures, pages, results
+from recipes.studies.methods import BASELINE, HEADLINE
+from recipes.studies.results import PASS_K, Row
+from recipes.studies.statistics import Interval, interval, student_quantile, wilson
+from recipes.studies.summary import Summary, by_setting, summarise
+
+CURVE_TITLES = {
+    "entropy": "Entropy, nats per token",
+    "avg": "Accuracy (expected reward, held-out prompts)",
+    "pass": f"pass@{PASS_K}, held-out prompts",
+    "clip_low": "Share of tokens clipped below",
+    "clip_high": "Share of tokens clipped above",
+}
+
+
+def merge_curves(lines: Iterable[Row]) -> dict[tuple[str, str], dict[str, Any]]:
+    """(setting, method) -> steps and, per curve, (mean, half width of the 95 % interval), blocks of seeds joined."""
+    merged: dict[tuple[str, str], dict[str, Any]] = {}
+    for line in lines:
+        key = line["setting"], line["method"]
+        known = merged.get(key)
+        if known is None or known["digest"] != line["digest"]:  # a new definition replaces the old one's curves
+            merged[key] = line
+            continue
+        n, m = known["n"], line["n"]
+        joined = {**line, "n": n + m}
+        for name in results.KEPT_CURVES:
+            (mean_a, std_a), (mean_b, std_b) = known[name], line[name]
+            points = zip(mean_a, std_a, mean_b, std_b, strict=True)
+            joined[name] = list(zip(*(_join(n, a, s, m, b, t) for a, s, b, t in points), strict=True))
+        merged[key] = joined
+    return merged
+
+
+def _join(n: int, a: float | None, s: float | None, m: int, b: float | None, t: float | None) -> tuple[Any, Any]:
+    """Mean and sample standard deviation of two blocks together (Chan et al. 1983)."""
+    if a is None or b is None or s is None or t is None:
+        return None, None
+    mean = (n * a + m * b) / (n + m)
+    squares = (n - 1) * s * s + (m - 1) * t * t + n * m / (n + m) * (a - b) ** 2
+    return mean, math.sqrt(squares / (n + m - 1))
+
+
+def curve_figure(curves: dict[tuple[str, str], dict[str, Any]], setting: str, names: Sequence[str]) -> Any:
+    """Entropy, accuracy, pass@k and clip fractions of some methods, means with 95 % bands."""
+    shown = [name for name in names if (setting, name) in curves][: len(figures.LINES)]
+    result, axes = figures.figure(11.0, 6.0, 2, 3)
+    for ax, (key, title) in zip(axes.flat, CURVE_TITLES.items(), strict=False):
+        for name, style in zip(shown, figures.LINES, strict=False):
+            line = curves[setting, name]
+            points = [
+                (x, mean, student_quantile(0.95, max(line["n"] - 1, 1)) * std / math.sqrt(line["n"]))
+                for x, mean, std in zip(line["steps"], *line[key], strict=True)
+                if mean is not None
+            ]
+            x, mean, half = zip(*points, strict=True)
+            ax.plot(x, mean, **style, markevery=max(1, len(x) // 6), markersize=4, label=name)
+            low = [m - h for m, h in zip(mean, half, strict=True)]
+            high = [m + h for m, h in zip(mean, half, strict=True)]
+            ax.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        ax.set_title(title, fontsize=9.5)
+        ax.set_xlabel("step")
+    axes.flat[-1].axis("off")
+    axes.flat[-1].legend(*axes.flat[0].get_legend_handles_labels(), loc="center left", fontsize=9)
+    return result
+
+
+def table(title: str, found: list[Summary], note: str = "") -> pages.Table:
+    """The final table of one setting."""
+    head = ["method", "entropy", "difference", "area under entropy", f"avg@{PASS_K}", "difference", f"pass@{PASS_K}"]
+    head += ["difference", "clipped low / high, %", "collapsed", "seeds", "against GRPO"]
+    rows = []
+    for s in found:
+        cells = [s.method]
+        for metric, both in (("final_entropy", True), ("entropy_auc", False), ("avg_at_k", True), ("pass_at_k", True)):
+            cells.append(f"{s.means[metric]:.3f}" if metric in s.means else "–")
+            if both:
+                cells.append(f"{s.differences[metric][0]:+.3f}" if metric in s.differences else "–")
+        clips = [f"{100 * s.means[c].mean:.2f}" if c in s.means else "–" for c in ("clip_low", "clip_high")]
+        cells += [" / ".join(clips), f"{s.collapsed}", f"{s.seeds}", s.verdict]
+        rows.append(pages.Row(cells, mark=s.method == BASELINE))
+    return pages.Table(title, head, rows, note)
+
+
+def study_page(name: str, title: str, question: str, path: Path, root: Path = results.ROOT) -> Path:
+    """Write the page of a study from its results and curves."""
+    rows = results.read(root / f"{name}.jsonl")
+    curves = merge_curves(results.read(root / "curves" / f"{name}.jsonl"))
+    seeds = sorted({row["seed"] for row in rows})
+    lead = [
+        question,
+        f"{len(rows)} runs, seeds {seeds[0]} to {seeds[-1]}, every seed with its own start; ± and bands are 95 % t "
+        f"intervals over seeds; differences are paired with {BASELINE} by seed. Verdicts: 5 % after Holm's correction "
+        "over the methods of a setting. Collapsed: accuracy ends below its start, or below half of its best; such runs "
+        "are counted and stay in every mean.",
+        f"Command: {rows[0]['command']}. Machine: {rows[0]['machine']}.",
+    ]
+    charts, tables = [], []
+    note = "Prediction: means over runs, per predictor." if any("corr_token" in row for row in rows) else ""
+    for setting, methods in by_setting(rows).items():
+        tables.append(table(setting, summarise(methods)))
+        if note:
+            tables.append(prediction_table(f"{setting}: predicted and measured change of entropy", methods))
+        shown = [m for m in (*[h for h in HEADLINE if h in methods], *methods) if m in methods]
+        if any((setting, m) in curves for m in methods):
+            figure = curve_figure(curves, setting, list(dict.fromkeys(shown)))
+            charts.append((f"{setting}: means and 95 % bands over seeds.", figures.inline(figure, setting)))
+    if name == "map":
+        charts += [
+            (f"{level}: {MAP_CAPTION}", figures.inline(map_figure(rows, level), level)) for level in ("L1", "L2")
+        ]
+    return pages.write(path, title, lead, charts, tables)
+
+
+def mean_of(rows: list[Row], key: str) -> Interval | None:
+    """Mean of a column over the runs that have it."""
+    found = [row[key] for row in rows if row.get(key) is not None]
+    return interval(found) if found else None
+
+
+def prediction_table(title: str, methods: dict[str, list[Row]]) -> pages.Table:
+    """Correlation, slope and sign agreement of each predictor, mean and 95 % interval over runs."""
+    predictors = ("token", "gradient", "adam", "step")
+    head = ["method", *(f"{what}, {p}" for p in predictors for what in ("corr.", "slope", "sign"))]
+    rows = []
+    for name, found in methods.items():
+        cells = [name]
+        for predictor in predictors:
+            for what in ("corr", "slope", "sign"):
+                value = mean_of(found, f"{what}_{predictor}")
+                cells.append("–" if value is None else f"{value:.2f}")
+        rows.append(pages.Row(cells, mark=name == BASELINE))
+    return pages.Table(title, head, rows)
+
+
+# --- figures of docs/evidence.md -------------------------------------------------------------------------------------
+
+
+def leaderboard(rows: list[Row], left: str = "16 updates", right: str = "64 updates") -> Any:
+    """All methods: change of entropy and of accuracy against the baseline, and accuracy under many updates."""
+    settings = by_setting(rows)
+    mild = {s.method: s for s in summarise(settings[left])}
+    many = {s.method: s for s in summarise(settings[right])}
+    order = sorted((m for m in mild if m != BASELINE), key=lambda m: mild[m].differences["final_entropy"][0].mean)
+    result, axes = figures.figure(11.0, 0.23 * len(order) + 1.6, 1, 3, sharey=True)
+    entropy, accuracy, stable = axes[0]
+    for y, name in enumerate(order):
+        _dot(entropy, y, *mild[name].differences["final_entropy"])
+        _dot(accuracy, y, *mild[name].differences["avg_at_k"], scale=100)
+        s = many[name]
+        mean = s.means["avg_at_k"]
+        share = s.collapsed / s.seeds
+        stable.errorbar(100 * mean.mean, y, xerr=100 * mean.half, fmt="o", color="black", markersize=5, capsize=2,
+                        markerfacecolor="white" if share > 0.5 else "black", elinewidth=1)  # fmt: skip
+        if s.collapsed:
+            stable.annotate(f"{s.collapsed}/{s.seeds} collapsed", (100 * mean.mean, y), (9, -3),
+                            textcoords="offset points", fontsize=7)  # fmt: skip
+    base = many[BASELINE]
+    stable.axvline(100 * base.means["avg_at_k"].mean, color="black", linestyle="--", linewidth=0.9)
+    start = [row["start_avg_at_k"] for row in rows if row["setting"] == right]
+    stable.axvline(100 * sum(start) / len(start), color="#999999", linestyle=":", linewidth=1.2)
+    for ax in (entropy, accuracy):
+        ax.axvline(0, color="black", linestyle="--", linewidth=0.9)
+    entropy.set_yticks(range(len(order)), order, fontsize=8)
+    entropy.set_ylim(-0.8, len(order) - 0.2)
+    base_mild = mild[BASELINE].means
+    entropy.set_title(
+        f"{left} a batch: entropy,\nminus {BASELINE}'s {base_mild['final_entropy'].mean:.2f} nats", fontsize=9
+    )
+    accuracy.set_title(
+        f"{left} a batch: accuracy,\nminus {BASELINE}'s {100 * base_mild['avg_at_k'].mean:.0f} %, points", fontsize=9
+    )
+    accuracy.set_xlim(-11, 9)
+    for y, name in enumerate(order):
+        if (found := mild[name].differences["avg_at_k"][0].mean) < -0.11:
+            accuracy.annotate(f"◄ {100 * found:.0f}", (-10.8, y), fontsize=8, va="center")
+    stable.set_title(
+        f"{right} a batch: accuracy, %\n(dashed: {BASELINE}, {base.collapsed}/{base.seeds} collapsed; dotted: start)",
+        fontsize=9,
+    )
+    return result
+
+
+def _dot(ax: Any, y: int, difference: Interval, p: float, scale: float = 1.0) -> None:
+    """Filled: significant after Holm's correction."""
+    ax.errorbar(scale * difference.mean, y, xerr=scale * difference.half, fmt="o", color="black", markersize=5,
+                capsize=2, elinewidth=1, markerfacecolor="black" if p < 0.05 else "white")  # fmt: skip
+
+
+MAP_CAPTION = (
+    "accuracy after training (upper number, %) and entropy (lower, nats) over updates per batch and learning rate; "
+    "white: learns, dark: at or below its start; a number in brackets: collapsed runs."
+)
+
+
+def map_figure(rows: list[Row], level: str) -> Any:
+    """A heat map per method, accuracy as lightness, with the numbers in it."""
+    cells: dict[str, dict[tuple[int, float], list[Row]]] = {}
+    for row in rows:
+        if row["level"] == level:
+            updates, rate = row["setting"].removeprefix(f"{level} ").split(" x ")
+            cells.setdefault(row["method"], {}).setdefault((int(updates), float(rate)), []).append(row)
+    result, axes = figures.figure(11.0, 3.1 * math.ceil(max(len(cells), 1) / 3), math.ceil(max(len(cells), 1) / 3), 3)
+    for ax in axes.flat[len(cells) :]:
+        ax.axis("off")
+    for ax, (method, grid) in zip(axes.flat, cells.items(), strict=False):
+        xs, ys = sorted({x for x, _ in grid}), sorted({y for _, y in grid})
+        image = [[_mean(grid.get((x, y), []), "avg_at_k") for x in xs] for y in ys]
+        ax.imshow(image, cmap="gray", vmin=0.0, vmax=1.0, origin="lower", aspect="auto")
+        for j, y in enumerate(ys):
+            for i, x in enumerate(xs):
+                found = grid.get((x, y), [])
+                if not found:
+                    continue
+                lost = sum(row["collapsed"] for row in found)
+                text = f"{100 * image[j][i]:.0f}\n{_mean(found, 'final_entropy'):.2f}"
+                text += f"\n({lost}/{len(found)})" if lost else ""
+                colour = "black" if image[j][i] > 0.45 else "white"
+                ax.text(i, j, text, ha="center", va="center", fontsize=7.5, color=colour)
+        ax.set_xticks(range(len(xs)), [f"{x}" for x in xs])
+        ax.set_yticks(range(len(ys)), [f"{y:g}" for y in ys])
+        ax.set(xlabel="updates per batch", ylabel="learning rate")
+        ax.set_title(method, fontsize=9.5)
+        ax.grid(False)
+    return result
+
+
+def _mean(rows: list[Row], metric: str) -> float:
+    found = [row[metric] for row in rows if row.get(metric) is not None]
+    return sum(found) / len(found) if found else math.nan
+
+
+def collapse_share(found: Summary) -> str:
+    """Share of collapsed runs with Wilson's 95 % interval."""
+    low, high = wilson(found.collapsed, found.seeds)
+    return f"{found.collapsed}/{found.seeds} ({100 * low:.0f} to {100 * high:.0f} %)"

@@ -1,0 +1,18 @@
+"""Studies as configurations of real runs."""
+
+from __future__ import annotations
+
+from configs.load import load_config
+from recipes.studies.definitions import STUDIES
+from recipes.studies.full_stack import FULL_STUDIES
+from recipes.studies.methods import overrides
+
+
+def test_methods_and_studies_are_configurations() -> None:
+    """Every method of a full-stack study is words that `recipes.train` understands; every study has GRPO."""
+    for study in FULL_STUDIES.values():
+        for method in study.methods.values():
+            config = load_config([*study.words, *overrides(method)])
+            assert config.loss["name"] == method.loss["name"]
+    for study in STUDIES.values():
+        assert "GRPO" in study.methods and set(study.l2_methods) <= set(study.methods)
