@@ -2,6 +2,7 @@
 # make check                                                          linter, types, import layers, unit tests: a minute
 # make test                                                           make check, then all other tests
 # make theory                                                         check the papers' theorems by taking the step
+# make atlas                                                          draw every loss from its code
 # make study [STUDY=losses]                                           compare methods over seeds; no name: the list
 # make doctor                                                         what this machine has, what it lacks, what that costs
 #
@@ -23,7 +24,7 @@ DRY_RUN ?=
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help env train check test theory study doctor
+.PHONY: help env train check test theory atlas study doctor
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -37,6 +38,9 @@ train: env
 
 theory: env
 	@$(PY) -m recipes.theory
+
+atlas: env
+	@$(PY) -m recipes.atlas
 
 study: env
 	@$(PY) -m recipes.study $(STUDY) $(ARGS)

@@ -1,7 +1,8 @@
 """Compare methods over seeds: `python -m recipes.study NAME [--level L1] [--seeds N]`, or `make study STUDY=NAME`.
 
 Completes ``benchmarks/results/studies/NAME.jsonl`` (a line per run; start it again and it resumes) and writes the
-study's page to ``runs/studies/NAME.html``. Without a name: the list of studies.
+study's page to ``runs/studies/NAME.html``. Without a name: the list of studies. ``evidence``: regenerate the tables and
+figures of docs/evidence.md from the results files.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_ext.rl.params import suggest
-from recipes.studies import full_stack, results, runner
+from recipes.studies import evidence, full_stack, results, runner
 from recipes.studies.definitions import STUDIES
 from recipes.studies.full_stack import FULL_STUDIES
 from recipes.studies.report import study_page
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         whole = FULL_STUDIES[args.name]
         full_stack.run(args.name, whole, root=args.results, seeds=args.seeds, minutes=args.minutes)
         _page(args.name, whole.title, whole.question, args.results)
+    elif args.name == "evidence":
+        print(*evidence.write(root=args.results), sep="\n")
     else:
         raise SystemExit(f"study {args.name!r} is unknown{suggest(args.name, [*STUDIES, *FULL_STUDIES])}")
 

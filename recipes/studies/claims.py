@@ -61,6 +61,9 @@ def _claims() -> list[Claim]:
 
     r = "random_rewards"
     add(CLIP, "random rewards: symmetric clipping lowers entropy", r, BASELINE, "start", H, -1, *RANDOM)
+    add(CLIP, "random rewards: no clipping, no bias: entropy stays", r, "PPO, no clip", "start", H, +1, RANDOM[0])
+    add(CLIP, "random rewards: symmetric clipping loses more than no clipping", r, BASELINE, "PPO, no clip", H, -1,
+        RANDOM[0])  # fmt: skip
     add(CLIP, "random rewards: a small eps_low raises it against 0.2", r, "eps_low 0.05", BASELINE, H, +1, *RANDOM)
     add(CLIP, "random rewards: clip-low off lowers it", r, "eps_low off", BASELINE, H, -1, *RANDOM)
     add(CLIP, "random rewards: clip-high off raises it", r, "eps_high off", BASELINE, H, +1, *RANDOM)
@@ -70,7 +73,16 @@ def _claims() -> list[Claim]:
         source = "full_stack" if label else study
         add(CLIP, "a small eps_low raises entropy", source, "eps_low 0.05", BASELINE, H, +1, *settings)
         add(CLIP, "clip-high off raises entropy", source, "eps_high off", BASELINE, H, +1, *settings)
-        add(CLIP, "a small eps_low costs no accuracy", source, "eps_low 0.05", BASELINE, ACC, +1, *settings)
+        add(
+            CLIP,
+            "a small eps_low gains accuracy (the paper: costs none)",
+            source,
+            "eps_low 0.05",
+            BASELINE,
+            ACC,
+            +1,
+            *settings,
+        )
         add(CLIP, "a small eps_low gains pass@8", source, "eps_low 0.05", BASELINE, PASS, +1, *settings)
         add(CE, "(0, 1) raises entropy", source, "CE-GPPO (0, 1)", BASELINE, H, +1, *settings)
         add(CE, "(0, 1) gains accuracy", source, "CE-GPPO (0, 1)", BASELINE, ACC, +1, *settings)

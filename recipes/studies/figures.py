@@ -46,11 +46,11 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1, **subpl
         return result, result.subplots(rows, columns, squeeze=False, **subplots)
 
 
-def save(result: Figure, path: Path) -> None:
+def save(result: Figure, path: Path, dpi: int = 110) -> None:
     """PNG at a size for a README; nothing in the file changes unless the picture does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
-        result.savefig(path, dpi=130, facecolor="white", metadata={"Software": None})
+        result.savefig(path, dpi=dpi, facecolor="white", metadata={"Software": None})
 
 
 def inline(result: Figure, label: str) -> str:
