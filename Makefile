@@ -4,6 +4,7 @@
 # make theory                                                         check the papers' theorems by taking the step
 # make atlas                                                          draw every loss from its code
 # make study [STUDY=losses]                                           compare methods over seeds; no name: the list
+# make test-integrations [INTEGRATIONS="trl verl"]                    our losses inside other trainers, with their packages
 # make doctor                                                         what this machine has, what it lacks, what that costs
 #
 # Each installs what is pinned in constraints/ into .venv first, once.
@@ -14,6 +15,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
+INTEGRATIONS ?= trl verl
 RECIPE ?= quickstart
 ARGS ?=
 STUDY ?=
@@ -24,7 +26,7 @@ DRY_RUN ?=
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help env train check test theory atlas study doctor
+.PHONY: help env train check test theory atlas study doctor test-integrations
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -59,3 +61,14 @@ check: env
 # GPU tests skip themselves without a GPU.
 test: check
 	$(PY) -m pytest -n 2 tests/integration tests/distributed tests/e2e tests/gpu
+
+# Our losses inside other trainers, with their own packages: one environment each, minutes to install.
+test-integrations: $(addprefix .venv-,$(INTEGRATIONS))
+	@set -e; for peer in $(INTEGRATIONS); do \
+	  PYTHONPATH=. HF_HUB_OFFLINE=1 .venv-$$peer/bin/python -m pytest -q -W ignore -c /dev/null --rootdir . -p no:cacheprovider \
+	    tests/integrations/test_$$peer.py; done
+
+.venv-%: constraints/integrations-%.txt
+	@rm -rf $@ && $(PYTHON) -m venv $@
+	@$@/bin/pip install -q "torch==2.13.0+cpu" || $@/bin/pip install -q "torch==2.13.0"
+	@$@/bin/pip install -q -r $< && touch $@

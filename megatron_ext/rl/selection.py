@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -71,6 +71,9 @@ class Selection:
     Both options are carried out by the learner, for any selection.
     """
 
+    statistics: ClassVar[tuple[str, ...]] = ()
+    """Fields of `TokenStats` that decide: see `needs`."""
+
     per_update: bool = False
     """Select anew for every mini-batch, from its own statistics, instead of once per rollout batch."""
     renormalise: bool = False
@@ -92,6 +95,10 @@ class Selection:
         kl_coef, entropy_coef, more = self._coefficients(x, reduce, zeros)
         share = torch.tensor(dropped, dtype=torch.float64)
         return SelectionOutputs(keep, kl_coef, entropy_coef, {"selection/dropped_frac": share, **metrics, **more})
+
+    def needs(self) -> set[str]:
+        """Fields of `TokenStats` that decide; a trainer that lacks one cannot offer the selection."""
+        return set(self.statistics)
 
     def inside(self, x: LossInputs) -> Tensor:
         """Bool (T,): tokens that train, by a rule on the importance ratio of the current forward. Default: all."""
@@ -130,6 +137,8 @@ class ClipB(Selection):
     P4 alg. 1. mu = 2.5, on the lower side of negative tokens only, is the authors' public code; P4 gives no number.
     """
 
+    statistics: ClassVar[tuple[str, ...]] = ("logp", "entropy")
+
     mu_low: float = 2.5
     mu_high: float = math.inf
     tokens: Literal["negative", "positive", "all"] = "negative"
@@ -161,6 +170,8 @@ class ClipV(ClipB):
     expectation (cor. 2). mu 2.0 and 8.5 are in the authors' public code; two-sided as alg. 2 is written.
     """
 
+    statistics = ("logp", "entropy", "sum_p2", "sum_p2_logp")
+
     mu_low: float = 2.0
     mu_high: float = 2.0
 
@@ -189,6 +200,8 @@ class ClipCov(Selection):
 
     Cui et al. 2025. Before the first update r = 1 and PPO clips nothing; with ``per_update`` the eps below decide.
     """
+
+    statistics = ("logp",)
 
     frac: float = 2e-4
     cov_low: float = 1.0
@@ -221,6 +234,8 @@ class KlCov(Selection):
     Cui et al. 2025: frac 2e-3 (7B), coef 1; verl has coef 0.1. Their base loss is unclipped: eps_low 1, eps_high inf.
     """
 
+    statistics = ("logp",)
+
     frac: float = 2e-3
     coef: float = 1.0
 
@@ -240,6 +255,8 @@ class KlCov(Selection):
 @dataclass(frozen=True, kw_only=True)
 class Forking(Selection):
     """Only the max(floor(frac N), 1) tokens of highest entropy train. Wang et al. 2025b; P4 sec. 4.2."""
+
+    statistics = ("entropy",)
 
     frac: float = 0.2
 
@@ -261,6 +278,8 @@ class Region(Selection):
     ``s_positive``, ``s_negative`` (P4 fig. 1): S > 0 or S < 0 among the tokens whose advantage has the sign
     ``advantage``; ``drop`` drops these, ``keep`` drops all others of that sign. The other sign trains normally.
     """
+
+    statistics = ("logp", "entropy")
 
     region: Literal["e1", "e2", "e3", "e4", "s_positive", "s_negative"] = "e1"
     mode: Literal["drop", "keep"] = "drop"
@@ -334,6 +353,9 @@ class Composed(Selection):
     """
 
     parts: tuple[tuple[str, Selection], ...]
+
+    def needs(self) -> set[str]:
+        return {name for _, part in self.parts for name in part.needs()}
 
     def select(self, x: SelectionInputs, reduce: Reduce | None = None) -> SelectionOutputs:
         outputs = [(name, part.select(x, reduce)) for name, part in self.parts]

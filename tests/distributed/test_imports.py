@@ -25,7 +25,8 @@ mathematics = imported(MODULES)
 refuse(mathematics, *big, "recipes")
 refuse({m for m in mathematics if not m.startswith("megatron_ext.rl")} - {"megatron_ext"}, "megatron_ext")
 refuse(imported(["megatron_ext.kernels"]), *big, "recipes", "torch.distributed")
-refuse(imported(["recipes.nemo_aligner.actor"]), *big, "nemo_aligner", "megatron_ext.learner")
+adapters = ["megatron_ext.integrations." + name for name in ("padded", "nemo_aligner", "trl", "verl")]
+refuse(imported(adapters), *big, "nemo_aligner", "trl", "verl", "megatron_ext.learner", "configs", "recipes")
 refuse(imported(["conversion"]), *big, "megatron_ext.learner")
 refuse(imported(["conversion.hf_to_megatron", "conversion.megatron_to_hf", "conversion.inspect"]), *big)
 """

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ext.integrations.nemo_aligner import actor_class
+from megatron_ext.integrations.padded import loss_inputs
 from megatron_ext.rl.losses import build_loss
-from recipes.nemo_aligner.actor import actor_class, loss_inputs
 
 B, S, V = 4, 6, 11
 

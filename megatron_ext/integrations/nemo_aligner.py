@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ext.integrations.padded import loss_inputs
 from megatron_ext.rl.losses import Loss
-from megatron_ext.rl.types import LossInputs
 
 Batch = Mapping[str, Tensor | None]
-_MISSING = "NeMo-Aligner is not installed: this adapter runs in its container (see recipes/nemo_aligner/README.md)"
+_MISSING = "NeMo-Aligner is not installed: this adapter runs in its container (see docs/integrations.md)"
 
 
 def actor_class(loss: Loss, base: type | None = None) -> type:
@@ -102,15 +102,6 @@ def valid_tokens(batch: Batch) -> Tensor:
     mask, is_end = batch["mask"], batch.get("is_end")
     assert mask is not None
     return mask.bool() if is_end is None else mask.bool() & is_end.bool().view(-1, 1)
-
-
-def loss_inputs(logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor) -> LossInputs:
-    """(B, S-1) tensors as the flat (T,) ones that losses see; every row is a sequence."""
-    rows, columns = logp.shape
-    sequences = torch.arange(rows, device=logp.device).repeat_interleave(columns)
-    return LossInputs(
-        logp.reshape(-1), old_logp.reshape(-1), advantages.reshape(-1), mask.reshape(-1), seq_ids=sequences
-    )
 
 
 def _device() -> torch.device:

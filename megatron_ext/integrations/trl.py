@@ -1,0 +1,139 @@
+"""TRL: a `GRPOTrainer` that trains with one of our losses and selections. Written against TRL 1.16.0, text models.
+
+Generation, rewards, advantages, vLLM and the training loop stay TRL's. The loss is averaged over the tokens of the
+optimizer step, as TRL's ``loss_type="dapo"``; selections see the whole generation batch on all ranks, once, before its
+first update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_ext.integrations.padded import loss_inputs, select
+from megatron_ext.rl.diagnostics import ratio_or_zero
+from megatron_ext.rl.losses import Loss
+from megatron_ext.rl.objective import Coefficients, evaluate
+from megatron_ext.rl.selection import Selection, build_selection
+
+UNUSED = {"beta": 0.0, "top_entropy_quantile": 1.0, "off_policy_mask_threshold": None, "delta": None}
+"""Settings of TRL's own objective that have no effect here, and the values they must keep."""
+
+
+def trainer_class(loss: Loss, selection: Selection | None = None, base: type | None = None, *, seed: int = 0) -> type:
+    """A subclass of TRL's `GRPOTrainer` that minimises ``loss`` (from `build_loss`) on the tokens of ``selection``.
+
+    The returned class refuses with a ValueError the arguments that would have no effect: `UNUSED`, and another
+    ``loss_type`` than ``dapo``.
+    """
+    if base is None:
+        from trl import GRPOTrainer as base  # type: ignore[no-redef]
+    chosen = selection or build_selection("none")
+
+    class Trainer(base):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            config = kwargs.get("args", args[2] if len(args) > 2 else None)
+            for key, off in {**UNUSED, "loss_type": "dapo"}.items():
+                if config is not None and getattr(config, key) != off:
+                    raise ValueError(
+                        f"GRPOConfig.{key}={getattr(config, key)!r} has no effect on this trainer: set {off!r}."
+                    )
+            super().__init__(*args, **kwargs)
+            if self._entropy_bonus_enabled or self.aux_loss_enabled:
+                raise ValueError("entropy_coef and router losses have no effect here: use selection entropy_bonus.")
+
+        def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+            """TRL's batch, with the decision of the selection for every token beside it."""
+            output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+            if selection is None or not self.model.training:
+                return output
+            with torch.no_grad():
+                logp, entropy = self._token_statistics(self.model, output)
+            output.setdefault("old_per_token_logps", logp)
+            reduce = _Accelerator(self.accelerator)
+            out = select(
+                chosen,
+                logp_BL=logp,
+                entropy_BL=entropy,
+                advantages=output["advantages"],
+                mask_BL=_mask(output),
+                seed=seed,
+                step=int(self.state.global_step),
+                first_row=logp.shape[0] * self.accelerator.process_index,
+                reduce=reduce,
+            )
+            for key in ("keep", "kl_coef", "entropy_coef"):
+                output[key] = getattr(out, key).view_as(logp)
+            self._log(out.metrics)
+            return output
+
+        def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+            logp, entropy = self._token_statistics(model, inputs)
+            old = inputs.get("old_per_token_logps")
+            x = loss_inputs(logp, logp.detach() if old is None else old, inputs["advantages"], _mask(inputs), entropy)
+            ones, zeros = torch.ones_like(x.logp).detach(), torch.zeros_like(x.logp).detach()
+            weight = ones / self._tokens_per_step(inputs)
+            if self.use_vllm and self.vllm_importance_sampling_correction:
+                weight = weight * inputs["importance_sampling_ratio"].expand(logp.shape).reshape(-1)
+            keep = inputs["keep"].reshape(-1) if "keep" in inputs else x.mask
+            kl_coef, entropy_coef = (
+                inputs[k].reshape(-1) if k in inputs else zeros for k in ("kl_coef", "entropy_coef")
+            )
+            result = evaluate(loss, x, Coefficients(weight, keep & chosen.inside(x), kl_coef, entropy_coef))
+            count = x.mask.sum()
+            mean_entropy = ratio_or_zero(torch.where(x.mask, entropy.detach().reshape(-1), 0.0).sum(), count)
+            self._log({**result.outputs.metrics, "entropy": mean_entropy})
+            return result.total
+
+        def _token_statistics(self, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+            """(B, L) log-probabilities and entropies of the completions."""
+            ids, masks = (
+                torch.cat([inputs[f"prompt_{what}"], inputs[f"completion_{what}"]], dim=1) for what in ("ids", "mask")
+            )
+            length = inputs["completion_ids"].shape[1]
+            logp, entropy, _ = self._get_per_token_logps_and_entropies(
+                model, ids, masks, length, batch_size=self.args.per_device_train_batch_size, compute_entropy=True
+            )
+            return logp, entropy
+
+        def _tokens_per_step(self, inputs: dict[str, Any]) -> Tensor:
+            """Tokens of the optimizer step per process, as TRL's ``dapo`` counts them."""
+            tokens: Tensor = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+            if self.model.training:
+                tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+            return tokens
+
+        def _log(self, metrics: dict[str, Tensor]) -> None:
+            mode = "train" if self.model.training else "eval"
+            for name, value in metrics.items():
+                value = torch.as_tensor(value, dtype=torch.float32, device=self.accelerator.device)
+                self._metrics[mode][name].append(self.accelerator.gather(value.reshape(1)).mean().item())
+
+    return Trainer
+
+
+def _mask(inputs: dict[str, Any]) -> Tensor:
+    mask: Tensor = inputs["completion_mask"]
+    return (mask * inputs["tool_mask"] if "tool_mask" in inputs else mask).bool()
+
+
+class _Accelerator:
+    """`megatron_ext.rl.global_stats.Reduce` over the processes of an accelerator."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self._accelerator = accelerator
+
+    def sum(self, values: Tensor) -> Tensor:
+        result: Tensor = self._accelerator.reduce(values, reduction="sum")
+        return result
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Of any length on each process: padded, gathered, and cut."""
+        gather: Callable[[Tensor], Tensor] = self._accelerator.gather
+        lengths = gather(torch.tensor([values.numel()], device=values.device)).tolist()
+        padded = torch.nn.functional.pad(values, (0, max(lengths) - values.numel()))
+        rows = gather(padded).reshape(len(lengths), -1)
+        return torch.cat([row[:length] for row, length in zip(rows, lengths, strict=True)])
