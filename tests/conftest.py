@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # Two cores are shared by every process a test starts; must precede the first import of torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A busy machine is not a defect: no property test has a deadline.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 MARKED_FOLDERS = ("distributed", "e2e", "gpu")  # tests/<folder>/ carries the marker of the same name
 

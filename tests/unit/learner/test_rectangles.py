@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ext.rectangles import rectangles, split
@@ -13,7 +13,6 @@ from megatron_ext.rectangles import rectangles, split
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4)
 
 
-@settings(deadline=None)
 @given(SHAPES, st.data())
 def test_rectangles_are_the_range_in_order(shape: list[int], data: st.DataObject) -> None:
     """Read one after the other they give exactly the elements of the range, and there are few; in parts too."""
