@@ -30,6 +30,7 @@ from recipes.evaluation.results import SetResult, make_result
 from recipes.loop.collect import Collector
 from recipes.loop.evaluation import Progress, answer_set
 from recipes.models.locate import model_location, prepare_model
+from recipes.rewards.terms import check_reward
 
 HELP = """usage: python -m recipes.evaluate model.path=DIR data.eval_path=FILE [key=value ...]
        python -m recipes.evaluate model.path=DIR suite=NAME eval.data_dir=DIR [key=value ...]
@@ -68,6 +69,7 @@ def main(argv: Sequence[str]) -> int:
     disable_progress_bar()
     try:
         config = evaluation_config(argv)
+        check_reward(config.reward, load=True)
         results = evaluate(config)
         write_results(config, results)
     except (ValueError, FileNotFoundError) as error:
@@ -101,6 +103,8 @@ def evaluation_config(argv: Sequence[str]) -> Config:
         words += ["data.path=null", "data.name=chain"]  # there is no training data
     if "run.dir" not in given:
         words.append("run.dir=runs/eval-" + Path(given.get("model.path", "tiny")).name)
+    if "rollout.max_model_len" not in given:
+        words.append(f"rollout.max_model_len={2**30}")  # until the prompts are known
     if "eval.n" in given and "eval.k" not in given and given["eval.n"].isdecimal():
         words.append(f"eval.k=[{','.join(dict.fromkeys(('1', given['eval.n'])))}]")
     config = load_checked(words)

@@ -27,7 +27,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "advantage.name": (*ADVANTAGES, "gae"),
     "advantage.aggregation": tuple(AGGREGATIONS),
     "reference.kl_type": tuple(KL_TYPES),
-    "reward.name": tuple(VERIFIERS),
+    "reward.name": (*VERIFIERS, "package.module:function"),
 }
 TABLES: dict[str, dict[str, type]] = {"loss": LOSSES, "selection": SELECTIONS, "schedule": SCHEDULES}
 SECTIONS = [f.name for f in fields(Config) if f.name != "seed"]

@@ -19,7 +19,7 @@ from recipes.checks import fp8, ranges, rollout
 from recipes.checks.keys import NAMES
 from recipes.data.evalsets import check_sets, eval_paths
 from recipes.data.sources import GENERATORS
-from recipes.rewards.verifiers import make_verifier
+from recipes.rewards.terms import check_reward
 
 MOST_RESPONSES = 1_000_000  # of one rollout step
 PLACEHOLDER = re.compile(r"<(.+)>")  # a value that the user must give, as in model.path: <Qwen2.5-7B>
@@ -48,7 +48,8 @@ def check(config: Config, *, data: bool = True) -> None:
 def _check_algorithm(c: Config) -> None:
     for key, names in NAMES.items():
         section, name = key.split(".")
-        _one_of(key, getattr(getattr(c, section), name), names)
+        if key != "reward.name" or ":" not in c.reward.name:
+            _one_of(key, getattr(getattr(c, section), name), names)
     schedule = {key: value for key, value in c.schedule.items() if key != "name"}
     build_controller(c.loss["name"], c.loss, c.schedule["name"], **schedule)
     build_selection(**c.selection)
@@ -70,7 +71,7 @@ def _check_algorithm(c: Config) -> None:
             "optim.distributed=true works with optim.optimizer=adam in float32 or bfloat16, not with "
             f"{c.optim.optimizer} in {c.model.dtype}: set optim.distributed=false"
         )
-    make_verifier(c.reward.name, **c.reward.params)  # says what is wrong with its parameters
+    check_reward(c.reward)
     if c.advantage.overlong == "penalty":
         soft_overlong_penalty(
             torch.zeros(1),

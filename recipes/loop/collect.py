@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from recipes.data.sources import ProblemSource, encode_prompt, make_source
 from recipes.data.suites import Protocol
 from recipes.loop.evaluation import Answered, Progress, answer_set, set_metrics
 from recipes.loop.journal import Group
-from recipes.rewards import RewardItem, Scorer, make_scorer
+from recipes.rewards import RewardItem, Scorer
+from recipes.rewards.terms import scorer_of
 from recipes.rollout.engine import RolloutEngine, Sampling, request_seed
 from recipes.rollout.make import make_engine
 
@@ -40,7 +42,7 @@ class Collector:
         self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
         self._scorers: dict[str, Scorer] = {}  # by reward and its parameters
         self._scorers_lock = threading.Lock()
-        self.scorer = self._scorer_for(config.reward.name, dict(config.reward.params))
+        self.scorer = scorer_of(config.reward)
         self.engine: RolloutEngine = make_engine(rollout, model_dir, run_dir / LOGS / LATEST)
         self.sampling = Sampling(
             max_tokens=rollout.max_tokens,
@@ -67,18 +69,14 @@ class Collector:
         )
 
     def _scorer_for(self, name: str, params: dict[str, Any]) -> Scorer:
-        reward = self.config.reward
+        """The verifier of an evaluation set: the run's own where it is the same."""
+        reward = replace(self.config.reward, name=name, params=params, terms=[])
+        if reward == self.config.reward:
+            return self.scorer
         with self._scorers_lock:
             key = repr((name, sorted(params.items())))
             if key not in self._scorers:
-                self._scorers[key] = make_scorer(
-                    name,
-                    params,
-                    workers=reward.workers,
-                    timeout_s=reward.timeout_s,
-                    memory_mb=reward.memory_mb,
-                    failure_score=reward.failure_score,
-                )
+                self._scorers[key] = scorer_of(reward)
             return self._scorers[key]
 
     # --- training batches -----------------------------------------------------------------------------------------
@@ -252,7 +250,7 @@ class Collector:
             future.cancel()
         self.engine.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
-        for scorer in self._scorers.values():
+        for scorer in (self.scorer, *self._scorers.values()):
             scorer.close()
 
 

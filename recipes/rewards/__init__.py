@@ -1,4 +1,4 @@
-"""Rewards: ``make_scorer(name, params, ...)`` gives a scorer, ``scorer.score(items)`` the verdicts."""
+"""Rewards: ``scorer_of(config.reward)`` gives a scorer, ``scorer.score(items)`` the verdicts."""
 
 from recipes.rewards.pool import RewardPool, Scorer, make_scorer
 from recipes.rewards.types import RewardItem, RewardResult

@@ -1,8 +1,8 @@
 """Scores responses in worker processes that may hang, crash or eat memory without hurting the run.
 
-A worker that exceeds its time or dies is killed with its whole process group and replaced; the response that did it
-gets ``failure_score`` and is counted. Time-outs are enforced from outside with SIGKILL, because no limit inside a
-Python process holds while C code multiplies big integers.
+A response that uses up its CPU time or kills the process that judges it gets ``failure_score`` and is counted; the next
+response finds a warm process. Limits are enforced by the kernel, because none inside a Python process holds while C
+code multiplies big integers; a worker that only sleeps is killed from outside, with its whole process group.
 """
 
 from __future__ import annotations
@@ -24,16 +24,26 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
+from recipes.rewards.custom import NAME
 from recipes.rewards.types import CRASH, INVALID, OK, TIMEOUT, RewardItem, RewardResult, Verifier
 from recipes.rewards.verifiers import make_verifier
 
 STARTUP_TIMEOUT_S = 120.0  # importing a computer algebra system on a busy machine takes seconds
+CLOCK_FACTOR = 5.0
 MAX_ANSWER_BYTES = 4096
 _STATUSES = (OK, TIMEOUT, CRASH, INVALID)
 
 
 class WorkerDied(Exception):
-    """The process ended, or answered something that is not an answer."""
+    """The worker ended, or answered something that is not an answer: it must be replaced."""
+
+
+class JudgeDied(Exception):
+    """The judging process ended; the worker has another one ready. ``timeout``: it had used up its CPU time."""
+
+    def __init__(self, timeout: bool) -> None:
+        super().__init__("the judging process ended")
+        self.timeout = timeout
 
 
 class Scorer(Protocol):
@@ -51,7 +61,7 @@ def make_scorer(
     params: dict[str, Any] | None = None,
     *,
     workers: int = 1,
-    timeout_s: float = 10.0,
+    timeout_s: float = 1.5,
     memory_mb: int = 2048,
     failure_score: float = 0.0,
 ) -> Scorer:
@@ -98,7 +108,8 @@ class Worker:
         assert self._process.stdin and self._process.stdout
         os.set_blocking(self._process.stdin.fileno(), False)
         os.set_blocking(self._process.stdout.fileno(), False)
-        self.served = 0
+        self.served = 0  # by the process that judges now
+        self._number = 0
         self._ready = False
 
     def wait_ready(self) -> None:
@@ -112,17 +123,26 @@ class Worker:
         except WorkerDied as error:
             raise RuntimeError(f"the reward worker cannot start ({error}): is reward.memory_mb too small?") from error
         if not isinstance(message, dict) or message.get("ready") is not True:
-            raise RuntimeError(f"the reward worker cannot start: {message}")
+            said = message.get("error", message) if isinstance(message, dict) else message
+            raise RuntimeError(f"the reward worker cannot start: {said}")
         self._ready = True
 
     def ask(self, item: RewardItem, timeout_s: float) -> RewardResult:
-        """The worker's verdict. Raises ``TimeoutError`` or ``WorkerDied``; the worker is unusable afterwards."""
-        request = json.dumps([item.text, item.gold, item.truncated, item.key]).encode() + b"\n"
+        """The worker's verdict, within ``timeout_s`` on the clock.
+
+        Raises ``JudgeDied`` when the response killed the process that judged it, and ``TimeoutError`` or ``WorkerDied``
+        when the worker can no longer be used.
+        """
+        self._number += 1
+        request = json.dumps([self._number, item.text, item.gold, item.truncated, item.key]).encode() + b"\n"
         answer = self._exchange(request, timeout_s)
+        if isinstance(answer, list) and len(answer) == 2 and answer[0] == "died":
+            self.served = 0
+            raise JudgeDied(answer[1] in (-signal.SIGPROF, -signal.SIGXCPU))
         self.served += 1
-        if not (isinstance(answer, list) and len(answer) == 4):
+        if not (isinstance(answer, list) and len(answer) == 5 and answer[0] == self._number):
             raise WorkerDied("malformed answer")
-        score, correct, status, read = answer
+        _, score, correct, status, read = answer
         if not isinstance(score, (int, float)) or not math.isfinite(score) or status not in _STATUSES:
             raise WorkerDied("malformed answer")
         return RewardResult(float(score), bool(correct), status, read if isinstance(read, str) else None)
@@ -166,12 +186,13 @@ class RewardPool:
     Args:
         name, params: the verifier, as for `make_verifier`.
         workers: processes.
-        timeout_s: wall-clock seconds for one response, enforced by SIGKILL.
+        timeout_s: CPU seconds for one response, enforced by the kernel: a busy machine changes no verdict. On the
+            clock it may take `CLOCK_FACTOR` times as long; then the worker is killed and replaced.
         memory_mb: address space of a worker in MiB.
         failure_score: score of a response whose worker timed out or died, or whose verifier raised an error.
         command: start this program instead of `recipes.rewards.worker` (for tests).
 
-    ``counts`` has the number of results by status, ``restarts`` the number of workers replaced.
+    ``counts`` has the number of results by status, ``restarts`` the number of processes replaced.
     """
 
     def __init__(
@@ -180,7 +201,7 @@ class RewardPool:
         params: dict[str, Any] | None = None,
         *,
         workers: int = 1,
-        timeout_s: float = 10.0,
+        timeout_s: float = 1.5,
         memory_mb: int = 2048,
         failure_score: float = 0.0,
         command: Sequence[str] | None = None,
@@ -190,6 +211,9 @@ class RewardPool:
                 raise ValueError(f"reward.{key} must be positive, not {value}")
         make_verifier(name, **(params or {}))  # report a wrong name or parameter now, not from a worker
         settings = {"name": name, "params": params or {}, "timeout_s": timeout_s, "memory_mb": memory_mb}
+        if NAME.fullmatch(name):  # where the user's module may lie; nothing else of the environment is passed on
+            paths = [os.getcwd(), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+            settings["paths"] = [os.path.abspath(path) for path in paths if path]
         self._command = list(command or [sys.executable, "-m", "recipes.rewards.worker", json.dumps(settings)])
         self._timeout_s = timeout_s
         self._failure_score = failure_score
@@ -229,6 +253,15 @@ class RewardPool:
             self.counts.update(result.status for result in done)
             return done
 
+    def start(self) -> None:
+        """Start one worker now. Raises ValueError in its own words when it cannot."""
+        self._slots[0] = self._slots[0] or Worker(self._command)
+        try:
+            self._slots[0].wait_ready()
+        except RuntimeError as error:
+            self.close()
+            raise ValueError(str(error)) from error
+
     def close(self) -> None:
         """Kill the workers. The pool starts new ones when it is used again."""
         for slot, worker in enumerate(self._slots):
@@ -250,7 +283,12 @@ class RewardPool:
                 raise
             was_fresh = worker.served == 0
             try:
-                result = worker.ask(item, self._timeout_s)
+                result = worker.ask(item, CLOCK_FACTOR * self._timeout_s)
+            except JudgeDied as error:
+                self._count_restart()
+                if error.timeout or was_fresh:
+                    return self._failed(TIMEOUT if error.timeout else CRASH)
+                continue
             except (TimeoutError, WorkerDied) as error:
                 self._replace(slot)
                 if isinstance(error, TimeoutError) or was_fresh:
@@ -267,6 +305,9 @@ class RewardPool:
         assert worker is not None
         worker.kill()
         self._slots[slot] = Worker(self._command)
+        self._count_restart()
+
+    def _count_restart(self) -> None:
         with self._restarts_lock:
             self.restarts += 1
 

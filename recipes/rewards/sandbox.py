@@ -28,19 +28,22 @@ class _RulesetAttributes(ctypes.Structure):
 
 
 def limit_resources(memory_mb: int) -> None:
-    """Address space of ``memory_mb`` MiB, no growing of files, no core dumps, few descriptors, no new processes
-    (root is exempt from the last)."""
+    """Address space of ``memory_mb`` MiB, no growing of files, no core dumps, few descriptors."""
     limits = {
         resource.RLIMIT_AS: memory_mb << 20,
         resource.RLIMIT_FSIZE: 0,
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_NOFILE: 64,
-        resource.RLIMIT_NPROC: 0,
     }
     for kind, wanted in limits.items():
         _, hard = resource.getrlimit(kind)
         value = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         resource.setrlimit(kind, (value, value))
+
+
+def forbid_processes() -> None:
+    """No new processes or threads. Root is exempt."""
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
 
 
 def limit_cpu(seconds: float) -> None:

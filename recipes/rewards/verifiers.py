@@ -14,13 +14,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from recipes.rewards.custom import NAME, Custom
+from recipes.rewards.equality import math_equal
 from recipes.rewards.types import MAX_ANSWER_CHARS, OK, RewardItem, RewardResult, Verifier
 
 # ------------------------------------------------------------------------------------------------------ extraction
 
 _BOX = re.compile(r"\\f?boxed\s*")
 # What joins boxes that form one answer, as in \boxed{1}, \boxed{2} \text{ and } \boxed{3}: at least a comma or a word.
-_JOINT = re.compile(r"(?:[$,;]|\\(?:qquad|quad|[ ,;])|\\text\s*\{\s*(?:and|or)\s*\}|and|or|\s)*")
+_JOINT = re.compile(r"(?:[$,;]|\\(?:qquad|quad|[ ,;])|\\text\s*\{[^{}]{0,80}\}|and|or|\s)*")
 _SEPARATOR = re.compile(r"[,;]|and|or")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)")
@@ -48,6 +50,12 @@ def boxed_answer(text: str) -> str | None:
         answers.append(found[0])
         following = box.start()
     return ", ".join(dict.fromkeys(reversed(answers)))
+
+
+def all_boxes(text: str) -> list[str]:
+    """The contents of all boxes that are closed, for trusted text."""
+    found = (_braced(text, box.end(), len(text)) for box in _BOX.finditer(text))
+    return [box[0] for box in found if box is not None]
 
 
 def _braced(text: str, start: int, stop: int) -> tuple[str, int] | None:
@@ -135,35 +143,24 @@ class Math:
 
     def __call__(self, item: RewardItem) -> RewardResult:
         answer = boxed_answer(item.text)
-        if answer is None and self.require_box:
+        if answer is None and not self.require_box:
+            answer = found_answer(item.text[-self.max_text_chars :])
+        if not answer:
             return RewardResult(0.0, False)
-        if answer is None:
-            correct = math_equal(item.text[-self.max_text_chars :], item.gold, extract=True)
-        else:
-            correct = 0 < len(answer) <= self.max_answer_chars and math_equal(answer, item.gold)
-        return RewardResult(float(correct), correct, OK, answer and answer[:MAX_ANSWER_CHARS])
+        gold = ", ".join(all_boxes(item.gold)) or item.gold
+        correct = len(answer) <= self.max_answer_chars and math_equal(answer, gold)
+        return RewardResult(float(correct), correct, OK, answer[:MAX_ANSWER_CHARS])
 
 
-def math_equal(answer: str, gold: str, *, extract: bool = False) -> bool:
-    """Whether ``answer`` equals ``gold``: as normalised text, else by math-verify.
+def found_answer(text: str) -> str | None:
+    """What math-verify takes for the final answer of running text without a box, as text.
 
-    Both are bare answers; with ``extract`` the first is running text in which math-verify looks for the answer.
     Must run in the main thread of a process that may be killed.
     """
-    gold = boxed_answer(gold) or gold
-    if not extract and normalise_answer(answer) == normalise_answer(gold) != "":
-        return True
-    from math_verify import parse, verify
+    from math_verify import parse
 
-    parsed_gold = parse(_as_latex(gold), parsing_timeout=None)
-    parsed_answer = parse(answer if extract else _as_latex(answer), parsing_timeout=None)
-    return bool(verify(parsed_gold, parsed_answer, timeout_seconds=None))
-
-
-def _as_latex(answer: str) -> str:
-    """Delimit a bare answer, so that math-verify takes all of it; a dollar sign that means money goes."""
-    answer = answer.replace(r"\$", "")
-    return answer if "$" in answer else f"${answer}$"
+    found = parse(text, parsing_timeout=None)
+    return next((item for item in found if isinstance(item, str)), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,12 +240,15 @@ VERIFIERS: dict[str, Callable[..., Verifier]] = {
 
 
 def make_verifier(name: str, **params: Any) -> Verifier:
-    """Build a verifier. Cheap: heavy libraries are loaded at the first call.
+    """Build a verifier. Cheap: heavy libraries, and functions of the user's own, are loaded at the first call.
 
     Raises ``ValueError`` naming an unknown verifier or parameter and the known ones.
     """
+    if NAME.fullmatch(name):
+        return Custom(name, dict(params))
     if name not in VERIFIERS:
-        raise ValueError(f"reward.name={name!r} is unknown: choose one of {', '.join(VERIFIERS)}")
+        listed = ", ".join(VERIFIERS)
+        raise ValueError(f"reward.name={name!r} is unknown: choose one of {listed}, or give package.module:function")
     known = list(inspect.signature(VERIFIERS[name]).parameters)
     for key in params:
         if key not in known:
