@@ -18,6 +18,7 @@ from recipes.checks.settings import check
 from recipes.models.locate import model_location, prepare_model
 from recipes.plan import print_plan
 from recipes.planning.machine import check_machine
+from recipes.rewards.terms import check_reward
 
 HELP = """usage: python -m recipes.train [recipe=NAME] [key=value ...]
        make train [RECIPE=NAME] [ARGS="key=value ..."] [DRY_RUN=1]
@@ -57,6 +58,7 @@ def launch(train: Callable[[Config, Path], None], argv: Sequence[str] | None = N
         model_dir = model_location(config)
         if int(os.environ.get("RANK", "0")) == 0:
             check_device(config)
+            check_reward(config.reward, load=True)
             prepare_model(config, model_dir)
             check_model(config, model_dir)
             check_tokenizer(config, model_dir)

@@ -17,7 +17,8 @@ parallel.vpp parallel.cp parallel.ep parallel.nproc model.warm_start.batch model
 model.warm_start.check_problems
 """
 _AT_LEAST_0 = """
-eval.temperature eval.top_k train.save_every train.loss_chunk_tokens train.entropy_probe_every eval.every optim.lr optim.min_lr optim.weight_decay
+eval.temperature eval.top_k
+train.save_every train.loss_chunk_tokens train.entropy_probe_every eval.every optim.lr optim.min_lr optim.weight_decay
 optim.clip_grad optim.warmup_steps critic.lr critic.clip_grad critic.warmup_steps reference.kl_coef run.report_every
 train.positive_nll_coef advantage.max_refills advantage.overlong_buffer advantage.overlong_factor
 rollout.max_staleness model.warm_start.max_steps model.warm_start.min_steps

@@ -13,7 +13,6 @@ from configs.schema import Config
 from megatron_ext.rl.types import Problem
 from recipes.data.sources import encode_prompt, read_problems
 from recipes.data.suites import BENCHMARKS, Protocol, named_sets
-from recipes.rewards.terms import reward_terms
 
 _EXTENSIONS = (".jsonl", ".jsonl.gz", ".parquet", ".json", "")  # "": a directory
 _INTEGERS = {"n": 1, "max_tokens": 1, "top_k": 0, "problems": 1, "every": 0}  # smallest value
@@ -79,7 +78,8 @@ def check_sets(config: Config) -> None:
 
 def protocols(config: Config) -> dict[str, Protocol]:
     """The protocol of every set by its name, in the order in which they are evaluated."""
-    first = reward_terms(config.reward)[0]  # says what is correct, where a reward has several terms
+    # The first of several terms says what is correct.
+    first: Any = (config.reward.terms or [{"name": config.reward.name, "params": config.reward.params}])[0]
     own = Protocol(
         n=config.eval.n,
         k=tuple(config.eval.k),
@@ -88,8 +88,8 @@ def protocols(config: Config) -> dict[str, Protocol]:
         top_k=config.eval.top_k,
         max_tokens=config.eval.max_tokens or config.rollout.max_tokens,
         template=config.data.template,
-        reward=first.name,
-        reward_params=first.params,
+        reward=first["name"],
+        reward_params=dict(first.get("params") or {}),
         problems=config.eval.problems,
     )
     found = {name: _changed(config, name, own) for name in set_names(eval_paths(config))}

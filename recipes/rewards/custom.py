@@ -1,8 +1,9 @@
 """Reward functions of the user's own: ``reward.name=package.module:function``.
 
 The function gets what it names among `ARGUMENTS`, plus ``reward.params``. It returns a score, or True / False, or
-``(score, correct)``, or a mapping with ``score`` and ``acc`` (verl's). A score above 0 counts as correct where nothing else
-is said. The module is imported inside the sandbox, never in the trainer: it cannot write, start programs or connect.
+``(score, correct)``, or a mapping with ``score`` and ``acc`` (verl's). A score above 0 counts as correct where nothing
+else is said. The module is imported inside the sandbox, never in the trainer: it cannot write, start programs or
+connect.
 """
 
 from __future__ import annotations
@@ -61,8 +62,8 @@ class Custom:
         }
         if unknown := required - set(ARGUMENTS) - set(self.params):
             raise ValueError(
-                f"reward.name={self.name} needs the argument {min(unknown)}: set reward.params.{min(unknown)}, or name it "
-                f"one of {', '.join(ARGUMENTS)}"
+                f"reward.name={self.name} needs the argument {min(unknown)}: set reward.params.{min(unknown)}, or name "
+                f"it one of {', '.join(ARGUMENTS)}"
             )
         if not any(p.kind == p.VAR_KEYWORD for p in parameters.values()) and (
             odd := set(self.params) - set(parameters)

@@ -86,8 +86,8 @@ def clean(text: str) -> str:
     text = re.sub(r"(^|[(\[,={])\s*\+\s*(?=\\infty|\d|\.)", r"\1", text)  # +5, (+\infty
     text = re.sub(r" ?([,;()\[\]{}^_=<>+*/|-]) ?", r"\1", text)  # binary signs keep their meaning without spaces
     text = text.strip().rstrip(".").strip()
-    while (opening := _GROUP.match(text)) and text.endswith("}") and _one_group(text[opening.end() - 1 :]):
-        text = text[opening.end() : -1].strip()
+    while (group := _GROUP.match(text)) and text.endswith("}") and _one_group(text[group.end() - 1 :]):
+        text = text[group.end() : -1].strip()
     return text
 
 

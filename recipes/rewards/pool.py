@@ -255,9 +255,9 @@ class RewardPool:
 
     def start(self) -> None:
         """Start one worker now. Raises ValueError in its own words when it cannot."""
-        self._slots[0] = self._slots[0] or Worker(self._command)
+        worker = self._slots[0] = self._slots[0] or Worker(self._command)
         try:
-            self._slots[0].wait_ready()
+            worker.wait_ready()
         except RuntimeError as error:
             self.close()
             raise ValueError(str(error)) from error

@@ -30,7 +30,7 @@ class Term:
 
 def reward_terms(reward: RewardConfig) -> list[Term]:
     """``reward.terms``, or the one verifier of ``reward.name``. Raises ValueError naming the key that is wrong."""
-    limits = {"timeout_s": reward.timeout_s, "memory_mb": reward.memory_mb}
+    limits: dict[str, Any] = {"timeout_s": reward.timeout_s, "memory_mb": reward.memory_mb}
     if not reward.terms:
         return [Term(reward.name, 1.0, dict(reward.params), **limits)]
     terms = []

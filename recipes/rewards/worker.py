@@ -38,8 +38,9 @@ def open_private_pipes() -> tuple[BinaryIO, BinaryIO]:
 
 
 def serve(verifier: Verifier, *, timeout_s: float, memory_mb: int, pipes: tuple[BinaryIO, BinaryIO]) -> None:
-    """Have requests answered until the pool closes the pipe. Imports first, then limits, then untrusted text; a function
-    of the user's own is imported behind the limits, too.
+    """Have requests answered until the pool closes the pipe. Imports first, then limits, then untrusted text.
+
+    A function of the user's own is imported behind the limits, too.
 
     ``timeout_s``: CPU seconds for one response; the kernel ends the judging process when they are used up.
     """

@@ -15,7 +15,7 @@ from recipes.rewards import RewardItem, RewardPool
 
 pytestmark = pytest.mark.e2e
 
-TIMEOUT_S = 3.0
+TIMEOUT_S = 1.0
 ROOT = Path(__file__).resolve().parents[2]
 CASES = os.environ.get("VERIFIER_CASES", str(ROOT.parent / "shared" / "data" / "verifier_cases.jsonl"))
 

@@ -120,7 +120,7 @@ def test_weights_that_do_not_match_the_config_are_refused(tiny: Path, tmp_path: 
         (["data.eval_path={tmp}/a.jsonl", "eval.sets.b.n=2"], "eval.sets.b: there is no such set; this run has a"),
         (["data.eval_path={tmp}/a.jsonl", "eval.sets.a.m=2"], "eval.sets.a.m is unknown: a set's protocol has n, k"),
         (["data.eval_path={tmp}/a.jsonl", "eval.sets.a.n=0"], "eval.sets.a.n=0 must be a whole number of at least 1"),
-        (["data.eval_path={tmp}/a.jsonl", "eval.top_k=-1"], "top_k=-1 must be a whole number of at least 0"),
+        (["data.eval_path={tmp}/a.jsonl", "eval.top_k=-1"], "eval.top_k=-1 must be at least 0"),
         (["data.eval_path={tmp}/a.jsonl", "eval.temperature=0"], "greedy responses are all the same; set n to 1"),
         (["data.eval_path={tmp}/a.jsonl", "rollout.max_model_len=4096"], "exceeds the model's"),
         (["data.eval_path=3"], "data.eval_path=3 must be a file or a list of files"),
