@@ -17,7 +17,13 @@ from conversion.mapping import (
     row_unit,
     unconsumed,
 )
-from conversion.megatron_args import gpt_model_kwargs, transformer_config, yarn_attributes
+from conversion.megatron_args import (
+    beyond_gpt_model,
+    gpt_model_kwargs,
+    inverse_frequencies,
+    transformer_config,
+    yarn_attributes,
+)
 from conversion.parse import parse_config, read_config
 from conversion.sharding import layout, local_name, padded_vocab, shard, te_name, unshard
 from conversion.table import Family, Rule
@@ -27,6 +33,7 @@ __all__ = [
     "Family",
     "HFConfig",
     "Rule",
+    "beyond_gpt_model",
     "export_rows",
     "export_tensors",
     "gpt_model_kwargs",
@@ -34,6 +41,7 @@ __all__ = [
     "hf_shapes",
     "import_rows",
     "import_tensor",
+    "inverse_frequencies",
     "layout",
     "local_name",
     "megatron_names",

@@ -15,6 +15,18 @@ class Rope:
     kind: str = "default"  # "default" | "linear" | "dynamic" | "llama3" | "yarn"
     factor: float = 1.0
     yarn: Yarn | None = None
+    llama3: Llama3Rope | None = None
+    fraction: float = 1.0  # of each head that is rotated, its first channels
+    interleaved: bool = False  # channels 2i and 2i + 1 turn together, not i and i + half
+
+
+@dataclass(frozen=True, slots=True)
+class Llama3Rope:
+    """What else Llama 3's scaling needs; `Rope.factor` divides the low frequencies."""
+
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_positions: int = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +42,20 @@ class Yarn:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """Mixture-of-experts shape; every layer of a supported family is sparse."""
+    """Mixture-of-experts shape."""
 
     count: int
     ffn_hidden_size: int
     top_k: int
     normalise_top_k: bool  # the chosen experts' probabilities are rescaled to sum to 1
+    sparse_layers: tuple[bool, ...] = ()  # which layers have experts; empty: all
+    shared_ffn_hidden_size: int = 0  # of the expert that every token passes; 0: there is none
+    shared_gate: bool = False  # a sigmoid of the token scales what the shared expert says
+    sigmoid: bool = False  # scores are sigmoids, not a softmax
+    score_bias: bool = False  # a learned bias is added to the scores for the choice alone
+    groups: int = 1  # experts are chosen from the best `top_groups` groups
+    top_groups: int = 1
+    scaling: float = 1.0  # multiplies the weights of the chosen experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +77,26 @@ class HFConfig:
     tied: bool  # the output projection is the embedding table
     qkv_bias: bool = False
     linear_bias: bool = False  # bias on the attention output and on both MLP projections
-    qk_norm: bool = False  # per-head RMSNorm on queries and keys
+    qk_norm: bool = False  # RMSNorm on queries and keys
+    qk_norm_over_heads: bool = False  # over all heads together; else each head alone
+    norms: str = "before"  # where attention and MLP are normalised: "before" | "after" | "both"
+    no_rope_layers: tuple[bool, ...] = ()  # layers whose attention knows no positions; empty: none
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and MLP add
+    attention_scale: float | None = None  # of query times key; None: 1 / sqrt(head_dim)
+    logits_divisor: float = 1.0
     window: int | None = None  # a token sees itself and the `window - 1` tokens before it
     window_layers: tuple[bool, ...] = ()  # which layers have the window; empty: all
     experts: Experts | None = None
+
+    def sparse(self, layer: int) -> bool:
+        """Whether a layer has experts."""
+        return self.experts is not None and (not self.experts.sparse_layers or self.experts.sparse_layers[layer])
+
+    @property
+    def mixed(self) -> bool:
+        """Whether layers with experts and layers without take turns: Megatron then numbers its layers."""
+        return self.experts is not None and not all(self.experts.sparse_layers)
 
     def sizes(self) -> dict[str, int]:
         """The symbols in which the family tables write tensor shapes."""
@@ -68,6 +104,9 @@ class HFConfig:
             "vocab": self.vocab_size,
             "hidden": self.hidden_size,
             "ffn": self.ffn_hidden_size,
+            "2ffn": 2 * self.ffn_hidden_size,
+            "one": 1,
+            "shared_ffn": self.experts.shared_ffn_hidden_size if self.experts else 0,
             "q": self.num_heads * self.head_dim,
             "kv": self.num_kv_heads * self.head_dim,
             "head": self.head_dim,

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from conversion.digests import RunningCheck, bulk_digest, text
+from conversion.digests import RunningCheck, bulk_digest, range_digest, text
 from conversion.locate import refuse_lfs_pointer
 from conversion.publish import MANIFEST, ManifestError, check_file, read_manifest
 from conversion.values import Values
@@ -198,10 +198,11 @@ def plan_shards(sizes: Mapping[str, int], max_shard_size: int) -> list[list[str]
 
 
 class HFWriter:
-    """Sharded safetensors whose tensors arrive in any order, each from its first row to its last.
+    """Sharded safetensors whose tensors arrive in any order, best each from its first row to its last.
 
-    All space is reserved at the start, so a full disk is noticed before any work is done. Blocks of different tensors
-    may be written from different threads.
+    Every row once; the checksum of a tensor whose rows come in another order is read back at the end. All space is
+    reserved at the start, so a full disk is noticed before any work is done. Blocks of different tensors may be written
+    from different threads.
 
     Args:
         shapes: every tensor that will be written, in file order.
@@ -221,7 +222,8 @@ class HFWriter:
         self._values = values or Values()
         self._fds: dict[Path, int] = {}
         self._where: dict[str, Located] = {}
-        self._next_row = dict.fromkeys(shapes, 0)
+        self._rows = dict.fromkeys(shapes, 0)  # written so far
+        self._jumped: set[str] = set()  # tensors whose rows did not come in order
         self._flushed = dict.fromkeys(shapes, 0)  # bytes of each tensor
         self._digests = {name: bulk_digest() for name in shapes}
         sizes = {name: dtypes[name].itemsize * math.prod(shape) for name, shape in shapes.items()}
@@ -255,30 +257,38 @@ class HFWriter:
         _write_all(fd, memoryview(len(head).to_bytes(8, "little") + head), 0)
 
     def write(self, name: str, row: int, rows: Tensor) -> None:
-        """Write rows of a tensor, beginning where the last block of the same tensor ended; casts to its dtype."""
+        """Write rows of a tensor, best beginning where its last block ended; casts to its dtype."""
         where = self._where[name]
-        assert row == self._next_row[name], f"{name}: expected row {self._next_row[name]}, got {row}"
+        if row != self._rows[name]:
+            self._jumped.add(name)
         view = _bytes_of(self._values.cast(name, rows, where.dtype).contiguous())
         offset = where.offset + row * where.row_bytes
         for at in range(0, len(view), PIECE_BYTES):
             piece = view[at : at + PIECE_BYTES]
-            self._digests[name].update(piece)
+            if name not in self._jumped:
+                self._digests[name].update(piece)
             _write_all(self._fds[where.path], piece, offset + at)
-        self._next_row[name] = end = row + rows.shape[0]
-        begun = self._flushed[name]
+        self._rows[name] += rows.shape[0]
+        end, begun = row + rows.shape[0], self._flushed[name]
+        if name in self._jumped:
+            return
         if end == where.shape[0] or end * where.row_bytes - begun >= WRITEBACK_BYTES:
             self._flushed[name] = end * where.row_bytes
             start_writeback(self._fds[where.path], where.offset + begun, self._flushed[name] - begun)
 
     def finish(self) -> dict[str, str]:
         """Flush to disk; checksums of every tensor's bytes. ValueError when a tensor was not written completely."""
-        short = [name for name, rows in self._next_row.items() if rows != self._where[name].shape[0]]
+        short = [name for name, rows in self._rows.items() if rows != self._where[name].shape[0]]
         if short:
             raise ValueError(f"tensors not written completely: {', '.join(short[:8])}")
         for fd in self._fds.values():
             os.fsync(fd)
         self.close()
-        return {name: text(digest) for name, digest in self._digests.items()}
+        return {name: text(digest) for name, digest in self._digests.items()} | {
+            name: range_digest(where.path, where.offset, where.offset + where.row_bytes * where.shape[0])
+            for name in self._jumped
+            if (where := self._where[name])
+        }
 
     def close(self) -> None:
         for fd in self._fds.values():

@@ -16,7 +16,7 @@ from conversion.config import HFConfig
 from conversion.hf_files import HFReader, side_files
 from conversion.locate import RELEASE, require
 from conversion.mapping import HF_OUTPUT, hf_shapes, unconsumed
-from conversion.megatron_args import megatron_lm_flags
+from conversion.megatron_args import beyond_gpt_model, megatron_lm_flags
 from conversion.megatron_reader import HF_FILES
 from conversion.megatron_writer import Progress, write_megatron
 from conversion.parse import read_config
@@ -135,7 +135,10 @@ def main() -> int:
         )
     print(report)
     if args.layout == "megatron-lm":
-        print(f"Megatron-LM: --load {args.out} {' '.join(megatron_lm_flags(read_config(directory)))}")
+        hf = read_config(directory)
+        print(f"Megatron-LM: --load {args.out} {' '.join(megatron_lm_flags(hf))}")
+        if lacks := beyond_gpt_model(hf):
+            print(f"Megatron-LM's own GPTModel lacks {', '.join(lacks)}: it needs a layer spec that adds them")
     return 0
 
 

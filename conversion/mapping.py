@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cache, lru_cache
 
+import torch
 from torch import Tensor
 
 from conversion.config import HFConfig
@@ -29,9 +31,10 @@ def _find(hf: HFConfig, megatron_name: str) -> tuple[Rule, dict[str, str]]:
     name = local_name(megatron_name)
     limits = {"layer": hf.num_layers, "expert": hf.experts.count if hf.experts else 0}
     for rule, pattern in _patterns(hf.architecture):
-        if rule.when(hf) and (match := pattern.fullmatch(name)):
+        if match := pattern.fullmatch(name):
             numbers = match.groupdict()
-            if all(int(number) < limits[key] for key, number in numbers.items()):
+            inside = all(int(number) < limits[key] for key, number in numbers.items())
+            if inside and rule.applies(hf, int(numbers["layer"]) if "layer" in numbers else None):
                 return rule, numbers
     raise ValueError(f"Megatron tensor {megatron_name!r} has no counterpart in {hf.architecture} with this config")
 
@@ -49,7 +52,7 @@ def megatron_names(hf: HFConfig) -> list[str]:
     rules = [rule for rule in find_family(hf.architecture).rules if rule.when(hf)]
     names = [EMBEDDING]
     for layer in range(hf.num_layers):
-        for rule in rules:
+        for rule in (rule for rule in rules if rule.applies(hf, layer)):
             if "{expert}" in rule.megatron:
                 assert hf.experts is not None
                 names += [rule.megatron.format(layer=layer, expert=expert) for expert in range(hf.experts.count)]
@@ -58,10 +61,30 @@ def megatron_names(hf: HFConfig) -> list[str]:
     return names + [rule.megatron for rule in rules if "{" not in rule.megatron and rule.megatron != EMBEDDING]
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Rows of a Hugging Face tensor that are one part of a Megatron tensor."""
+
+    name: str
+    first: int
+    shape: tuple[int, ...]
+
+
+def _parts(hf: HFConfig, megatron_name: str) -> tuple[Rule, list[_Part]]:
+    rule, numbers = _find(hf, megatron_name)
+    parts: list[_Part] = []
+    ends: dict[str, int] = {}  # of what came before in the same Hugging Face tensor
+    for written, shape in zip(rule.parts, rule.shapes(hf), strict=True):
+        name = written.partition("#")[0].format(**numbers)
+        parts.append(_Part(name, ends.get(name, 0), shape))
+        ends[name] = ends.get(name, 0) + shape[0]
+    return rule, parts
+
+
 def hf_parts(hf: HFConfig, megatron_name: str) -> dict[str, tuple[int, ...]]:
     """Name and shape of the Hugging Face tensors that one Megatron tensor is made of, in the order of its layout."""
-    rule, numbers = _find(hf, _source_name(hf, megatron_name))
-    return {name.format(**numbers): shape for name, shape in zip(rule.parts, rule.shapes(hf), strict=True)}
+    _, parts = _parts(hf, _source_name(hf, megatron_name))
+    return {part.name: (part.first + part.shape[0], *part.shape[1:]) for part in parts}
 
 
 def hf_shapes(hf: HFConfig) -> dict[str, tuple[int, ...]]:
@@ -87,8 +110,7 @@ def import_tensor(hf: HFConfig, megatron_name: str, get: Callable[[str], Tensor]
     """
 
     def get_rows(name: str, start: int, stop: int) -> Tensor:
-        part = get(name)
-        shape = parts[name]
+        part, shape = get(name), parts[name]
         if tuple(part.shape) != shape:
             raise ValueError(f"tensor {name!r} has shape {tuple(part.shape)} but config.json implies {shape}")
         return part[start:stop]
@@ -104,25 +126,22 @@ def import_rows(
 
     `start` and `stop` must be multiples of `row_unit`. Raises ValueError when a tensor is missing.
     """
-    rule, _ = _find(hf, _source_name(hf, megatron_name))
-    parts = hf_parts(hf, megatron_name)
-    transform, rows = TRANSFORMS[rule.transform], [shape[0] for shape in parts.values()]
+    rule, parts = _parts(hf, _source_name(hf, megatron_name))
+    transform, rows = TRANSFORMS[rule.transform], [part.shape[0] for part in parts]
     slices = []
-    for name, (low, high) in zip(parts, transform.locate(start, stop, hf.num_kv_heads, rows), strict=True):
+    for part, (low, high) in zip(parts, transform.locate(start, stop, hf.num_kv_heads, rows), strict=True):
         if low < high:
             try:
-                slices.append(get_rows(name, low, high))
+                slices.append(get_rows(part.name, part.first + low, part.first + high))
             except KeyError as error:
-                raise ValueError(f"the checkpoint has no tensor {name!r}, which {megatron_name} needs") from error
+                raise ValueError(f"the checkpoint has no tensor {part.name!r}, which {megatron_name} needs") from error
     return transform.merge(slices, (stop - start) // transform.unit(hf.num_kv_heads, rows))
 
 
 def row_unit(hf: HFConfig, megatron_name: str) -> int:
     """Granularity of the row blocks in which a Megatron tensor can be converted."""
-    rule, _ = _find(hf, _source_name(hf, megatron_name))
-    return TRANSFORMS[rule.transform].unit(
-        hf.num_kv_heads, [shape[0] for shape in hf_parts(hf, megatron_name).values()]
-    )
+    rule, parts = _parts(hf, _source_name(hf, megatron_name))
+    return TRANSFORMS[rule.transform].unit(hf.num_kv_heads, [part.shape[0] for part in parts])
 
 
 def export_tensors(
@@ -143,7 +162,8 @@ def export_tensors(
     padded = megatron_name in VOCAB_TENSORS and shape[0] >= expected[0] and shape[1:] == expected[1:]
     if shape != expected and not padded:
         raise ValueError(f"Megatron tensor {megatron_name!r} has shape {shape} but the config implies {expected}")
-    named = [(name, part) for name, _, part in export_rows(hf, megatron_name, 0, full)]
+    rows = export_rows(hf, megatron_name, 0, full)
+    named = [(name, _stack([piece for of, _, piece in rows if of == name])) for name in hf_parts(hf, megatron_name)]
     if explicit_lm_head and hf.tied and megatron_name == EMBEDDING:
         named.append((HF_OUTPUT, named[0][1]))
     return named
@@ -154,13 +174,20 @@ def export_rows(hf: HFConfig, megatron_name: str, start: int, block: Tensor) -> 
 
     `start` and the number of rows must be multiples of `row_unit`. Vocabulary padding is left out.
     """
-    rule, _ = _find(hf, megatron_name)
-    parts = hf_parts(hf, megatron_name)
-    transform, rows = TRANSFORMS[rule.transform], [shape[0] for shape in parts.values()]
+    rule, parts = _parts(hf, megatron_name)
+    transform, rows = TRANSFORMS[rule.transform], [part.shape[0] for part in parts]
     ranges = transform.locate(start, start + block.shape[0], hf.num_kv_heads, rows)
     groups = block.shape[0] // transform.unit(hf.num_kv_heads, rows)
     pieces = transform.split(block, groups, [high - low for low, high in ranges])
-    return [(name, low, piece) for name, (low, high), piece in zip(parts, ranges, pieces, strict=True) if low < high]
+    return [
+        (part.name, part.first + low, piece)
+        for part, (low, high), piece in zip(parts, ranges, pieces, strict=True)
+        if low < high
+    ]
+
+
+def _stack(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def unconsumed(hf: HFConfig, checkpoint_names: Iterable[str]) -> list[str]:

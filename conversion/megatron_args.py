@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from conversion.config import HFConfig
+import torch
+from torch import Tensor
+
+from conversion.config import HFConfig, Llama3Rope
 from conversion.sharding import padded_vocab
 
 
@@ -26,7 +29,7 @@ def transformer_config(hf: HFConfig) -> dict[str, Any]:
         "normalization": "RMSNorm",
         "add_qkv_bias": hf.qkv_bias,
         "add_bias_linear": hf.linear_bias,
-        "qk_layernorm": hf.qk_norm,
+        "qk_layernorm": hf.qk_norm and not hf.qk_norm_over_heads,
         "gated_linear_unit": True,
         "activation_func": "silu",
         "hidden_dropout": 0.0,
@@ -37,6 +40,12 @@ def transformer_config(hf: HFConfig) -> dict[str, Any]:
         kwargs["window_size"] = (hf.window - 1, 0)
         if hf.window_layers and not all(hf.window_layers):
             kwargs["window_attn_skip_freq"] = [int(windowed) for windowed in hf.window_layers]
+    if hf.no_rope_layers:
+        kwargs["no_rope_freq"] = [int(without) for without in hf.no_rope_layers]
+    if hf.rope.interleaved:
+        kwargs["rotary_interleaved"] = True
+    if hf.attention_scale is not None:
+        kwargs["softmax_scale"] = hf.attention_scale
     if hf.experts is not None:
         kwargs |= {
             "num_moe_experts": hf.experts.count,
@@ -48,6 +57,11 @@ def transformer_config(hf: HFConfig) -> dict[str, Any]:
             "moe_token_dispatcher_type": "alltoall",
             "moe_router_dtype": "fp32",
         }
+        if hf.mixed:
+            kwargs["moe_layer_freq"] = [int(sparse) for sparse in hf.experts.sparse_layers]
+        if hf.experts.shared_ffn_hidden_size:
+            kwargs["moe_shared_expert_intermediate_size"] = hf.experts.shared_ffn_hidden_size
+            kwargs["moe_shared_expert_gate"] = hf.experts.shared_gate
     return kwargs
 
 
@@ -64,7 +78,7 @@ def gpt_model_kwargs(hf: HFConfig, tp_size: int = 1, vocab_multiple: int = 1) ->
         "vocab_size": padded_vocab(hf.vocab_size, tp_size, vocab_multiple),
         "max_sequence_length": hf.max_positions,
         "position_embedding_type": "yarn" if hf.rope.kind == "yarn" else "rope",
-        "rotary_percent": 1.0,
+        "rotary_percent": hf.rope.fraction,
         "rotary_base": int(theta) if theta.is_integer() else theta,
         "rope_scaling": hf.rope.kind == "llama3",
         "rope_scaling_factor": hf.rope.factor if hf.rope.kind == "llama3" else 8.0,
@@ -109,11 +123,46 @@ def megatron_lm_arguments(hf: HFConfig) -> dict[str, Any]:
     }
 
 
+def inverse_frequencies(hf: HFConfig) -> Tensor | None:
+    """(rotated channels / 2,) float32 to put in place of those of Megatron's rotary embedding; None where they agree.
+
+    GPTModel takes the factor of Llama 3's scaling alone and fixes the other constants. Formula:
+    transformers, modeling_rope_utils.py `_compute_llama3_parameters`.
+    """
+    rope = hf.rope
+    if rope.llama3 is None or rope.llama3 == Llama3Rope():
+        return None
+    channels = int(hf.head_dim * rope.fraction)
+    plain = 1.0 / rope.theta ** (torch.arange(0, channels, 2, dtype=torch.float32) / channels)
+    turns = plain * rope.llama3.original_positions / (2 * math.pi)  # within the original length
+    low, high = rope.llama3.low_freq_factor, rope.llama3.high_freq_factor
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)  # 0: divided by the factor, 1: left alone
+    return (1 - smooth) * plain / rope.factor + smooth * plain
+
+
+def beyond_gpt_model(hf: HFConfig) -> list[str]:
+    """What this model has and Megatron-Core's GPTModel has not. The learner's layers add it; others must too."""
+    return [
+        what
+        for what, present in (
+            ("norms behind attention and MLP", hf.norms != "before"),
+            ("an RMSNorm over all heads of queries and keys", hf.qk_norm_over_heads),
+            ("constants that scale embedding, residual branches or logits", _scaled(hf)),
+            ("rope constants other than Llama 3.1's", inverse_frequencies(hf) is not None),
+        )
+        if present
+    ]
+
+
+def _scaled(hf: HFConfig) -> bool:
+    return (hf.embedding_scale, hf.residual_scale, hf.logits_divisor) != (1.0, 1.0, 1.0)
+
+
 def megatron_lm_flags(hf: HFConfig) -> list[str]:
     """What to add to Megatron-LM's command line: `--use-checkpoint-args` leaves these at its own defaults."""
     arguments = megatron_lm_arguments(hf)
     flags = ["--use-checkpoint-args", f"--norm-epsilon {hf.norm_eps:g}", "--ckpt-format torch_dist"]
-    flags += ["--qk-layernorm"] if hf.qk_norm else []
+    flags += ["--qk-layernorm"] if arguments["qk_layernorm"] else []
     if arguments["use_rope_scaling"]:
         flags += ["--use-rope-scaling", f"--rope-scaling-factor {hf.rope.factor:g}"]
     if hf.rope.kind == "linear":

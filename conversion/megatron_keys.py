@@ -30,12 +30,22 @@ class Slot:
     extents: tuple[int, ...] = ()
 
 
-def stacked_slots(hf: HFConfig, name: str) -> list[Slot]:
-    """The default place of a parameter given by its local-spec name.
+def own_slots(hf: HFConfig, name: str) -> list[Slot]:
+    """The place of a parameter, given by its local-spec name, in what Megatron saves by default.
 
-    There are two for the norm before a mixture of experts: Megatron's local layer looks for it under the fused name,
-    the Transformer Engine layer under its own.
+    Layers are stacked, but numbered where some have experts and some not (`moe_layer_freq`). There are two places for
+    the norm before a mixture of experts: Megatron's local layer looks for it under the fused name, the Transformer
+    Engine layer under its own.
     """
+    return _numbered_slots(hf, name)[: 1 + _has_two(hf, name)] if hf.mixed else _stacked_slots(hf, name)
+
+
+def _has_two(hf: HFConfig, name: str) -> bool:
+    match = _NUMBERS.match(name)
+    return match is not None and name[match.end() :] == "pre_mlp_layernorm.weight" and hf.sparse(int(match[1]))
+
+
+def _stacked_slots(hf: HFConfig, name: str) -> list[Slot]:
     match = _NUMBERS.match(name)
     if match is None:
         return [Slot(name)]
@@ -46,22 +56,22 @@ def stacked_slots(hf: HFConfig, name: str) -> list[Slot]:
         key = f"decoder.layers.mlp.experts.experts.{rest}"
         return [Slot(key, (int(layer), int(expert)), (hf.num_layers, hf.experts.count))]
     plain, lead, extents = f"decoder.layers.{rest}", (int(layer),), (hf.num_layers,)
-    keys = {te_name(plain, moe=hf.experts is not None): None, te_name(plain): None}
+    keys = {te_name(plain, moe=_has_two(hf, name)): None, te_name(plain): None}
     return [Slot(key, lead, extents) for key in keys]
 
 
 def _numbered_slots(hf: HFConfig, name: str) -> list[Slot]:
-    """The places of a parameter in checkpoints that number their layers."""
+    """The places of a parameter in checkpoints that number their layers, the usual one first."""
     match = _NUMBERS.match(name)
     if match is None:
-        return []
+        return [Slot(name)]
     layer, expert = match.groups()
     rest = name[match.end() :]
     if expert is not None:
         assert hf.experts is not None
         base = f"decoder.layers.{layer}.mlp.experts.experts."
         return [Slot(base + rest, (int(expert),), (hf.experts.count,)), Slot(f"{base}{expert}.{rest}")]
-    return [Slot(te_name(name)), Slot(name)]
+    return [Slot(key) for key in dict.fromkeys((te_name(name, moe=_has_two(hf, name)), te_name(name), name))]
 
 
 def find_slots(hf: HFConfig, keys: Iterable[str]) -> dict[str, Slot]:
@@ -75,7 +85,7 @@ def find_slots(hf: HFConfig, keys: Iterable[str]) -> dict[str, Slot]:
     missing = []
     used = {"output_layer.weight"} if hf.tied else set()
     for name in megatron_names(hf):
-        candidates = [*stacked_slots(hf, name), *_numbered_slots(hf, name)]
+        candidates = [*own_slots(hf, name), *_stacked_slots(hf, name), *_numbered_slots(hf, name)]
         found = [slot for slot in candidates if slot.key in weights]
         if found:
             slots[name] = found[0]
@@ -96,18 +106,22 @@ def find_slots(hf: HFConfig, keys: Iterable[str]) -> dict[str, Slot]:
 
 def extra_state_keys(hf: HFConfig) -> list[str]:
     """Keys of the (empty) extra states without which Megatron refuses to load a checkpoint into its linear layers."""
-    experts = hf.experts.count if hf.experts else 0
-    modules = ["self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention"]
-    modules += [] if experts else ["mlp.linear_fc1", "mlp.linear_fc2"]
-    keys = [
-        f"decoder.layers.{module}._extra_state/shard_{layer}_{hf.num_layers}"
-        for module in modules
-        for layer in range(hf.num_layers)
-    ]
-    keys += [
-        f"decoder.layers.mlp.experts.experts.linear_{fc}._extra_state/shard_{layer}.{expert}_{hf.num_layers}.{experts}"
-        for fc in ("fc1", "fc2")
-        for layer in range(hf.num_layers)
-        for expert in range(experts)
-    ]
+    keys = []
+    for layer in range(hf.num_layers):
+        prefix, place = "decoder.layers.", f"{layer}_{hf.num_layers}"
+        if hf.mixed:
+            prefix, place = f"decoder.layers.{layer}.", "0_1"
+        modules = ["self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention"]
+        if hf.experts is None or not hf.sparse(layer):
+            modules += ["mlp.linear_fc1", "mlp.linear_fc2"]
+        else:
+            if hf.experts.shared_ffn_hidden_size:
+                modules += ["mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2"]
+            count = hf.experts.count
+            for fc in ("fc1", "fc2"):
+                shards = [f"{layer}.{e}_{hf.num_layers}.{count}" for e in range(count)]
+                if hf.mixed:
+                    shards = [f"{e}_{count}" for e in range(count)]
+                keys += [f"{prefix}mlp.experts.experts.linear_{fc}._extra_state/shard_{shard}" for shard in shards]
+        keys += [f"{prefix}{module}._extra_state/shard_{place}" for module in modules]
     return keys

@@ -40,7 +40,7 @@ from conversion.digests import bulk_digest, text
 from conversion.hf_files import PIECE_BYTES, WRITEBACK_BYTES, HFReader, start_writeback
 from conversion.mapping import hf_parts, import_rows, megatron_names, megatron_shape, row_unit
 from conversion.megatron_args import megatron_lm_arguments
-from conversion.megatron_keys import extra_state_keys, stacked_slots
+from conversion.megatron_keys import extra_state_keys, own_slots
 from conversion.parallel import for_each
 from conversion.pickled import PickledReader
 from conversion.values import Values
@@ -88,7 +88,7 @@ def _plan(hf: HFConfig, reader: Reader, dtype: torch.dtype | None) -> tuple[list
     tensors: dict[str, TensorStorageMetadata] = {}
     for name in megatron_names(hf):
         shape = megatron_shape(hf, name)
-        for slot in stacked_slots(hf, name):
+        for slot in own_slots(hf, name):
             found = {reader.tensors[part].dtype for part in hf_parts(hf, name)}
             properties = TensorProperties(dtype=dtype or next(iter(found)))
             whole = TensorStorageMetadata(properties, torch.Size((*slot.extents, *shape)), [])

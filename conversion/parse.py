@@ -12,13 +12,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conversion.config import HFConfig, Rope, Yarn
+from conversion.config import HFConfig, Llama3Rope, Rope, Yarn
 from conversion.families import find_family
 from conversion.fields import Fields, shown
 from conversion.locate import refuse_lfs_pointer
 
 MOST_LAYERS = 10_000
-_LLAMA3_FIXED = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def read_config(hf_dir: str | Path) -> HFConfig:
@@ -67,35 +66,33 @@ def parse_config(raw: Mapping[str, Any]) -> HFConfig:
         vocab_size=config.integer("vocab_size"),
         max_positions=config.integer("max_position_embeddings"),
         norm_eps=config.number("rms_norm_eps"),
-        rope=_rope(config),
+        rope=_rope(config, family.rotary),
         tied=config.flag("tie_word_embeddings"),
         **family.options(config),
     )
 
 
-def _rope(config: Fields) -> Rope:
+def _rope(config: Fields, rotary: str) -> Rope:
     """transformers 5 keeps everything in `rope_parameters`, transformers 4 in `rope_theta` and `rope_scaling`."""
     both = {**config.section("rope_scaling"), **config.section("rope_parameters")}
     rope = Fields({"rope_theta": config.get("rope_theta"), **both}, "the rope parameters")
     kind = rope.text("rope_type", rope.text("type", "default"))
     if kind not in ("default", "linear", "dynamic", "llama3", "yarn"):
-        raise ValueError(
-            f"rope_type={shown(kind)} is not supported: use default, linear, dynamic, llama3 or yarn, or remove "
-            "the scaling from config.json if sequences stay within the original length"
-        )
-    if kind == "llama3":
-        # GPTModel takes only the factor; the other three are constants in its RotaryEmbedding._apply_scaling.
-        for key, fixed in _LLAMA3_FIXED.items():
-            if rope.get(key) != fixed:
-                raise ValueError(
-                    f"rope parameter {key}={shown(rope.get(key))} is not supported: Megatron fixes it at {fixed}"
-                )
-    partial = rope.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
-    if partial != 1.0:
-        raise ValueError(f"partial_rotary_factor={partial} is not supported: only full rotary embeddings are")
+        raise ValueError(f"rope_type={shown(kind)} is not supported: default, linear, dynamic, llama3 and yarn are")
+    fraction = rope.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
+    if fraction > 1 or (fraction != 1 and (rotary == "whole" or kind != "default")):
+        raise ValueError(f"partial_rotary_factor={fraction} is not supported for this family, or not with {kind} RoPE")
     theta, factor = rope.number("rope_theta", 10000.0), rope.number("factor", 1.0, least=1.0, above=False)
     yarn = _yarn(rope, factor, config.integer("max_position_embeddings")) if kind == "yarn" else None
-    return Rope(theta, kind, factor, yarn)
+    llama3 = _llama3(rope) if kind == "llama3" else None
+    return Rope(theta, kind, factor, yarn, llama3, fraction, interleaved=rotary == "partial, in pairs")
+
+
+def _llama3(rope: Fields) -> Llama3Rope:
+    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    if low >= high:
+        raise ValueError(f"rope parameter low_freq_factor={low} must be below high_freq_factor={high}")
+    return Llama3Rope(low, high, rope.integer("original_max_position_embeddings"))
 
 
 _YARN_KEYS = {"rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings", "partial_rotary_factor"}
@@ -129,14 +126,20 @@ def in_dialect(raw: Mapping[str, Any], version: int) -> dict[str, Any]:
     """A config as transformers 4 (`version=4`) or transformers 5 (`version=5`) writes it; the meaning is the same."""
     assert version in (4, 5), version
     config = dict(raw)
-    old_names, new_names = ("torch_dtype", "num_experts"), ("dtype", "num_local_experts")
-    renames = zip(new_names, old_names, strict=True) if version == 4 else zip(old_names, new_names, strict=True)
-    for source, target in renames:
+    renames = {"torch_dtype": "dtype"}  # from transformers 4 to 5
+    if raw.get("architectures") == ["Qwen3MoeForCausalLM"]:
+        renames["num_experts"] = "num_local_experts"
+    for old, new in renames.items():
+        source, target = (new, old) if version == 4 else (old, new)
         if source in config:
             config[target] = config.pop(source)
     scaling = config.pop("rope_scaling", None) or {}
-    rope = {"rope_theta": config.pop("rope_theta", 10000.0), **scaling, **(config.pop("rope_parameters", None) or {})}
+    theta = find_family(raw["architectures"][0]).defaults.get("rope_theta", 10000.0)
+    rope = {"rope_theta": config.pop("rope_theta", theta), **scaling, **(config.pop("rope_parameters", None) or {})}
     rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
+    outside = config.pop("partial_rotary_factor", None)
+    if (fraction := rope.pop("partial_rotary_factor", outside)) is not None:
+        (rope if version == 5 else config)["partial_rotary_factor"] = fraction
     if version == 5:
         return config | {"rope_parameters": rope}
     theta = rope.pop("rope_theta")

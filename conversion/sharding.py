@@ -19,12 +19,14 @@ _LAYOUT: tuple[tuple[str, int, int], ...] = (
     (r"embedding\.word_embeddings\.weight|output_layer\.weight", 0, 1),
     (r"decoder\.layers\.\d+\.self_attention\.linear_qkv\.(weight|bias)", 0, 1),
     (r"decoder\.layers\.\d+\.self_attention\.linear_proj\.weight", 1, 1),
-    (r"decoder\.layers\.\d+\.mlp\.(experts\.local_experts\.\d+\.)?linear_fc1\.(weight|bias)", 0, 2),
-    (r"decoder\.layers\.\d+\.mlp\.(experts\.local_experts\.\d+\.)?linear_fc2\.weight", 1, 1),
+    (r"decoder\.layers\.\d+\.mlp\.(experts\.local_experts\.\d+\.|shared_experts\.)?linear_fc1\.(weight|bias)", 0, 2),
+    (r"decoder\.layers\.\d+\.mlp\.(experts\.local_experts\.\d+\.|shared_experts\.)?linear_fc2\.weight", 1, 1),
+    (r"decoder\.layers\.\d+\.self_attention\.[qk]_layernorm\.weight_over_heads", 0, 1),
 )
 _REPLICATED = re.compile(
     r"decoder\.final_layernorm\.weight|decoder\.layers\.\d+\.((input|pre_mlp)_layernorm\.weight|"
-    r"self_attention\.([qk]_layernorm\.weight|linear_proj\.bias)|mlp\.(linear_fc2\.bias|router\.weight))"
+    r"self_attention\.([qk]_layernorm\.weight|linear_proj\.(bias|post_layernorm\.weight))|"
+    r"mlp\.(linear_fc2\.(bias|post_layernorm\.weight)|router\.(weight|expert_bias)|shared_experts\.gate_weight))"
 )
 
 # Transformer Engine fuses a norm into the linear layer that follows it and numbers grouped experts in the last field.

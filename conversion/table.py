@@ -16,13 +16,21 @@ class Rule:
     """One line of a table.
 
     Names may contain `{layer}` (counted over the whole model) and `{expert}` (counted over all experts of the layer).
-    `parts` maps each Hugging Face name to its shape, written in the symbols of `HFConfig.sizes`.
+    `parts` maps each Hugging Face name to its shape, written in the symbols of `HFConfig.sizes`. Where Hugging Face
+    stores several parts as the rows of one tensor, they have its name with `#0`, `#1`, … behind it, in that order.
     """
 
     megatron: str
     transform: str  # a key of `transforms.TRANSFORMS`
     parts: Mapping[str, str]
     when: Callable[[HFConfig], bool] = lambda hf: True  # the tensor exists only for such configs
+    layers: str = "all"  # "dense": only in layers without experts, "sparse": only in those with
+
+    def applies(self, hf: HFConfig, layer: int | None) -> bool:
+        """Whether a model has this tensor (in a layer)."""
+        if not self.when(hf) or layer is None or self.layers == "all":
+            return self.when(hf)
+        return hf.sparse(layer) == (self.layers == "sparse")
 
     def shapes(self, hf: HFConfig) -> list[tuple[int, ...]]:
         """Shape of every Hugging Face part."""
@@ -53,6 +61,7 @@ class Family:
     rules: tuple[Rule, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)  # what transformers assumes when a key is missing
     options: Callable[[Fields], dict[str, Any]] = _no_options
+    rotary: str = "whole"  # of each head: "whole", "partial" (`partial_rotary_factor`) or "partial, in pairs"
     ignored: tuple[str, ...] = (
         r".*\.rotary_emb\.inv_freq",
     )  # patterns of tensors that can be computed from the config

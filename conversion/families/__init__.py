@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+from conversion.families.glm4 import GLM4
+from conversion.families.granite import GRANITE
 from conversion.families.internlm3 import INTERNLM3
 from conversion.families.llama import LLAMA
 from conversion.families.mistral import MISTRAL
+from conversion.families.mixtral import MIXTRAL
+from conversion.families.olmo2 import OLMO2
+from conversion.families.phi3 import PHI3
 from conversion.families.qwen2 import QWEN2
+from conversion.families.qwen2_moe import QWEN2_MOE
 from conversion.families.qwen3 import QWEN3
 from conversion.families.qwen3_moe import QWEN3_MOE
 from conversion.families.seed_oss import SEED_OSS
+from conversion.families.smollm3 import SMOLLM3
 from conversion.fields import shown
 from conversion.table import Family
 
 FAMILIES: dict[str, Family] = {
+    "Glm4ForCausalLM": GLM4,
+    "GraniteForCausalLM": GRANITE,
     "InternLM3ForCausalLM": INTERNLM3,
     "LlamaForCausalLM": LLAMA,
     "MistralForCausalLM": MISTRAL,
+    "MixtralForCausalLM": MIXTRAL,
+    "Olmo2ForCausalLM": OLMO2,
+    "Phi3ForCausalLM": PHI3,
     "Qwen2ForCausalLM": QWEN2,
+    "Qwen2MoeForCausalLM": QWEN2_MOE,
     "Qwen3ForCausalLM": QWEN3,
     "Qwen3MoeForCausalLM": QWEN3_MOE,
     "SeedOssForCausalLM": SEED_OSS,
+    "SmolLM3ForCausalLM": SMOLLM3,
 }
 
 REFUSED: dict[str, str] = {
-    "Olmo2ForCausalLM": "OLMo-2 normalises queries and keys over all heads together, Megatron over each head alone",
+    "Gemma3ForCausalLM": "Gemma-3 has two rotary bases, one for local and one for global layers; Megatron has one",
+    "GptOssForCausalLM": "gpt-oss needs attention sinks and biased, clamped experts, which our attention lacks",
+    "Olmo3ForCausalLM": "OLMo-3 scales the rotary embedding of its global layers alone; Megatron has one for all",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from conversion.fields import Fields
@@ -16,8 +17,22 @@ EMBEDDINGS = (
     Rule("decoder.final_layernorm.weight", "copy", {"model.norm.weight": "hidden"}),
 )
 
-ATTENTION = (
+INPUT_NORMS = (
     Rule(_MEGATRON + "input_layernorm.weight", "copy", {_HF + "input_layernorm.weight": "hidden"}),
+    Rule(_MEGATRON + "pre_mlp_layernorm.weight", "copy", {_HF + "post_attention_layernorm.weight": "hidden"}),
+)
+
+OUTPUT_PROJECTION = (
+    Rule(_MEGATRON + "self_attention.linear_proj.weight", "copy", {_HF + "self_attn.o_proj.weight": "hidden q"}),
+    Rule(
+        _MEGATRON + "self_attention.linear_proj.bias",
+        "copy",
+        {_HF + "self_attn.o_proj.bias": "hidden"},
+        when=lambda hf: hf.linear_bias,
+    ),
+)
+
+LINEAR_ATTENTION = (
     Rule(
         _MEGATRON + "self_attention.linear_qkv.weight",
         "qkv",
@@ -37,15 +52,11 @@ ATTENTION = (
         },
         when=lambda hf: hf.qkv_bias or hf.linear_bias,
     ),
-    Rule(_MEGATRON + "self_attention.linear_proj.weight", "copy", {_HF + "self_attn.o_proj.weight": "hidden q"}),
-    Rule(
-        _MEGATRON + "self_attention.linear_proj.bias",
-        "copy",
-        {_HF + "self_attn.o_proj.bias": "hidden"},
-        when=lambda hf: hf.linear_bias,
-    ),
-    Rule(_MEGATRON + "pre_mlp_layernorm.weight", "copy", {_HF + "post_attention_layernorm.weight": "hidden"}),
+    *OUTPUT_PROJECTION,
 )
+
+# In the order of a forward pass.
+ATTENTION = (INPUT_NORMS[0], *LINEAR_ATTENTION, INPUT_NORMS[1])
 
 MLP = (
     Rule(
@@ -68,10 +79,21 @@ MLP = (
     ),
 )
 
+
+def post_norm(linear: str, hf_name: str) -> Rule:
+    """The norm behind a projection that ends attention or MLP: our layers keep it inside that projection."""
+    return Rule(_MEGATRON + linear + ".post_layernorm.weight", "copy", {_HF + hf_name + "_layernorm.weight": "hidden"})
+
+
+def in_layers(kind: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """The same rules for the "dense" or the "sparse" layers of a mixture of experts alone."""
+    return tuple(replace(rule, layers=kind) for rule in rules)
+
+
 DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 
 
-def _options(config: Fields) -> dict[str, Any]:
+def llama_options(config: Fields) -> dict[str, Any]:
     attention, mlp = config.flag("attention_bias"), config.flag("mlp_bias")
     if attention != mlp:
         raise ValueError(
@@ -82,5 +104,5 @@ def _options(config: Fields) -> dict[str, Any]:
 
 
 LLAMA = Family(
-    "LlamaForCausalLM", EMBEDDINGS + ATTENTION + MLP, {**DEFAULTS, "max_position_embeddings": 2048}, _options
+    "LlamaForCausalLM", EMBEDDINGS + ATTENTION + MLP, {**DEFAULTS, "max_position_embeddings": 2048}, llama_options
 )

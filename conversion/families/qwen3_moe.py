@@ -1,11 +1,11 @@
-"""Qwen3 mixture of experts: Qwen3 with a router and experts in every layer."""
+"""Qwen3 mixture of experts: Qwen3 with a router and experts, in every layer or in some."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from conversion.config import Experts
-from conversion.families.llama import ATTENTION, DEFAULTS, EMBEDDINGS
+from conversion.families.llama import ATTENTION, DEFAULTS, EMBEDDINGS, MLP, in_layers
 from conversion.families.qwen3 import QK_NORM, qwen3_options
 from conversion.fields import Fields
 from conversion.table import Family, Rule
@@ -31,24 +31,34 @@ EXPERTS = (
 )
 
 
-def _options(config: Fields) -> dict[str, Any]:
-    for key, only in (("decoder_sparse_step", 1), ("mlp_only_layers", [])):
-        config.only(key, only, why=f"every layer must have experts ({key}={only!r})")
+def routed_experts(config: Fields, **more: Any) -> Experts:
+    """The experts of the Qwen families; `more`: further fields of `Experts`."""
+    layers, step = config.integer("num_hidden_layers"), config.integer("decoder_sparse_step", default=1)
+    dense = set(config.integers("mlp_only_layers") or ())
+    sparse = tuple(layer not in dense and (layer + 1) % step == 0 for layer in range(layers))
+    if not any(sparse):
+        raise ValueError(f"decoder_sparse_step={step} and mlp_only_layers leave no layer with experts")
     experts = Experts(
         # transformers 5 writes the first, 4 the second
         count=config.optional_integer("num_local_experts") or config.integer("num_experts"),
         ffn_hidden_size=config.integer("moe_intermediate_size"),
         top_k=config.integer("num_experts_per_tok"),
         normalise_top_k=config.flag("norm_topk_prob"),
+        sparse_layers=() if all(sparse) else sparse,
+        **more,
     )
-    if not 0 < experts.top_k <= experts.count:
+    if experts.top_k > experts.count:
         raise ValueError(f"num_experts_per_tok={experts.top_k} must be between 1 and num_experts={experts.count}")
-    return {**qwen3_options(config), "experts": experts}
+    return experts
+
+
+def _options(config: Fields) -> dict[str, Any]:
+    return {**qwen3_options(config), "experts": routed_experts(config)}
 
 
 QWEN3_MOE = Family(
     "Qwen3MoeForCausalLM",
-    EMBEDDINGS + ATTENTION + QK_NORM + EXPERTS,
+    EMBEDDINGS + ATTENTION + QK_NORM + in_layers("sparse", EXPERTS) + in_layers("dense", MLP),
     {
         **DEFAULTS,
         "max_position_embeddings": 32768,

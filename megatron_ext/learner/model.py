@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import warnings
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.models.gpt import GPTModel, gpt_layer_specs
 from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
+    get_gpt_decoder_block_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
@@ -30,7 +31,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 import conversion
 from configs.schema import ModelConfig, OptimConfig, ParallelConfig
 from megatron_ext.learner import ON_GPU, control, cpu
-from megatron_ext.learner.attention import PackedAttention
+from megatron_ext.learner.layers import RMSNorm, finish_model, first_layer, local_layer_specs, needs_own_modules
 from megatron_ext.learner.value_head import put_value_head
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -111,42 +112,25 @@ def distributed(
         torch.distributed.destroy_process_group()
 
 
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with the constructor and the marking that Megatron expects.
-
-    Under sequence parallelism each tensor-parallel rank sees part of the tokens, so the weight's gradient must be
-    summed over them; Megatron does so for parameters marked ``sequence_parallel``.
-    """
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device())
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-
-def block_spec(config: TransformerConfig, vp_stage: int | None) -> ModuleSpec | TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, hf: conversion.HFConfig, vp_stage: int | None
+) -> ModuleSpec | TransformerBlockSubmodules:
     """Transformer Engine's layers when it is installed; else Megatron's local ones with our attention and norm."""
-    if config.transformer_impl == "transformer_engine":
+    transformer_engine = config.transformer_impl == "transformer_engine"
+    if transformer_engine and not hf.mixed:
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,
             qk_layernorm=config.qk_layernorm,
         )
-    spec = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
-    )
-    layer = spec.submodules
-    attention = layer.self_attention.submodules
-    attention.core_attention = PackedAttention
-    if config.normalization == "RMSNorm":
-        layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
-        if config.qk_layernorm:
-            attention.q_layernorm = attention.k_layernorm = RMSNorm
-    if config.num_moe_experts:
-        # Megatron's local layers save this norm as if it were fused with the MLP; Transformer Engine's do not fuse it.
-        layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    start = first_layer(config, vp_stage)
+    here = slice(start, start + get_num_layers_to_build(config, vp_stage))
+    if transformer_engine:
+        block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        assert len(block.layer_specs) == here.stop - here.start
+        return block
     # Given a layer alone, Megatron would end the block with a norm of its own choice: torch's, always in float32.
-    layers = [spec] * get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=local_layer_specs(config, hf)[here], layer_norm=RMSNorm)
 
 
 def _leave_as_is(weight: torch.Tensor) -> torch.Tensor:
@@ -176,6 +160,16 @@ def transformer_engine_settings(model: ModelConfig, moe: bool) -> dict[str, Any]
     return settings
 
 
+def _without_transformer_engine(model: ModelConfig, hf: conversion.HFConfig) -> ModelConfig:
+    """The same settings with Megatron's local layers. ValueError when others were asked for by name."""
+    if model.transformer_impl == "transformer_engine" or model.fp8 is not None:
+        raise ValueError(
+            f"{hf.architecture} has {' and '.join(conversion.beyond_gpt_model(hf))}, which only the local layers have: "
+            "set model.transformer_impl=local and model.fp8=null"
+        )
+    return dataclasses.replace(model, transformer_impl="local")
+
+
 def transformer_config(hf: conversion.HFConfig, parallel: ParallelConfig, model: ModelConfig) -> Any:
     """Megatron's configuration: architecture from the checkpoint, layout and precision from the run."""
     # The dispatcher is named for dense models too: Megatron checks it against variable sequence lengths all the same.
@@ -188,6 +182,8 @@ def transformer_config(hf: conversion.HFConfig, parallel: ParallelConfig, model:
     recomputation: dict[str, Any] = {}
     if model.recompute:
         recomputation = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if needs_own_modules(hf):
+        model = _without_transformer_engine(model, hf)
     kernels = transformer_engine_settings(model, moe=hf.experts is not None)
     yarn = conversion.yarn_attributes(hf)
     if yarn and kernels.get("apply_rope_fusion"):
@@ -251,12 +247,13 @@ def build_chunks(
             vp_stage = stage if parallel.vpp > 1 else None
             model = GPTModel(
                 config=config,
-                transformer_layer_spec=block_spec(config, vp_stage),
+                transformer_layer_spec=block_spec(config, hf, vp_stage),
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
                 vp_stage=vp_stage,
                 **kwargs,
             )
+            finish_model(model, hf)
             if value_head and model.post_process:
                 put_value_head(model)
             model = model.to(device())

@@ -33,6 +33,12 @@ LAYOUTS: dict[str, dict[str, dict[str, int]]] = {  # by case, where not DENSE; t
     "qwen2-tied": {"vpp2": {"pp": 2, "vpp": 2}, **DENSE},
     **dict.fromkeys(("qwen2-yarn", "qwen3-yarn"), {"tp1": {}, "tp2-pp2": {"tp": 2, "pp": 2}}),
     "qwen3-moe": {"tp1": {}, "pp2": {"pp": 2}, "ep2": {"ep": 2}, "pp2-ep2": {"pp": 2, "ep": 2}},
+    **dict.fromkeys(
+        ("qwen3-moe-mixed", "qwen2-moe", "mixtral"), {"tp1": {}, "ep2": {"ep": 2}, "pp2-ep2": {"pp": 2, "ep": 2}}
+    ),
+    "qwen2-moe-mixed": {"tp1": {}, "pp2": {"pp": 2}, "tp2-sp-ep2-pp2": {"tp": 2, "sp": True, "ep": 2, "pp": 2}},
+    "olmo2": {"tp1": {}, "tp2-sp": {"tp": 2, "sp": True}, "pp2": {"pp": 2}, "tp2-pp2": {"tp": 2, "pp": 2}},
+    **dict.fromkeys(("llama3-odd", "smollm3", "granite", "glm4", "phi3"), {"tp1": {}, "tp2-pp2": {"tp": 2, "pp": 2}}),
 }
 SMALL: dict[str, Any] = {
     "vocab_size": 131,
@@ -65,6 +71,34 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mistral": ("Mistral", {"sliding_window": 16, "head_dim": 16}),
     "seed-oss": ("SeedOss", {"head_dim": 16, "attention_dropout": 0.0, "residual_dropout": 0.0}),
+    "olmo2": ("Olmo2", {"rms_norm_eps": 1e-4}),
+    "llama3-odd": (
+        "Llama",
+        {"rope_parameters": {**LLAMA3, "low_freq_factor": 0.5, "original_max_position_embeddings": 16}},
+    ),
+    "qwen3-moe-mixed": (
+        "Qwen3Moe",
+        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        | {"mlp_only_layers": [0, 3]},
+    ),
+    "qwen2-moe": (
+        "Qwen2Moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        | {"shared_expert_intermediate_size": 48},
+    ),
+    "qwen2-moe-mixed": (
+        "Qwen2Moe",
+        {"num_experts": 4, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "decoder_sparse_step": 2}
+        | {"shared_expert_intermediate_size": 48, "norm_topk_prob": True},
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "smollm3": ("SmolLM3", {"pad_token_id": 0}),
+    "granite": (
+        "Granite",
+        {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "logits_scaling": 0.3, "residual_multiplier": 0.7},
+    ),
+    "glm4": ("Glm4", {"head_dim": 16, "pad_token_id": 0}),
+    "phi3": ("Phi3", {"pad_token_id": 0, "partial_rotary_factor": 0.75, "head_dim": 16, "hidden_size": 128}),
     # transformers 5 has no InternLM3: a Llama with dynamic RoPE under its name is its oracle
     "internlm3": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 6.0}}),
 }
@@ -75,7 +109,7 @@ def _make(case: str, root: Path) -> None:
     import transformers
 
     prefix, extra = CASES[case]
-    config = getattr(transformers, prefix + "Config")(**SMALL, **extra)
+    config = getattr(transformers, prefix + "Config")(**{**SMALL, **extra})
     torch.manual_seed(1)
     model = getattr(transformers, prefix + "ForCausalLM")(config).eval()
     with torch.no_grad():

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import conversion
 from conversion import hf_to_megatron, megatron_to_hf
+from conversion.config import Llama3Rope
 from conversion.parse import in_dialect
 
 SMALL: dict[str, Any] = {
@@ -51,6 +52,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mistral": ("Mistral", {"sliding_window": 16}),
     "seed-oss": ("SeedOss", {"head_dim": 16}),
+    "olmo2": ("Olmo2", {}),
+    "qwen3-moe-mixed": (
+        "Qwen3Moe",
+        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+        | {"mlp_only_layers": [1]},
+    ),
+    "qwen2-moe": (
+        "Qwen2Moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+        | {"shared_expert_intermediate_size": 40},
+    ),
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0], "pad_token_id": 0}),
+    "granite": ("Granite", {"embedding_multiplier": 12.0, "attention_multiplier": 0.25, "logits_scaling": 8.0}),
+    "glm4": ("Glm4", {"head_dim": 16, "pad_token_id": 0}),
+    "phi3": ("Phi3", {"pad_token_id": 0}),
 }
 
 
@@ -64,15 +81,15 @@ def make(case: str) -> tuple[conversion.HFConfig, dict[str, Tensor]]:
     state = {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
     if raw["tie_word_embeddings"]:
         del state["lm_head.weight"]
+    gate, up, down = ("w1", "w3", "w2") if prefix == "Mixtral" else ("gate_proj", "up_proj", "down_proj")
     for name in [name for name in state if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
         fused = state.pop(name)  # in memory transformers fuses the experts, on disk they are separate
+        stem = name.removesuffix("gate_up_proj").removesuffix("down_proj")
         for expert, tensor in enumerate(fused):
-            if name.endswith("down_proj"):
-                state[name.replace("down_proj", f"{expert}.down_proj.weight")] = tensor
-            else:
-                gate, up = tensor.chunk(2)
-                state[name.replace("gate_up_proj", f"{expert}.gate_proj.weight")] = gate
-                state[name.replace("gate_up_proj", f"{expert}.up_proj.weight")] = up
+            parts = [(down, tensor)] if name.endswith("down_proj") else zip((gate, up), tensor.chunk(2), strict=True)
+            state |= {f"{stem}{expert}.{part}.weight": piece for part, piece in parts}
+    if prefix == "Mixtral":
+        state = {name.replace(".mlp.", ".block_sparse_moe."): tensor for name, tensor in state.items()}
     return conversion.parse_config(raw), state
 
 
@@ -191,7 +208,7 @@ def test_transforms_are_bijections_for_any_shape(heads: int, groups: int, head_d
     ("changes", "words"),
     [
         ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "LlamaForCausalLM", "Qwen2ForCausalLM"]),
-        ({"architectures": ["Olmo2ForCausalLM"]}, ["over all heads"]),
+        ({"architectures": ["Gemma3ForCausalLM"]}, ["two rotary bases"]),
         ({"architectures": None}, ["None", "supported"]),
         ({"hidden_size": "48"}, ["hidden_size='48'", "positive integer"]),
         ({"num_key_value_heads": 3}, ["num_attention_heads=8", "num_key_value_heads=3"]),
@@ -201,7 +218,7 @@ def test_transforms_are_bijections_for_any_shape(heads: int, groups: int, head_d
         ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, ["longrope", "llama3"]),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0, "mrope_section": [2, 3]}}, ["mrope_section", "YaRN"]),
         ({"rope_scaling": {"type": "yarn", "factor": 1.0, "attention_factor": 1.2}}, ["attention_factor=1.2"]),
-        ({"rope_parameters": {**LLAMA3_ROPE, "low_freq_factor": 2.0}}, ["low_freq_factor=2.0", "1.0"]),
+        ({"rope_parameters": {**LLAMA3_ROPE, "low_freq_factor": 4.0}}, ["low_freq_factor=4.0", "high_freq_factor=4.0"]),
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
     ],
 )
@@ -217,7 +234,7 @@ def test_both_config_dialects_mean_the_same() -> None:
     scaling = {key: value for key, value in LLAMA3_ROPE.items() if key != "rope_theta"}
     old = conversion.parse_config({**base, "rope_theta": 500000.0, "rope_scaling": scaling})
     new = conversion.parse_config({**base, "rope_parameters": LLAMA3_ROPE})
-    assert old.rope == new.rope == type(old.rope)(500000.0, "llama3", 32.0)
+    assert old.rope == new.rope == type(old.rope)(500000.0, "llama3", 32.0, llama3=Llama3Rope())
     kwargs = conversion.gpt_model_kwargs(old)
     assert (kwargs["rotary_base"], kwargs["rope_scaling"], kwargs["rope_scaling_factor"]) == (500000, True, 32.0)
 
@@ -242,6 +259,26 @@ def test_released_llama_3_configs_are_read_in_both_dialects(release: str) -> Non
         kwargs = conversion.gpt_model_kwargs(conversion.parse_config(config))
         assert (kwargs["rope_scaling"], kwargs["rope_scaling_factor"]) == (True, scaling["factor"])
         assert kwargs["position_embedding_type"] == "rope" and kwargs["max_sequence_length"] == 131072
+
+
+@pytest.mark.parametrize("factor", [2.0, 32.0])
+@pytest.mark.parametrize("constants", [(1.0, 4.0, 8192), (0.5, 3.0, 64), (2.0, 8.0, 512)])
+def test_llama_3_scaling_with_any_constants_is_that_of_transformers(
+    factor: float, constants: tuple[float, float, int]
+) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {**LLAMA3_ROPE, "factor": factor}
+    rope |= dict(
+        zip(("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), constants, strict=True)
+    )
+    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](transformers.LlamaConfig(**SMALL, head_dim=64, rope_parameters=rope))
+    raw = {**SMALL, "architectures": ["LlamaForCausalLM"], "head_dim": 64, "rope_parameters": rope}
+    got = conversion.inverse_frequencies(conversion.parse_config(raw))
+    if constants == (1.0, 4.0, 8192):
+        assert got is None  # these are Megatron's own
+    else:
+        assert got is not None and torch.allclose(got, expected, rtol=1e-6, atol=0)
 
 
 YARNS: dict[str, dict[str, Any]] = {

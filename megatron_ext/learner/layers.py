@@ -1,0 +1,148 @@
+"""Megatron's local transformer layers for every family that conversion knows, by layer spec.
+
+What Megatron-Core's own modules do not have, and some families need, is here: norms behind attention and MLP, an
+RMSNorm over all heads, constants that scale branches, embedding and logits, and rotary frequencies of other constants.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.tensor_parallel import RowParallelLinear
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+
+import conversion
+from megatron_ext.learner import ON_GPU
+from megatron_ext.learner.attention import PackedAttention
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if ON_GPU else torch.device("cpu")
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm with the constructor and the marking that Megatron expects.
+
+    Under sequence parallelism each tensor-parallel rank sees part of the tokens, so the weight's gradient must be
+    summed over them; Megatron does so for parameters marked ``sequence_parallel``.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=_device())
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class NormOverHeads(torch.nn.Module):
+    """RMSNorm over all heads of the queries (or keys) of a token, which tensor parallelism spreads over ranks.
+
+    In and out: (..., this rank's heads, channels). The weight has another name than a norm of each head alone, whose
+    gradient Megatron sums over tensor-parallel ranks by its name: this one is cut, not repeated.
+    """
+
+    def __init__(self, hidden_size: int, config: TransformerConfig, eps: float, *, keys: bool) -> None:
+        super().__init__()
+        heads = config.num_query_groups if keys else config.num_attention_heads
+        ranks = config.tensor_model_parallel_size
+        if heads % ranks:
+            raise ValueError(f"parallel.tp={ranks} does not divide the {heads} key-value heads: choose a smaller one")
+        self.eps, self.width, self.ranks = eps, heads * hidden_size, ranks
+        weight = torch.ones(heads // ranks * hidden_size, dtype=config.params_dtype, device=_device())
+        self.weight_over_heads = torch.nn.Parameter(weight)
+        tensor_parallel.set_tensor_model_parallel_attributes(self.weight_over_heads, True, 0, 1)
+
+    def forward(self, states: Tensor) -> Tensor:
+        flat = states.flatten(-2)
+        wide = flat.to(torch.promote_types(flat.dtype, torch.float32))
+        squares = wide.square().sum(-1, keepdim=True)
+        if self.ranks > 1:  # a sum over ranks, forward and backward: every rank's output depends on every rank's input
+            summed = tensor_parallel.reduce_from_tensor_model_parallel_region(squares)
+            squares = tensor_parallel.copy_to_tensor_model_parallel_region(summed)
+        normalised = wide * torch.rsqrt(squares / self.width + self.eps)
+        return (self.weight_over_heads * normalised).to(flat.dtype).view_as(states)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        state = self.state_dict(prefix="", keep_vars=True)
+        sharded: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            state, prefix, {"weight_over_heads": 0}, sharded_offsets
+        )
+        return sharded
+
+
+class BranchProjection(RowParallelLinear):
+    """The projection that ends attention or MLP, with a norm behind it, a constant factor, or both."""
+
+    def __init__(self, *args: Any, post_norm: bool, scale: float, config: TransformerConfig, **kwargs: Any) -> None:
+        super().__init__(*args, config=config, **kwargs)
+        self.scale = scale
+        self.post_layernorm = RMSNorm(config, config.hidden_size, config.layernorm_epsilon) if post_norm else None
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        output, bias = super().forward(input_)
+        if self.post_layernorm is not None:
+            assert bias is None, "a bias would belong in front of the norm"
+            output = self.post_layernorm(output)
+        if self.scale != 1:
+            output, bias = output * self.scale, None if bias is None else bias * self.scale
+        return output, bias
+
+
+def needs_own_modules(hf: conversion.HFConfig) -> bool:
+    """Whether a model needs modules of this file, which stand in Megatron's local layers alone."""
+    return hf.norms != "before" or hf.qk_norm_over_heads or hf.residual_scale != 1
+
+
+def local_layer_specs(config: TransformerConfig, hf: conversion.HFConfig) -> list[ModuleSpec]:
+    """The layers of the whole model, in order."""
+    dense, sparse = (_local_layer(config, hf, experts) for experts in (None, config.num_moe_experts))
+    return [sparse if hf.sparse(layer) else dense for layer in range(hf.num_layers)]
+
+
+def _local_layer(config: TransformerConfig, hf: conversion.HFConfig, experts: int | None) -> ModuleSpec:
+    spec = get_gpt_layer_local_spec(
+        num_experts=experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
+    )
+    layer = spec.submodules
+    attention = layer.self_attention.submodules
+    attention.core_attention = PackedAttention
+    identity = layer.pre_cross_attn_layernorm
+    layer.input_layernorm = layer.pre_mlp_layernorm = identity if hf.norms == "after" else RMSNorm
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if hf.qk_norm_over_heads:
+        attention.q_layernorm = ModuleSpec(module=NormOverHeads, params={"keys": False})
+        attention.k_layernorm = ModuleSpec(module=NormOverHeads, params={"keys": True})
+    if needs_own_modules(hf):
+        branch = {"post_norm": hf.norms != "before", "scale": hf.residual_scale}
+        attention.linear_proj = ModuleSpec(module=BranchProjection, params=branch)
+        layer.mlp = copy.deepcopy(layer.mlp)  # Megatron shares it between calls
+        layer.mlp.submodules.linear_fc2 = ModuleSpec(module=BranchProjection, params=branch)
+    if experts:
+        # Megatron's local layers save this norm as if it were fused with the MLP; Transformer Engine's do not fuse it.
+        layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    return spec
+
+
+def finish_model(model: Any, hf: conversion.HFConfig) -> None:
+    """What GPTModel's constructor cannot be told: rotary frequencies, and constants on embedding and logits."""
+    if (frequencies := conversion.inverse_frequencies(hf)) is not None:
+        model.rotary_pos_emb.inv_freq = frequencies.to(model.rotary_pos_emb.inv_freq.device)
+    if model.pre_process and hf.embedding_scale != 1:
+        model.embedding.register_forward_hook(lambda module, inputs, output: output * hf.embedding_scale)
+    if model.post_process and hf.logits_divisor != 1:
+        # on the hidden state, because the policy head never makes all logits
+        model.decoder.final_layernorm.register_forward_hook(lambda module, inputs, output: output / hf.logits_divisor)
+
+
+def first_layer(config: TransformerConfig, vp_stage: int | None) -> int:
+    """The number of this stage's first layer, counted over the whole model from 0."""
+    return int(get_transformer_layer_offset(config, vp_stage, parallel_state.get_pipeline_model_parallel_rank()))
