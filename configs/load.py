@@ -27,7 +27,15 @@ from configs.schema import Config
 GROUPS = ("recipe", "loss", "selection", "schedule")
 GROUP_CHOICE = tuple(f"{group}=" for group in GROUPS)
 # Keys that the schema leaves to whoever they are for, and that are checked there.
-FREE_KEYS = ("loss.", "selection.", "schedule.", "reward.params.", "advantage.params.", "eval.sets.")
+FREE_KEYS = (
+    "loss.",
+    "selection.",
+    "schedule.",
+    "reward.params.",
+    "advantage.params.",
+    "eval.sets.",
+    "run.hang_phases_s.",
+)
 _HERE = Path(__file__).parent
 _TYPE_WORDS = {
     "int": "a whole number",
@@ -57,6 +65,7 @@ def load_config(overrides: Sequence[str]) -> Config:
 
     Raises ValueError, in one sentence that names the key, for anything unknown, of the wrong type or impossible.
     """
+    overrides = [re.sub(r"^resume=", "resume.checkpoint=", item) for item in overrides]
     for item in overrides:
         _check_key(item)
     # The YAML files hold only what differs from the schema's defaults, so Hydra must be told to add keys ("++"); that

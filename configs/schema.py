@@ -20,6 +20,8 @@ class RunConfig:
     peak_tflops: float | None = None  # of a learner's GPU, for MFU; None: its bfloat16 peak by name, none on a CPU
     report_every: int = 10  # rewrite report.html every so many steps; 0: only at the end
     collective_timeout_s: float = 600.0  # of collectives between devices; waits for rollouts and files have none
+    hang_s: float = 60.0  # a rank that gets nothing done for so long is named, and under Slurm the job starts again
+    hang_phases_s: dict[str, float] = field(default_factory=dict)  # other limits by phase, e.g. {save: 7200}
 
 
 @dataclass
@@ -119,6 +121,8 @@ class TrainConfig:
     epochs: int = 1  # passes over a rollout batch
     micro_batch_tokens: int = 4096  # token budget of a packed micro-batch; its context-parallel ranks share it
     old_logprobs: Literal["learner", "rollout"] = "learner"  # recomputed before the first update, or as sampled
+    nonfinite: Literal["stop", "skip"] = "stop"  # a batch whose loss, gradient, reward or log-prob is not finite
+    nonfinite_in_a_row: int = 3  # with "skip": so many batches one after the other end the run
     positive_nll_coef: float = 0.0  # adds coef x the mean over all tokens of correct responses of -log p to each step
     tis_cap: float | None = None  # truncated importance weight min(exp(old - rollout), cap); None: off
     loss_chunk_tokens: int = 0  # logits of so many tokens are in memory at once; 0: chosen by the device
@@ -207,8 +211,9 @@ class EvalConfig:
 
 @dataclass
 class ResumeConfig:
-    """What may change when a run continues in its directory; see recipes/checks/resume.py for the class of each key."""
+    """How a run continues in its directory; recipes/checks/resume.py has what may change then."""
 
+    checkpoint: Literal["latest", "latest_valid"] = "latest"  # the second passes over damaged ones; short: resume=...
     allow_changes: bool = False  # also of what is learned: loss, schedule, reward, optimizer, ...; changes are recorded
 
 

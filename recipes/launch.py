@@ -41,6 +41,9 @@ For example
   run.dry_run=true         print the plan and the resolved configuration, and stop"""
 
 
+NOT_FINITE = 5  # exit status; a job that ends with it is not requeued: the same batch would come again
+
+
 def launch(train: Callable[[Config, Path], None], argv: Sequence[str] | None = None) -> int:
     """Run ``train`` with the configuration of the command line; the exit status. User errors are one line on stderr."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -78,6 +81,9 @@ def launch(train: Callable[[Config, Path], None], argv: Sequence[str] | None = N
     except (ValueError, OSError) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return NOT_FINITE
     except KeyboardInterrupt:
         print("interrupted; start again with the same run.dir to continue from the last checkpoint", file=sys.stderr)
         return 130

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import re
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,11 @@ from rich.markup import escape
 
 from recipes.cluster import attempt
 from recipes.cluster.attempt import Event
+from recipes.cluster.blame import first_error
+from recipes.cluster.lock import is_locked
 from recipes.reporting.runs import changed_settings, is_number, read_config, read_jsonl
 
 ALIVE_S = 60.0  # the batch script's heartbeat comes every 2 s; file servers may show it late
-TAIL = 8  # lines of a failed role's log
 RECENT = 10  # steps whose median time tells how long the rest takes
 SHOWN = {
     "reward": "critic/rewards/mean",
@@ -29,17 +28,6 @@ SHOWN = {
     "grad norm": "actor/grad_norm",
     "length": "response_length/mean",
 }
-
-
-@dataclass(frozen=True)
-class FirstError:
-    """The role that failed first in an attempt, when (seconds since the epoch), how, and the end of its log."""
-
-    role: str
-    time: float
-    what: str
-    log: Path | None
-    tail: list[str]
 
 
 def state(run_dir: Path, now: float) -> tuple[str, str]:
@@ -62,40 +50,10 @@ def state(run_dir: Path, now: float) -> tuple[str, str]:
         if silent < ALIVE_S:
             return "running", f"job {job[0].details.get('job')}"
         return "lost", f"no sign of life for {_duration(silent)}: node lost, or requeued and waiting"
-    if _locked(run_dir):
+    if is_locked(run_dir):
         return "running", ""
     last = next((event.name for event in reversed(events) if event.role == "learner"), "")
     return (last, "") if last in ("stopped", "failed") else ("lost", "ended without a word: killed?")
-
-
-def _locked(run_dir: Path) -> bool:
-    """Whether a process holds the run directory's lock."""
-    try:
-        with (run_dir / ".lock").open("r") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def first_error(directory: Path) -> FirstError | None:
-    """What failed first in an attempt, and so is likelier the cause than what failed after it."""
-    for event in attempt.events(directory):
-        code = event.details.get("code", 0)
-        if event.name == "failed" and "error" in event.details:
-            what = str(event.details["error"])
-        elif event.name == "ended" and code:
-            what = f"ended with status {code}" + (f" (signal {code - 128})" if code > 128 else "")
-        else:
-            continue
-        role = "learner-rank0" if event.role == "learner" else event.role
-        log = directory / f"{role}.log"
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-        tail = [line.rstrip() for line in lines if line.strip()][-TAIL:]
-        return FirstError(role, event.time, what, log if log.is_file() else None, tail)
-    return None
 
 
 def servers(events: Sequence[Event]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ import torch
 
 from configs.layout import updates_per_epoch
 from configs.schema import Config
+from megatron_ext import progress
 from megatron_ext.learner import checkpoint
 from megatron_ext.learner.critic import Critic
 from megatron_ext.learner.learner import Learner
 from megatron_ext.learner.model import distributed
+from megatron_ext.learner.resume import resume
 from megatron_ext.rl.aggregation import mismatch_weights
 from megatron_ext.rl.losses import build_loss
 from megatron_ext.rl.schedules import Controller, build_controller
@@ -31,6 +34,7 @@ from recipes.launch import launch
 from recipes.loop.advantages import assign_advantages, update_critic
 from recipes.loop.batch import aggregation_weights, make_batch, positive_nll_weights, select, split
 from recipes.loop.metrics import StepMetrics
+from recipes.loop.nonfinite import Guard
 from recipes.loop.run_dir import RunDir
 from recipes.loop.stream import RolloutStream
 
@@ -50,12 +54,13 @@ def train(config: Config, model_dir: Path) -> None:
             policy_steps -= config.critic.warmup_steps
         learner = Learner(config, model_dir, total_updates=policy_steps * per_step)
         state: dict[str, Any] = {"step": 0, "position": 0, "controller": controller.init()}
-        if found := checkpoint.find_latest(run.checkpoints):
-            state = checkpoint.load(learner, found, critic=critic)
+        progress.at("load")
+        state = resume(learner, run.checkpoints, config.resume.checkpoint, critic=critic) or state
         saver = checkpoint.Saver(
             run.checkpoints, keep=config.train.keep_checkpoints, background=config.train.async_save
         )
         run.begin(state["step"])
+        guard = Guard(config, run.path)
         stop = StopSignal(run.stop_file)
         with RolloutStream(config, model_dir, run.path, learner, critic) as stream:
             if state["step"] == 0:
@@ -64,7 +69,7 @@ def train(config: Config, model_dir: Path) -> None:
             for step in range(state["step"], config.train.steps):
                 record, samples = stream.next(step, state["position"], metrics)
                 state["controller"] = train_step(
-                    config, learner, critic, controller, selection, state["controller"], step, samples, metrics
+                    config, learner, critic, controller, selection, guard, state["controller"], step, samples, metrics
                 )
                 metrics.learner(learner, critic)
                 state |= {"step": step + 1, "position": record["position"]}
@@ -94,6 +99,7 @@ def train_step(
     critic: Critic | None,
     controller: Controller,
     selection: Selection,
+    guard: Guard,
     controller_state: dict[str, Any],
     step: int,
     samples: list[Sample],
@@ -112,6 +118,9 @@ def train_step(
         stats = learner.statistics(batch)
         batch.ref_logp = learner.reference_logp(batch)
     rollout_logp = torch.cat([torch.as_tensor(s.rollout.logprobs, dtype=stats.logp.dtype) for s in samples])
+    if not guard.accepts(step, samples, rollout_logp, stats):
+        metrics.add({"actor/nonfinite_updates": guard.skipped})
+        return controller_state
     batch.old_logp = stats.logp if config.train.old_logprobs == "learner" else rollout_logp
     if config.train.tis_cap is not None:
         batch.is_weight = mismatch_weights(stats.logp, rollout_logp, cap=config.train.tis_cap)
@@ -134,14 +143,20 @@ def train_step(
             for mini in split(groups_B, config.train.mini_batch_prompts):
                 if selection.per_update:
                     select(config, selection, batch, learner.statistics(batch, mini), step, mini, metrics)
+                members = [samples[i] for i in mini]
                 weights_B = aggregation_weights(config, selection, batch, groups_B, include_B, mini)
                 if config.train.positive_nll_coef:
                     batch.nll_weight = positive_nll_weights(config.train.positive_nll_coef, samples, batch, mini)
                 if critic is not None and targets is not None:
-                    metrics.critic_update(update_critic(critic, targets, batch, mini))
+                    done = guard.update(step, members, partial(update_critic, critic, targets, batch, mini))
+                    if done is not None:
+                        metrics.critic_update(done)
                     if step < config.critic.warmup_steps:
                         continue
-                metrics.update(learner.update(batch, mini, weights_B, loss, selection_inside=selection.inside))
+                step_on = partial(learner.update, batch, mini, weights_B, loss, selection_inside=selection.inside)
+                if (update := guard.update(step, members, step_on)) is not None:
+                    metrics.update(update)
+    metrics.add({"actor/nonfinite_updates": guard.skipped} if guard.skipped else {})
     metrics.add({f"theory/{name}": value for name, value in metrics.theory().items()})
     if config.train.entropy_probe_every and (step + 1) % config.train.entropy_probe_every == 0:
         with metrics.clock("probe"):

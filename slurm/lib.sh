@@ -108,6 +108,20 @@ signal_step() { # NAME SIGNAL: TERM to srun itself would SIGKILL its tasks
 	squeue -h -s -j "$SLURM_JOB_ID" -o '%i %j' | awk -v n="$1" '$2 == n {print $1}' |
 		xargs -r scancel --signal="$2" 2>/dev/null # it may end meanwhile
 }
+requeue() { # without the nodes whose ranks hung, when the partition has others
+	local hung; hung=$(paste -sd, "$ATTEMPT_DIR/hung_nodes" 2>/dev/null)
+	scontrol requeue "$SLURM_JOB_ID" || return
+	[[ -n $hung ]] || return 0
+	sleep 1 # it is pending for a while, and its exclusions may be changed
+	if exclude "$hung"; then say "next without $hung"; else say "no node to take the place of $hung"; fi
+}
+exclude() { # NODES: add them to the job's exclusions
+	local job=$SLURM_JOB_ID before spare
+	before=$(scontrol show job "$job" | sed -n 's/^ *ExcNodeList=//p'); [[ $before != "(null)" ]] || before=''
+	spare=$(sinfo -h -N -p "$SLURM_JOB_PARTITION" -t idle,mix,alloc -o %N | sort -u | wc -l)
+	((spare - $(tr , '\n' <<<"$1" | wc -l) >= NODES)) || return 1
+	scontrol update "jobid=$job" "excnodelist=${before:+$before,}$1"
+}
 begin() {
 	local variables code line
 	variables=$("${HOST_PY[@]}" -m recipes.cluster.job begin "${RUN_ARGS[@]}"); code=$?
@@ -144,21 +158,33 @@ serve() { # start the servers and wait until each has produced a token
 	URLS=$(cat "$ATTEMPT_DIR"/server-*.url | paste -sd,)
 	say "servers ready: $URLS"
 }
+watch() { "${HOST_PY[@]}" -m recipes.cluster.watch "$ATTEMPT_DIR" --ranks "$RANKS" & WATCHING=$!; }
 learn() { # the learner's exit status; requeue by force when a checkpoint was asked for and does not come
 	local serving=()
 	[[ -z $URLS ]] || serving+=("rollout.urls=[$URLS]")
 	[[ -z $SYNC_DIR ]] || ((SERVER_NODES == 1 && ROLLOUT_NODES == 0)) || serving+=("rollout.sync_dir=$SYNC_DIR")
 	(learner_step "${serving[@]}") & LEARNER=$!
+	watch
 	while kill -0 "$LEARNER" 2>/dev/null; do
 		[[ -n $CANCELLED ]] && return 1
+		if ! kill -0 "$WATCHING" 2>/dev/null; then
+			wait "$WATCHING"; (($? != 4)) || return 4 # a rank hangs: it is named and recorded
+			watch
+		fi
 		[[ -z $STOPPING ]] || ((SECONDS < STOPPING)) || { say "no step boundary in time"; return 0; }
 		tick
 	done
 	wait "$LEARNER"
 }
+lost_nodes() { # what Slurm knows of nodes that are down, for who reads the first error
+	local down; down=$(sinfo -h -N -n "$SLURM_JOB_NODELIST" -t down,fail,no_respond -o %N | sort -u | paste -sd,)
+	[[ -z $down ]] || event nodes lost ", \"down\": \"$down\""
+}
 end() { # OUTCOME STATUS: stop what runs, say how it went, requeue if that helps
 	[[ -n $CANCELLED ]] || event job "$1"
+	[[ $1 != failed ]] || lost_nodes
 	signal_step servers TERM
+	[[ -z $WATCHING ]] || kill "$WATCHING" 2>/dev/null
 	[[ -z $LEARNER ]] || ! kill -0 "$LEARNER" 2>/dev/null || kill "$LEARNER"
 	for ((i = 0; i < 20; i++)); do kill -0 "$SERVING" 2>/dev/null || break; sleep 1; done
 	"${HOST_PY[@]}" -m recipes.status "$RUN_DIR"
@@ -166,13 +192,13 @@ end() { # OUTCOME STATUS: stop what runs, say how it went, requeue if that helps
 	"${HOST_PY[@]}" -m recipes.cluster.job again "$RUN_DIR" || exit "$2"
 	trap '' TERM # requeueing ends this script by TERM, too
 	event job requeued
-	for ((i = 0; i < 5; i++)); do scontrol requeue "$SLURM_JOB_ID" && { say "requeued"; sleep 60; exit 0; }; sleep 10; done
+	for ((i = 0; i < 5; i++)); do requeue && { say "requeued"; sleep 60; exit 0; }; sleep 10; done
 	say "cannot be requeued: submit again to continue"; exit "$2"
 }
 main() {
 	layout "$@"
 	if [[ -n ${DRY_RUN:-} ]]; then dry_run; return; fi
-	STOPPING='' CANCELLED='' LEARNER='' SERVING='' ATTEMPT_DIR='' URLS=''
+	STOPPING='' CANCELLED='' LEARNER='' SERVING='' WATCHING='' ATTEMPT_DIR='' URLS=''
 	trap on_usr1 USR1; trap on_term TERM
 	prepare_node; begin; preflight
 	((SERVERS == 0)) || serve || end failed 1
@@ -182,6 +208,7 @@ main() {
 	[[ -n $CANCELLED ]] && end cancelled 143
 	((code == 0)) && [[ -f $RUN_DIR/finished.json || $PROGRAM != recipes.train ]] && end finished 0
 	grep -qs '"code": 2}' "$ATTEMPT_DIR"/learner-rank*.events.jsonl && end "user error" 2
+	grep -qs '"code": 5}' "$ATTEMPT_DIR"/learner-rank*.events.jsonl && end "not finite" 5 # nor would a repetition help
 	((code == 0)) && end stopped 1
 	end failed "$code"
 }

@@ -23,7 +23,7 @@ requeue_orphan() { # with --no-kill, losing the node of the batch script leaves 
 	done
 }
 
-trap : TERM USR1 # the program decides when to end, and its status is still to be recorded
+trap : TERM USR1 USR2 # the program decides when to end, and its status is still to be recorded
 case $role in
 	preflight) exec "${TASK_PY[@]}" -m recipes.cluster.preflight node "$ATTEMPT_DIR" ;;
 	server)
@@ -35,6 +35,11 @@ case $role in
 		[[ -z ${watcher:-} ]] || kill "$watcher" 2>/dev/null ;;
 	learner)
 		own_gpus 0 "$RANKS_PER_NODE"
+		# torch's record of collectives, written by NCCL's watchdog or when the heartbeat asks for it through the pipe
+		mkdir -p "$ATTEMPT_DIR/flight"
+		export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000} TORCH_NCCL_DUMP_ON_TIMEOUT=1
+		export TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$ATTEMPT_DIR/flight/rank
+		export TORCH_NCCL_DEBUG_INFO_PIPE_FILE=${TMPDIR:-/tmp}/gppo-$SLURM_JOB_ID-flight-
 		export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$RANKS_PER_NODE
 		"${TASK_PY[@]}" -m "$PROGRAM" "$@"
 		code=$? name=learner-rank$SLURM_PROCID ;;

@@ -36,6 +36,7 @@ from megatron.core.utils import unwrap_model
 from conversion.hf_files import side_files
 from conversion.megatron_reader import HF_FILES
 from conversion.publish import (
+    MANIFEST,
     ManifestError,
     check_file,
     check_manifest,
@@ -196,8 +197,9 @@ class Saver:
                 (temporary / STATE).write_text(state, encoding="utf-8")
                 write_manifest(temporary, segments=segments, **about)
         if rank == 0:
-            _write_atomically(self._root / LATEST, directory.name + "\n")
-            for old in sorted(self._root.glob("step_*[0-9]"))[: -self._keep] if self._keep else []:
+            point_to(self._root, directory.name)
+            others = [path for path in by_write_order(self._root) if path.name != directory.name]
+            for old in others[: len(others) + 1 - self._keep] if self._keep else []:
                 shutil.rmtree(old)
         self.seconds = time.monotonic() - self._began
 
@@ -219,10 +221,7 @@ def find_latest(root: Path) -> Path | None:
         return None
     name = pointer.read_text(encoding="utf-8").strip()
     if not re.fullmatch(r"step_\d+", name) or not (root / name).is_dir():
-        raise ValueError(
-            f"{pointer} names {name!r}, which is not a checkpoint there: restore it, write the name of another one "
-            "into the file, or delete the file to start from the beginning"
-        )
+        raise ValueError(f"{pointer} names {name[:80]!r}, which is not a checkpoint there")
     return root / name
 
 
@@ -232,7 +231,7 @@ def load(learner: Learner, directory: Path, *, critic: Critic | None = None) -> 
     Raises ManifestError (a ValueError) when a file is missing or differs from the manifest, and ValueError when the
     optimizer or the precision is another one, or there is a critic on one side only; nothing is read then.
     """
-    manifest = _verified_manifest(directory)
+    manifest = verified_manifest(directory)
     for key, value in _settings(learner).items():
         if (saved := manifest.get("settings", {}).get(key)) != value:
             raise ValueError(f"{directory} was written with {key}={saved}, not {value}: set it back to continue")
@@ -249,7 +248,7 @@ def load(learner: Learner, directory: Path, *, critic: Critic | None = None) -> 
     return state
 
 
-def _verified_manifest(directory: Path) -> dict[str, Any]:
+def verified_manifest(directory: Path) -> dict[str, Any]:
     """The manifest, once all bytes are what it says. Ranks divide the large files, and all raise the same error.
 
     Raises ManifestError.
@@ -439,6 +438,21 @@ def _sharded_state(model: Trainable, *, is_loading: bool, scales: bool) -> dict[
     state["optimizer"] = model.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=_METADATA)
     state["lr_schedule"] = model.lr_schedule.state_dict()
     return state
+
+
+def by_write_order(root: Path) -> list[Path]:
+    """All checkpoints of a run, the oldest first: by when they were written, which is not always the order of steps."""
+
+    def written(path: Path) -> tuple[int, str]:
+        manifest = path / MANIFEST
+        return (manifest if manifest.is_file() else path).stat().st_mtime_ns, path.name
+
+    return sorted(root.glob("step_*[0-9]"), key=written)
+
+
+def point_to(root: Path, name: str) -> None:
+    """Make the pointer file name this checkpoint."""
+    _write_atomically(root / LATEST, name + "\n")
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -3,7 +3,7 @@
 Rank 0 generates, evaluates and writes files while the other ranks wait for it. They wait here, in a gloo group of its
 own: a wait inside a device collective would end with that collective's short limit (``run.collective_timeout_s``), and
 would spin on the GPU that a colocated rollout server needs. A peer that is lost while others wait here is found by its
-heartbeat (`megatron_ext.learner.progress`), not by a time limit.
+heartbeat (`megatron_ext.progress`), not by a time limit.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ memory for the rollout engine in between.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from torch import Tensor
 
 import conversion
 from configs.schema import Config
+from megatron_ext import progress
 from megatron_ext.flops import ForwardFlops
 from megatron_ext.learner import control, weights, work
 from megatron_ext.learner import model as megatron
@@ -55,6 +57,10 @@ class UpdateMetrics:
     ]  # over response tokens; `loss` (the objective), `pg_loss`, `grad_norm`, `lr`, `skipped_updates`
     diagnostic_sums: dict[str, float]  # for `megatron_ext.rl.diagnostics`, additive over updates
     tokens: float  # response tokens
+
+
+class NotFinite(FloatingPointError):
+    """A loss, gradient, reward or log-probability is not a finite number. Nothing was updated with it."""
 
 
 class Trainable:
@@ -147,19 +153,24 @@ class Trainable:
         self, batch: TrainBatch, samples: Sequence[int], weights_B: Tensor, step: Callable[..., Any]
     ) -> tuple[dict[str, float], dict[str, float]]:
         """One optimizer step. Returns the sums that ``step`` collected, over all micro-batches and ranks, and
-        ``grad_norm``, ``skipped_updates`` and ``lr``; the same on every rank.
+        ``grad_norm``, ``skipped_updates`` and ``lr``; the same on every rank. NotFinite leaves the weights alone.
         """
         for chunk in self.chunks:
             chunk.restore_grad_buffers()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         collected = self._run(batch, samples, weights_B, step, forward_only=False)
+        sums = self._reduce_sums(collected)
+        try:
+            self._require_finite(sums)
+        except NotFinite:
+            self.rest()
+            raise
         self._state.unpark()
         with megatron.on_device():
             successful, grad_norm, _ = self.optimizer.step()
             self.lr_schedule.step(increment=1)
         self.rest()
-        sums = self._reduce_sums(collected)
         if not math.isfinite(grad_norm):
             raise FloatingPointError(f"the gradient norm is {grad_norm}: nothing after the last checkpoint is usable")
         about = {
@@ -168,6 +179,22 @@ class Trainable:
             "lr": float(self.optimizer.param_groups[0]["lr"]),
         }
         return sums, about
+
+    def _require_finite(self, sums: dict[str, float]) -> None:
+        """NotFinite, on every rank, when the loss or any gradient is not finite: before the optimizer touches weights.
+
+        Megatron has no such check without a loss scaler.
+        """
+        if not math.isfinite(sums["pg_loss"]):
+            raise NotFinite(f"loss {sums['pg_loss']}")
+        finite = torch.ones(1, device=self.device)
+        for chunk in self.chunks:
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+                for part in buffer.grad_data.split(1 << 24):  # bounds what `isfinite` allocates
+                    finite *= torch.isfinite(part).all()
+        torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
+        if not bool(finite):
+            raise NotFinite("gradient")
 
     def _run(
         self,
@@ -198,7 +225,7 @@ class Trainable:
         self.work.begin(fed, sum(len(mb.local_T) for mb in micro_batches), forward_only=forward_only)
         with megatron.on_device():
             collected: list[Any] = schedule(
-                forward_step_func=step,
+                forward_step_func=_noting_progress(step, len(micro_batches)),
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
                 model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
                 num_microbatches=len(micro_batches),
@@ -318,6 +345,17 @@ class Learner(Trainable):
         return training_step(
             iterator, model, device=self.device, shard=self.shard, chunk_tokens=chunk, reference=reference, **kwargs
         )
+
+
+def _noting_progress(step: Callable[..., Any], total: int) -> Callable[..., Any]:
+    """``step``, each call noted for the rank's heartbeat."""
+    calls = itertools.count(1)
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        progress.beat(f"micro-batch {next(calls)} of {total}")
+        return step(*args, **kwargs)
+
+    return noted
 
 
 def sequence_multiple(config: Config) -> int:

@@ -12,9 +12,9 @@ from configs.schema import Config
 _AT_LEAST_1 = """
 rollout.prompts_per_step rollout.n rollout.max_tokens rollout.num_servers rollout.max_model_len rollout.max_num_seqs
 rollout.generated_prompts train.mini_batch_prompts train.epochs train.steps train.micro_batch_tokens
-train.keep_checkpoints eval.problems eval.n eval.k eval.max_tokens data.max_prompt_tokens parallel.tp parallel.pp
-parallel.vpp parallel.cp parallel.ep parallel.nproc model.warm_start.batch model.warm_start.check_every
-model.warm_start.check_problems
+train.keep_checkpoints train.nonfinite_in_a_row eval.problems eval.n eval.k eval.max_tokens data.max_prompt_tokens
+parallel.tp parallel.pp parallel.vpp parallel.cp parallel.ep parallel.nproc model.warm_start.batch
+model.warm_start.check_every model.warm_start.check_problems
 """
 _AT_LEAST_0 = """
 eval.temperature eval.top_k
@@ -26,7 +26,7 @@ rollout.max_staleness model.warm_start.max_steps model.warm_start.min_steps
 _ABOVE_0 = """
 optim.eps train.tis_cap rollout.temperature rollout.timeout_s rollout.update_timeout_s rollout.start_timeout_s
 rollout.probe_s rollout.revive_timeout_s rollout.agreement_limit reward.timeout_s critic.clip_range
-run.peak_tflops model.warm_start.lr
+run.peak_tflops run.collective_timeout_s run.hang_s model.warm_start.lr
 """
 # key -> (low, high, whether low itself is excluded)
 RANGES: dict[str, tuple[float, float, bool]] = {

@@ -30,8 +30,9 @@ rollout.extra_args rollout.max_num_seqs rollout.timeout_s rollout.update_timeout
 rollout.probe_s rollout.revive_timeout_s
 """
 RECORDED = """
-eval parallel train.steps train.micro_batch_tokens train.entropy_probe_every model.transformer_impl rollout.engine
-rollout.dtype rollout.in_flight rollout.replay rollout.agreement_limit reward.timeout_s
+eval parallel train.nonfinite train.nonfinite_in_a_row train.steps train.micro_batch_tokens train.entropy_probe_every
+model.transformer_impl rollout.engine rollout.dtype rollout.in_flight rollout.replay rollout.agreement_limit
+reward.timeout_s
 """
 FROZEN = """
 seed model.path model.dtype model.warm_start data rollout.prompts_per_step rollout.n train.mini_batch_prompts

@@ -7,8 +7,12 @@ Standard library only: node checks and server supervisors import this and must s
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import socket
+import stat
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +21,7 @@ from typing import Any
 LOGS, LATEST = "logs", "latest"
 VARIABLE = "GPPO_ATTEMPT_DIR"  # set by slurm/lib.sh, which makes the directory for all roles of a job
 FINISHED = "finished.json"  # in the run directory, once the last step is done
+STARTED = "started"  # in an attempt's directory from its first moment
 STOP = "stop"  # a file in an attempt's directory: checkpoint at the next step boundary and end
 _SUFFIX = ".events.jsonl"
 
@@ -39,13 +44,40 @@ def attempts(run_dir: Path) -> list[Path]:
 
 def new_attempt(run_dir: Path) -> Path:
     """Make the next attempt's directory and point `latest` at it."""
-    earlier = attempts(run_dir)
-    directory = run_dir / LOGS / f"attempt_{int(earlier[-1].name[8:]) + 1 if earlier else 1}"
-    directory.mkdir(parents=True)
-    link = run_dir / LOGS / f".{LATEST}.{os.getpid()}"
-    link.symlink_to(directory.name)
-    os.replace(link, run_dir / LOGS / LATEST)
+    directory = claim_attempt(run_dir)
+    point_latest(directory)
     return directory
+
+
+def claim_attempt(run_dir: Path, **started: Any) -> Path:
+    """Make the next attempt's directory, with the job's "started" event in it from the first moment.
+
+    Of two that do so at the same time, on any nodes, each gets a number of its own.
+    """
+    logs = run_dir / LOGS
+    logs.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".attempt.", dir=logs))
+    scratch.chmod(stat.S_IMODE(logs.stat().st_mode))
+    if started:
+        record(scratch, "job", "started", **started)
+    (scratch / STARTED).touch()  # a directory is renamed onto an empty one
+    while True:
+        earlier = attempts(run_dir)
+        directory = logs / f"attempt_{int(earlier[-1].name[8:]) + 1 if earlier else 1}"
+        try:
+            scratch.rename(directory)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            continue
+        return directory
+
+
+def point_latest(directory: Path) -> None:
+    """`latest` names this attempt from here on."""
+    link = directory.parent / f".{LATEST}.{socket.gethostname()}.{os.getpid()}"
+    link.symlink_to(directory.name)
+    os.replace(link, directory.parent / LATEST)
 
 
 def own_attempt(run_dir: Path) -> Path:

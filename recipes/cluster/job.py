@@ -13,18 +13,22 @@ import dataclasses
 import json
 import os
 import secrets
+import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from configs.schema import Config
 from recipes.checks.model import check_model
 from recipes.checks.settings import load_checked
-from recipes.cluster import attempt
+from recipes.cluster import attempt, lock
 from recipes.cluster.serve import OPTIONS_FILE, Port, port_candidates
 from recipes.models.locate import model_location, prepare_model
 from recipes.rewards import make_verifier
 
+HEARTBEAT_S = 15.0  # the batch script's comes every 2 s; file servers may show it late
 MAX_REQUEUES = 3  # in a row without a newer checkpoint; the environment variable of that name overrules
 
 
@@ -51,6 +55,47 @@ def exhausted(run_dir: Path, job: str) -> str:
     )
 
 
+def busy(run_dir: Path, job: str, before: Path | None = None) -> str:
+    """Who else runs in this directory, "" when nobody does: another job's attempt that lives, or another's lock.
+
+    ``before``: only attempts older than this one count. A leftover of this very job does not: rank 0 waits for it.
+    """
+    if lock.is_locked(run_dir) and (who := lock.holder(run_dir)) is not None and who.job != job:
+        return str(who)
+    for directory in reversed(attempt.attempts(run_dir)):
+        if before is not None and int(directory.name[8:]) >= int(before.name[8:]):
+            continue
+        events = [event for event in attempt.events(directory) if event.role == "job"]
+        if events and events[-1].name == "started" and (other := str(events[0].details.get("job"))) != job:
+            return f"Slurm job {other} on {events[0].details.get('nodes')}" if job_runs(other, directory) else ""
+        return ""
+    return ""
+
+
+def job_runs(job: str, directory: Path) -> bool:
+    """Whether Slurm says so, or, where it cannot be asked, whether its batch script's heartbeat changes."""
+    try:
+        command = ["squeue", "-h", "-j", job, "-o", "%T"]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        if told.returncode == 0 or "Invalid job id" in told.stderr:
+            return told.stdout.strip() in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "CONFIGURING")
+    except (OSError, subprocess.TimeoutExpired):
+        pass
+
+    def beat() -> str:
+        try:
+            return (directory / "heartbeat").read_text(encoding="utf-8")
+        except OSError:
+            return ""
+
+    first, deadline = beat(), time.monotonic() + HEARTBEAT_S
+    while time.monotonic() < deadline:
+        if beat() != first:
+            return True
+        time.sleep(0.5)
+    return False
+
+
 def begin(words: Sequence[str]) -> dict[str, str | int]:
     """Check the run and open its next attempt; the variables that the batch script continues with.
 
@@ -61,24 +106,27 @@ def begin(words: Sequence[str]) -> dict[str, str | int]:
     run_dir, job = Path(config.run.dir).absolute(), os.environ["SLURM_JOB_ID"]
     if attempt.finished_steps(run_dir) >= config.train.steps:
         return {"STATE": "finished", "RUN_DIR": str(run_dir)}
+    if who := busy(run_dir, job):
+        raise ValueError(f"run.dir={run_dir} is in use by {who}; wait for it, or set run.dir to another directory")
     if not may_start(run_dir, job):
         return {"STATE": "exhausted", "RUN_DIR": str(run_dir)}
     model_dir = model_location(config)
     prepare_model(config, model_dir)
     check_model(config, model_dir)
-    directory = attempt.new_attempt(run_dir)
-    (directory / "nonce").write_text(secrets.token_hex(8), encoding="utf-8")
-    options = server_options(config, model_dir)
-    (directory / OPTIONS_FILE).write_text(json.dumps(options, indent=1) + "\n", encoding="utf-8")
-    attempt.record(
-        directory,
-        "job",
-        "started",
+    directory = attempt.claim_attempt(
+        run_dir,
         job=job,
         restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         step=attempt.checkpoint_step(run_dir),
         nodes=os.environ.get("SLURM_JOB_NODELIST", ""),
     )
+    if who := busy(run_dir, job, before=directory):  # it began at the same moment
+        shutil.rmtree(directory)
+        raise ValueError(f"run.dir={run_dir} is in use by {who}; wait for it, or set run.dir to another directory")
+    attempt.point_latest(directory)
+    (directory / "nonce").write_text(secrets.token_hex(8), encoding="utf-8")
+    options = server_options(config, model_dir)
+    (directory / OPTIONS_FILE).write_text(json.dumps(options, indent=1) + "\n", encoding="utf-8")
     master_port = Port("", port_candidates(int(job), 0))
     master_port.release()  # the learner's rank 0, on this node, listens on it in a moment
     return {

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megatron_ext import progress
 from megatron_ext.rl.diagnostics import diagnostics
 from megatron_ext.rl.types import Sample, TokenStats
 
@@ -37,7 +38,8 @@ class StepMetrics:
 
     @contextmanager
     def clock(self, phase: str) -> Iterator[None]:
-        """Adds the time spent inside to ``timing_s/<phase>``."""
+        """Adds the time spent inside to ``timing_s/<phase>``, and tells the rank's heartbeat what it does."""
+        progress.at("rollout" if phase in ("wait", "eval") else phase, step=self.step - 1)
         begin = time.monotonic()
         yield
         self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - begin

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -18,9 +17,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from configs.load import load_saved_config, save_config
 from configs.schema import Config
-from megatron_ext.learner import control
+from megatron_ext import progress
 from megatron_ext.rl.types import Sample
 from recipes.checks.resume import Changes, check_changes, check_replay, differences, shown
+from recipes.cluster import heartbeat, lock
 from recipes.cluster.attempt import FINISHED, LATEST, LOGS, STOP, VARIABLE, own_attempt, record, write_finished
 from recipes.loop import journal
 from recipes.loop.metrics import StepMetrics
@@ -30,9 +30,7 @@ if TYPE_CHECKING:  # importing Megatron takes seconds
 
 SAMPLES_PER_STEP = 4  # completions kept in samples.jsonl
 PLAIN_EVERY_S = 5.0  # seconds between progress lines when the output is not a terminal
-# A requeued job may find the lock still held for a node that has died: file servers wait that long for its return.
-LOCK_WAIT_S = 120.0
-ROLE = "learner"  # rank 0 speaks for the learner; under Slurm each rank's exit status is recorded besides
+ROLE = "learner"  # rank 0 speaks for the learner; under Slurm each rank's errors and exit status are recorded besides
 
 
 class RunDir:
@@ -44,6 +42,7 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / LOGS / LATEST  # of this attempt, once entered
         self._first = torch.distributed.get_rank() == 0
+        self._role = f"{ROLE}-rank{torch.distributed.get_rank()}"
         self._lock: IO[str] | None = None
         self._metrics: IO[str] | None = None
         self._tokenizer: Any = None
@@ -53,17 +52,18 @@ class RunDir:
         self._begin = time.monotonic()
         self.console = Console(highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
+        self._heartbeat: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> RunDir:
         if not self._first:
+            if VARIABLE in os.environ:
+                self._start_heartbeat(Path(os.environ[VARIABLE]))
             return self
         replay = self.config.rollout.replay
         if replay is not None and Path(replay).resolve() == self.path.resolve():
             raise ValueError(f"rollout.replay={replay} is this run's own directory; set run.dir to another one")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / ".lock").open("w")
-        if not lock(self._lock, LOCK_WAIT_S if VARIABLE in os.environ else 0.0):
-            raise ValueError(f"run.dir={self.path} is in use by another process; wait or choose another")
+        self._lock = lock.take(self.path)
         saved = self.path / "config.yaml"
         changes: Changes = {}
         if saved.is_file():
@@ -77,18 +77,34 @@ class RunDir:
         if changes:
             record(self.logs, ROLE, "changed", changes=changes)
             self.say(f"changed since the last start: {shown(changes)}")
+        lock.told(self._lock, self.logs)
+        self._start_heartbeat(self.logs)
         return self
 
+    def _start_heartbeat(self, attempt: Path) -> None:
+        rollout, run = self.config.rollout, self.config.run
+        # An answer comes within `timeout_s` while a server lives, and else one must come back within the other.
+        limits = {"rollout": rollout.timeout_s + rollout.revive_timeout_s + run.hang_s}
+        record = progress.open_record()
+        self._heartbeat = heartbeat.start(
+            attempt, torch.distributed.get_rank(), record, run.hang_s, limits | run.hang_phases_s
+        )
+        os.close(record)
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
-        if error is not None and self._first:
+        if self._heartbeat is not None and error is None:
+            progress.at("end")
+            heartbeat.stop(self._heartbeat)
+        if error is not None and (self._first or VARIABLE in os.environ):
             first_line = (str(error).splitlines() or [""])[0]
-            record(self.logs, ROLE, "failed", error=f"{type(error).__name__}: {first_line}")
+            where, role = (self.logs, ROLE) if self._first else (Path(os.environ[VARIABLE]), self._role)
+            record(where, role, "failed", error=f"{type(error).__name__}: {first_line}")
         if self._progress is not None:
             self._progress.stop()
         if self._metrics is not None:
             self._metrics.close()
         if self._lock is not None:
-            self._lock.close()
+            lock.release(self._lock)
 
     def begin(self, step: int) -> None:
         """Cut the logs back to ``step``, from where the run continues."""
@@ -135,6 +151,7 @@ class RunDir:
 
     def log(self, metrics: StepMetrics, samples: list[Sample], record: Mapping[str, Any]) -> None:
         """Write the step's line and completions; refresh the progress and, now and then, the report."""
+        progress.at("report")
         if not self._first:
             return
         values = metrics.result(record.get("timing", {}))
@@ -163,7 +180,9 @@ class RunDir:
 
     def finish(self, learner: Learner, model_dir: Path) -> None:
         """Export the policy as a Hugging Face directory and write the report."""
+        progress.at("finish")
         from conversion.megatron_to_hf import write_hf
+        from megatron_ext.learner import control
         from megatron_ext.learner.model import DTYPES
 
         tensors = learner.export()
@@ -231,27 +250,6 @@ class RunDir:
                 file=sys.stdout,
                 flush=True,
             )
-
-
-def lock(file: IO[str], wait_s: float) -> bool:
-    """Take the lock on a file for this process's life; False when another holds it for longer than ``wait_s``.
-
-    File systems without locks (Lustre, unless mounted with `flock`) are taken as they are: True.
-    """
-    deadline = time.monotonic() + wait_s
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(1.0)
-        except OSError as error:
-            if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-                return True
-            raise
-        else:
-            return True
 
 
 def _keep_steps(path: Path, last: int) -> None:

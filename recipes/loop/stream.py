@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 
 from configs.schema import Config
+from megatron_ext import progress
 from megatron_ext.learner import control
 from megatron_ext.learner.critic import Critic
 from megatron_ext.learner.learner import Learner
@@ -55,6 +56,7 @@ class RolloutStream:
         With ``rollout.max_staleness`` k the collection of the k steps that follow begins here, to run beside the
         training: a batch is begun with the weights of k steps before its own, and so never older.
         """
+        progress.at("rollout", step=step)
         ahead = self._config.rollout.max_staleness
         record: bytes = b""
         if self._available("rollouts", step):
@@ -67,6 +69,7 @@ class RolloutStream:
             with contextlib.ExitStack() as served:
                 with metrics.clock("sync"):
                     served.enter_context(self._serving(step))
+                progress.at("rollout", step=step)
                 if self._first:
                     if found is None:
                         with metrics.clock("wait"):
@@ -84,6 +87,7 @@ class RolloutStream:
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Evaluation of the weights after ``step`` steps; empty in a replay whose journal has none."""
+        progress.at("rollout", "evaluation", step=step)
         line = b""
         if self._available("eval", step):
             if self._first:

@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_ext import progress
 from recipes.rewards.custom import NAME
 from recipes.rewards.types import CRASH, INVALID, OK, TIMEOUT, RewardItem, RewardResult, Verifier
 from recipes.rewards.verifiers import make_verifier
@@ -243,6 +244,7 @@ class RewardPool:
                     if index is None or item is None:
                         return
                     results[index] = self._judge(slot, item)
+                    progress.beat(phase="rollout")
 
             slots = range(min(len(self._slots), len(items)))
             with ThreadPoolExecutor(max(1, len(slots))) as threads:

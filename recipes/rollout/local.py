@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from megatron_ext import progress
 from megatron_ext.rl.types import Rollout
 from megatron_ext.sync.base import WeightUpdateError
 from recipes.rollout.engine import Sampling, check_request, stop_tokens
@@ -62,6 +63,7 @@ class LocalEngine:
         reasons = ["length"] * len(prompts)
         logits = self._prefill(batch)
         for step in range(sampling.max_tokens):
+            progress.beat(phase="rollout")
             tokens, logprobs = sample(logits, noise[batch.rows, step], sampling)
             stopped = torch.isin(tokens, stop)
             ended = stopped | (limits[batch.rows] <= step + 1)

@@ -81,7 +81,7 @@ def test_logs_are_cut_back_to_the_checkpoint(model: Path, tmp_path: Path, torn: 
 def test_two_processes_cannot_share_a_directory(model: Path, tmp_path: Path) -> None:
     with RunDir(config(model, tmp_path)):
         with pytest.raises(
-            ValueError, match=f"run.dir={tmp_path} is in use by another process; wait or choose another"
+            ValueError, match=f"run.dir={tmp_path} is in use by process .*; wait or choose another"
         ):
             RunDir(config(model, tmp_path)).__enter__()
     with RunDir(config(model, tmp_path)):

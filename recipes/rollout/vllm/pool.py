@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import RolloutConfig
+from megatron_ext import progress
 from megatron_ext.rl.types import Rollout
 from megatron_ext.sync.base import WeightSync, WeightUpdateError, stage_weights
 from megatron_ext.sync.broadcast import BroadcastSync
@@ -163,6 +164,7 @@ class VLLMPool:
             body = request_body(context, n, sampling, seed, max_tokens=max_tokens, eos=self._eos)
             try:
                 answer = await self._post_unless_failed(server, body)
+                progress.beat(phase="rollout")
                 return [parse_choice(choice, self._labels) for choice in answer["choices"]]
             except ServerError as error:
                 if not isinstance(error, GivenUp):

@@ -10,7 +10,7 @@ from jobs import Job, Site
 from training import SETTINGS, assert_same_run, run_here
 
 from recipes.cluster.attempt import attempts, checkpoint_step, events
-from recipes.status import first_error
+from recipes.cluster.blame import first_error
 
 LOCAL = (*SETTINGS, "eval.every=0", "train.entropy_probe_every=0")
 LONG = (*LOCAL, "train.steps=30", "train.save_every=2")

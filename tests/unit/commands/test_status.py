@@ -10,6 +10,7 @@ import pytest
 
 from recipes import status
 from recipes.cluster import attempt, job
+from recipes.cluster.blame import first_error
 
 NOW = 1_700_000_000.0  # in the past, so that what is recorded during a test comes later
 
@@ -107,12 +108,12 @@ def test_states_without_slurm(tmp_path: Path) -> None:
 
 
 def test_the_first_error_is_the_earliest_with_the_end_of_its_log(tmp_path: Path) -> None:
-    assert status.first_error(tmp_path) is None
+    assert first_error(tmp_path) is None
     write(tmp_path, "learner-rank1", {"time": 5, "event": "ended", "code": 137})
     write(tmp_path, "learner-rank0", {"time": 6, "event": "ended", "code": 1})
     write(tmp_path, "server-0", {"time": 1, "event": "ended", "code": 0})
     (tmp_path / "learner-rank1.log").write_text("\n".join(f"line {i}" for i in range(30)) + "\n\n")
-    error = status.first_error(tmp_path)
+    error = first_error(tmp_path)
     assert error is not None and (error.role, error.what) == ("learner-rank1", "ended with status 137 (signal 9)")
     assert error.tail == [f"line {i}" for i in range(22, 30)]
 
@@ -132,7 +133,9 @@ def test_the_whole_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert lines["speed"] == "1000 tokens/s, 30 s a step, 30.0 min left"
     assert lines["servers"] == "2 of 2 ready, 1 restarts" and "first error" not in lines
     attempt.record(directory, "job", "failed")
-    assert "server-1 of attempt_1" in dict(status.describe(tmp_path, NOW + 10))["first error"]
+    assert "first error" not in dict(status.describe(tmp_path, NOW + 10)), "the server has recovered"
+    write(directory, "learner", {"time": NOW + 2, "event": "failed", "error": "OutOfMemoryError: x"})
+    assert "learner-rank0 of attempt_1" in dict(status.describe(tmp_path, NOW + 10))["first error"]
     assert status.main([str(tmp_path)]) == 0 and "40 of 100" in capsys.readouterr().out
 
 

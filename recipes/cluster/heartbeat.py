@@ -1,0 +1,172 @@
+"""A rank's sign of life, kept by a process of its own: `python heartbeat.py PID DESCRIPTOR FILE SETTINGS`.
+
+Started by `start` for every rank, by path, with the standard library only. It tells what the rank does (the record of
+`megatron_ext.progress`), how its process is (running, stopped, gone) and, once an operation takes long, where
+its main thread is. FILE is written in place, so that a file server shows the newest content to whoever opens it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import mmap
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+DIRECTORY = "heartbeats"  # in the attempt's directory
+SIZE = 1024
+# Seconds without progress in a phase before it counts as hung; others have ``run.hang_s``. None: not watched.
+LIMITS: dict[str, float | None] = {
+    "start": 1800.0,
+    "load": 3600.0,
+    "sync": 1800.0,
+    "save": 3600.0,
+    "report": 600.0,
+    "finish": 3600.0,
+}
+FIRST_TIME = 10  # a phase's first pass compiles kernels and opens connections: that many times its limit
+COLLECTIVE = re.compile(r'File ".*/(torch/distributed/\S+|megatron_ext/learner/control)\.py", line (\d+) in (\w+)')
+
+
+def start(attempt: Path, rank: int, record: int, hang_s: float, limits: Mapping[str, float]) -> subprocess.Popen[bytes]:
+    """Start this process's heartbeat. ``record``: descriptor from `progress.open_record`."""
+    directory = attempt / DIRECTORY
+    directory.mkdir(exist_ok=True)
+    stacks = (directory / f"rank{rank}.stacks").open("w")
+    faulthandler.register(signal.SIGUSR2, stacks, all_threads=True)  # works without the interpreter lock
+    settings = {"hang_s": hang_s, "limits": {**LIMITS, **limits}, "rank": rank, "stacks": stacks.name}
+    words = [str(os.getpid()), str(record), str(directory / f"rank{rank}.json"), json.dumps(settings)]
+    command = [sys.executable, "-I", "-S", str(Path(__file__).resolve()), *words]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[record], start_new_session=True)
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Let it write the last phase, and end."""
+    process.send_signal(signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(10)
+
+
+def process_state(pid: int) -> str:
+    """One letter of /proc/PID/stat: R running, S asleep, D in the kernel, T stopped, Z dead; "" when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+class Heart:
+    """What one round knows from those before it."""
+
+    def __init__(self, pid: int, memory: mmap.mmap, settings: Mapping[str, Any]) -> None:
+        self._pid, self._memory, self._settings = pid, memory, settings
+        self._record: dict[str, Any] = {
+            "phase": "start",
+            "operation": "",
+            "step": 0,
+            "phases": 0,
+            "done": 0,
+            "since": 0.0,
+        }
+        self._asked = -1  # the operation whose stack was asked for
+        self._beats = 0
+
+    def beat(self) -> dict[str, Any]:
+        """The next sign of life."""
+        with contextlib.suppress(ValueError):  # just being written
+            self._record = json.loads(bytes(self._memory[:]))
+        record, state = self._record, process_state(self._pid)
+        age = time.monotonic() - record["since"]
+        limit = self._limit(record["phase"], record["first"])
+        where = self._where(record["done"], state) if limit is not None and age > limit / 2 else ""
+        self._beats += 1
+        return {
+            "beat": self._beats,
+            "node": os.environ.get("SLURMD_NODENAME", socket.gethostname()),
+            "rank": self._settings["rank"],
+            "pid": self._pid,
+            "state": state,
+            **{key: record[key] for key in ("phase", "operation", "step", "phases")},
+            "age": round(age, 1),
+            "limit": limit,
+            "where": where,
+            "hang_s": self._settings["hang_s"],
+        }
+
+    def _limit(self, phase: str, first: bool) -> float | None:
+        limit: float | None = self._settings["limits"].get(phase, self._settings["hang_s"])
+        compiling = first and phase not in self._settings["limits"]
+        return limit * FIRST_TIME if limit is not None and compiling else limit
+
+    def _where(self, done: int, state: str) -> str:
+        """The call into torch.distributed that the main thread is in, or the innermost line of it."""
+        if state in ("T", "t", "Z", ""):
+            return ""
+        if self._asked != done:
+            self._asked = done
+            with contextlib.suppress(OSError):
+                os.truncate(self._settings["stacks"], 0)
+                os.kill(self._pid, signal.SIGUSR2)
+                time.sleep(0.2)
+            self._ask_flight_recorder()
+        with contextlib.suppress(OSError):
+            return main_thread(Path(self._settings["stacks"]).read_text(errors="replace"))
+        return ""
+
+    def _ask_flight_recorder(self) -> None:
+        """Have torch write what its collectives did, where it keeps such a record (NCCL; slurm/task.sh sets it up)."""
+        if prefix := os.environ.get("TORCH_NCCL_DEBUG_INFO_PIPE_FILE"):
+            with contextlib.suppress(OSError):  # no pipe, or nobody reads it
+                pipe = os.open(f"{prefix}{self._settings['rank']}.pipe", os.O_WRONLY | os.O_NONBLOCK)
+                os.write(pipe, b"1\n")
+                os.close(pipe)
+
+
+def main_thread(stacks: str) -> str:
+    """From faulthandler's text: "waits in NAME (FILE:LINE)" for a collective, else "in NAME (FILE:LINE)"."""
+    blocks = [block for block in stacks.split("\n\n") if "most recent call first" in block]
+    lines = blocks[-1].splitlines()[1:] if blocks else []  # the main thread comes last
+    calls = [found for line in lines if (found := re.search(r'File "(.+)", line (\d+) in (\S+)', line))]
+    if not calls:
+        return ""
+    inside = [found for line in lines if (found := COLLECTIVE.search(line))]
+    if inside:
+        outermost = inside[-1]
+        return f"waits in {outermost[3]} ({outermost[1].rpartition('/')[2]}.py:{outermost[2]})"
+    return f"in {calls[0][3]} ({os.path.basename(calls[0][1])}:{calls[0][2]})"
+
+
+def main() -> None:
+    pid, descriptor, path, settings = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # meant for the rank
+    woken: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: woken.append(number))  # Slurm, too, sends it to a whole step
+    heart = Heart(pid, mmap.mmap(descriptor, 0, prot=mmap.PROT_READ), settings)
+    interval = min(5.0, settings["hang_s"] / 12)
+    while True:
+        beat = heart.beat()
+        with contextlib.suppress(OSError):  # a full disk
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            os.pwrite(file, json.dumps(beat).encode()[: SIZE - 1].ljust(SIZE - 1) + b"\n", 0)
+            os.close(file)
+        if os.getppid() != pid or beat["phase"] == "end":
+            return
+        for _ in range(max(1, round(interval / 0.25))):
+            time.sleep(min(interval, 0.25))
+            if os.getppid() != pid or woken:
+                break
+        woken.clear()
+
+
+if __name__ == "__main__":
+    main()

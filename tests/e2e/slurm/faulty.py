@@ -1,0 +1,42 @@
+"""`recipes.train` with a fault built in, for the drills: FAULT="KIND RANK STEP", in the first attempt of a job only."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+import torch
+
+from megatron_ext.learner.learner import Learner
+from recipes.launch import launch
+from recipes.train import train
+
+KIND, RANK, STEP = (os.environ.get("FAULT", "none 0 0") + " 0 0").split()[:3]
+
+
+def faulty(original: Any) -> Any:
+    calls = 0
+
+    def update(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > int(STEP) * 2 and os.environ["RANK"] == RANK and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+            if KIND == "stuck":  # alive, its heartbeat too, but it never joins the others again
+                while True:
+                    time.sleep(0.1)
+            if KIND == "oom":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+            if KIND == "assert":
+                raise AssertionError("an invariant of the test")
+            if KIND == "exit":
+                os._exit(7)
+        return original(*args, **kwargs)
+
+    return update
+
+
+if __name__ == "__main__":
+    Learner.update = faulty(Learner.update)  # type: ignore[method-assign]
+    sys.exit(launch(train))

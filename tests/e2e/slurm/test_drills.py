@@ -1,0 +1,97 @@
+"""Faults of the learner on a real Slurm: found, named, and recovered from. A table; each row is a job of its own.
+
+python -m pytest -m "slow or not slow" -s tests/e2e/slurm/test_drills.py
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from jobs import Job, Site
+from test_jobs import LOCAL, steps
+from training import assert_same_run, run_here
+
+from recipes.cluster.attempt import attempts, events
+from recipes.cluster.blame import first_error
+
+HERE = Path(__file__).parent
+SHORT = (*LOCAL, "train.steps=12", "train.save_every=2", "run.hang_s=10", "run.collective_timeout_s=120")
+
+
+@dataclass(frozen=True)
+class Drill:
+    """One fault and what must be said about it."""
+
+    name: str
+    cause: str  # pattern that the first error of the attempt matches
+    words: tuple[str, ...] = ()
+    nodes: str = "node1"
+    fault: str = ""  # for faulty.py
+    act: Callable[[Job], None] | None = None  # else, from outside, once some steps are done
+    within_s: float = 60.0  # from the fault to the verdict
+    slow: bool = True
+
+
+def ranks(job: Job) -> dict[str, int]:
+    """Process id by rank."""
+    found = {}
+    for process in job.processes("recipes.train") + job.processes("faulty"):
+        if "RANK" in process.environ() and "heartbeat" not in " ".join(process.cmdline()):
+            found[process.environ()["RANK"]] = process.pid
+    return found
+
+
+def send(number: str, rank: str) -> Callable[[Job], None]:
+    import os
+    import signal
+
+    return lambda job: os.kill(ranks(job)[rank], getattr(signal, number))
+
+
+TWO = ("parallel.tp=2",)
+DRILLS = [
+    Drill("single rank stopped", r"learner rank 0 is stopped or gone for \d+ s", act=send("SIGSTOP", "0"), slow=False),
+    Drill("rank 1 of 2 stopped", r"node2: learner rank 1 is stopped", TWO, "node1,node2", act=send("SIGSTOP", "1")),
+    Drill("rank 0 of 2 stopped", r"node1: learner rank 0 is stopped", TWO, "node1,node2", act=send("SIGSTOP", "0")),
+    Drill("rank 1 of 2 stuck", r"node2: learner rank 1 has made no progress", TWO, "node1,node2", "stuck 1 4"),
+    Drill("rank 0 of 2 stuck", r"node1: learner rank 0 has made no progress", TWO, "node1,node2", "stuck 0 4"),
+    Drill("single rank stuck", r"learner rank 0 has made no progress .* in update .*faulty.py", fault="stuck 0 4"),
+    Drill("rank 1 of 2 out of memory", r"learner-rank1.*OutOfMemoryError", TWO, "node1,node2", "oom 1 4"),
+    Drill("rank 0 of 2 fails", r"learner-rank0.*AssertionError: an invariant", TWO, "node1,node2", "assert 0 4"),
+    Drill("rank 1 of 2 exits", r"learner-rank1.*ended with status 7", TWO, "node1,node2", "exit 1 4"),
+    Drill("rank 1 of 2 killed", r"learner-rank1.*signal 9", TWO, "node1,node2", act=send("SIGKILL", "1")),
+]
+
+
+@pytest.mark.parametrize("drill", [pytest.param(d, marks=[pytest.mark.slow] * d.slow, id=d.name) for d in DRILLS])
+def test_a_fault_is_found_named_and_survived(drill: Drill, site: Site) -> None:
+    name = re.sub(r"\W+", "-", drill.name)
+    program = {"PROGRAM": "faulty", "FAULT": drill.fault, "PYTHONPATH": str(HERE)} if drill.fault else {}
+    job = site.submit(name, *SHORT, *drill.words, nodes=drill.nodes, **program)
+    job.until("step 4", lambda: steps(job.run) >= 4)
+    if drill.act is not None:
+        drill.act(job)
+    begin = time.monotonic()
+    job.until("the attempt ends", lambda: any(e.role == "job" and e.name == "failed" for e in ended(job)))
+    seconds = time.monotonic() - begin
+    error = first_error(attempts(job.run)[0])
+    assert error is not None and re.search(drill.cause, f"{error.role}: {error.what}"), f"{error}\n{job.printed()}"
+    assert seconds < drill.within_s
+    assert job.until_ended() == ("COMPLETED", "0"), job.printed()
+    assert job.show("Restarts") == "1" and len(attempts(job.run)) == 2
+    tail = [word for word in (*SHORT, *drill.words) if not word.startswith("parallel.")]
+    if not drill.words:  # several ranks sum in another order
+        assert_same_run(
+            run_here(site.model, site.folder / f"{name}-replay", *tail, f"rollout.replay={job.run}"), job.run
+        )
+    print(f"\n| {drill.name} | {error.role}: {error.what[:110]} | {seconds:.1f} s | requeued, finished |")
+
+
+def ended(job: Job) -> list:  # type: ignore[type-arg]
+    found = attempts(job.run)
+    return events(found[0]) if found else []

@@ -1,0 +1,92 @@
+"""A damaged newest checkpoint is refused with the name of the newest intact one, and passed over when asked for."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from training import arguments, assert_same_run, launch_here, no_report, run_here
+
+SETTINGS = ("eval.every=0", "train.entropy_probe_every=0", "train.save_every=1", "train.keep_checkpoints=3")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from recipes.models.prepare import make_tiny_model
+
+    no_report()
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", seed=0)
+
+
+@pytest.fixture(scope="module")
+def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_here(model, tmp_path_factory.mktemp("runs") / "run", *SETTINGS)
+
+
+def largest(directory: Path) -> Path:
+    return max(directory.rglob("*.distcp"), key=lambda path: path.stat().st_size)
+
+
+def flip(directory: Path) -> None:
+    data = bytearray(largest(directory).read_bytes())
+    data[len(data) // 2] ^= 4
+    largest(directory).write_bytes(data)
+
+
+def truncate(directory: Path) -> None:
+    file = largest(directory)
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a flipped bit": (lambda last: flip(last), "does not have the bytes that the manifest promises"),
+    "a truncated file": (truncate, "bytes but the manifest says"),
+    "a torn manifest": (lambda last: (last / "manifest.json").write_text('{"format"'), "is not a manifest"),
+    "no manifest": (lambda last: (last / "manifest.json").unlink(), "has no manifest"),
+    "a missing directory": (shutil.rmtree, "names 'step_000004', which is not a checkpoint there"),
+    "a pointer elsewhere": (lambda last: (last.parent / "latest").write_text("step_000099\n"), "names 'step_000099'"),
+    "a torn pointer": (lambda last: (last.parent / "latest").write_bytes(b"\0\0"), "which is not a checkpoint there"),
+    "no pointer": (lambda last: (last.parent / "latest").unlink(), "latest is missing, although there are checkpoints"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_it_is_refused_and_passed_over_on_request(
+    damage: str, finished: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, symlinks=True)
+    act, sentence = DAMAGES[damage]
+    act(run / "checkpoints" / "step_000004")
+    before = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert launch_here(arguments(model, run, *SETTINGS)) == 2
+    said = capsys.readouterr().err
+    intact = "step_000004" if "pointer" in damage else "step_000003"
+    assert said.startswith("error: ") and said.count("\n") == 1 and sentence in said, said
+    assert f"The newest intact checkpoint is {intact}: resume=latest_valid continues from it" in said
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == before, "nothing is touched"
+
+    assert launch_here(arguments(model, run, *SETTINGS, "resume=latest_valid")) == 0
+    assert "resume=latest_valid: " in capsys.readouterr().out, "never silently"
+    assert (run / "checkpoints" / "latest").read_text() == "step_000004\n"
+    aside = [path.name for path in (run / "checkpoints").glob("*.damaged")]
+    assert aside == (["step_000004.damaged"] if "pointer" not in damage and "directory" not in damage else [])
+    assert_same_run(finished, run)
+
+
+def test_an_older_checkpoint_is_continued_without_losing_what_is_written_next(model: Path, tmp_path: Path) -> None:
+    """The user points at an older one. What is written from there is newer than what was written before, whatever the
+    numbers say: pruned is the old history."""
+    one = ("eval.every=0", "train.entropy_probe_every=0", "train.save_every=1", "train.keep_checkpoints=2")
+    run = run_here(model, tmp_path / "run", *one)
+    (run / "checkpoints" / "latest").write_text("step_000003\n")
+    from megatron_ext.learner import checkpoint
+
+    order = [path.name for path in checkpoint.by_write_order(run / "checkpoints")]
+    assert order == ["step_000003", "step_000004"]
+    shutil.move(run / "checkpoints" / "step_000004", run / "checkpoints" / "step_000009")
+    run_here(model, run, *one, "train.steps=5")
+    kept = [path.name for path in checkpoint.by_write_order(run / "checkpoints")]
+    assert kept == ["step_000004", "step_000005"], "not the one with the largest number"

@@ -1,0 +1,127 @@
+"""Which rank hangs: judged from made-up heartbeats, and seen on real processes that stop in three different ways."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from recipes.cluster import watch
+from recipes.cluster.attempt import events
+from recipes.cluster.heartbeat import main_thread
+from recipes.cluster.watch import Rank, culprits, sentence
+
+HANG_S = 60.0
+
+
+def rank(number: int, phase: str = "update", age: float = 0.0, **values: float | str | None) -> Rank:
+    limits = {"rollout": 660.0, "save": 3600.0, "sync": 1800.0}
+    fields = {"limit_s": limits.get(phase, HANG_S), "phases": 7, "step": 11} | values
+    return Rank(number, f"node{number // 2 + 1}", phase, age_s=age, **fields)  # type: ignore[arg-type]
+
+
+WAITS, LOOPS = "waits in all_reduce (distributed_c10d.py:2900)", "in pack (packing.py:80)"
+
+
+@pytest.mark.parametrize(
+    "ranks, named",
+    [
+        # Nothing is wrong: all compute; one waits for a peer with more micro-batches; all wait for rank 0's rollouts.
+        ([rank(0), rank(1, age=20)], []),
+        ([rank(0, age=300, where=WAITS), rank(1, age=3)], []),
+        ([rank(0, "rollout", age=100), *(rank(i, "rollout", age=900, where=WAITS) for i in (1, 2, 3))], []),
+        ([rank(0, "save", age=900), rank(1, "save", age=900, where=WAITS)], []),
+        # One stopped, lost with its node, or gone: named at once, not those that wait for it.
+        ([rank(0, age=70, where=WAITS), rank(1, age=70, stopped_s=55.0)], [1]),
+        ([rank(0, "rollout", age=700, where=WAITS), rank(1, "rollout", age=1, stopped_s=55.0)], [1]),
+        ([rank(0, age=55, where=WAITS), rank(1, age=2, silent_s=55.0), rank(2, age=55, where=WAITS)], [1]),
+        # Stuck with a living process: the one that waits for nobody; then who is behind; then who came to rest first.
+        ([rank(0, age=56, where=WAITS), rank(1, age=57, where=LOOPS)], [1]),
+        ([rank(0, age=57, where=WAITS, phases=8), rank(1, age=56, where=WAITS, phases=7)], [1]),
+        ([rank(0, age=52, where=WAITS), rank(1, age=60, where=WAITS)], [1]),
+        # All others have gone on to wait for rollouts; rank 1 is still in the update before.
+        ([rank(0, "rollout", age=30, phases=8), rank(1, age=58, where=LOOPS)], [1]),
+        # A single rank.
+        ([rank(0, age=55, where=LOOPS)], [0]),
+        ([rank(0, "rollout", age=655.0)], [0]),
+        # The end of one rank is not a hang of it.
+        ([rank(0, "end", age=900, stopped_s=900.0), rank(1, "finish", limit_s=3600.0)], []),
+    ],
+)
+def test_the_culprit_is_named_and_not_those_that_wait(ranks: list[Rank], named: list[int]) -> None:
+    assert [r.rank for r in culprits(ranks, HANG_S)] == named
+
+
+def test_the_sentence_says_who_where_and_since_when() -> None:
+    stuck = rank(1, age=57.2, where=LOOPS, operation="micro-batch 3 of 9")
+    assert sentence(culprits([rank(0, age=56, where=WAITS), stuck], HANG_S), 2) == (
+        "node1: learner rank 1 has made no progress for 57 s (in update of step 12, micro-batch 3 of 9, "
+        "in pack (packing.py:80)); the other 1 wait"
+    )
+
+
+def test_faulthandler_text_is_understood() -> None:
+    text = (
+        'Thread 0x01 (most recent call first):\n  File "/x/threading.py", line 1 in wait\n\n'
+        'Current thread 0x02 (most recent call first):\n  File "/v/torch/distributed/c10d_logger.py", line 9 in w\n'
+        '  File "/v/torch/distributed/distributed_c10d.py", line 2900 in all_reduce\n'
+        '  File "/r/megatron_ext/learner/learner.py", line 5 in update\n'
+    )
+    assert main_thread(text) == "waits in all_reduce (distributed_c10d.py:2900)"
+    assert main_thread(text.replace("torch/distributed", "numpy")) == "in w (c10d_logger.py:9)"
+
+
+RANK = """
+import ctypes, sys, time
+from pathlib import Path
+from megatron_ext import progress
+from recipes.cluster import heartbeat
+how, attempt, number = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+record = progress.open_record()
+heartbeat.start(attempt, number, record, 2.0, {"start": 2.0})
+for step in range(3):  # work, then hang
+    progress.at("statistics", step=step); time.sleep(0.05)
+    progress.at("update", step=step); time.sleep(0.05)
+progress.beat("micro-batch 2 of 4")
+if how == "holds the lock": ctypes.PyDLL(None).sleep(60)
+while how == "works" : progress.beat(); time.sleep(0.2)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", ["sleeps", "stopped", "holds the lock"])
+def test_real_processes(
+    how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within the limit; the waiting or working peer is not named; the interpreter's lock does not matter."""
+    monkeypatch.setattr(watch, "POLL_S", 0.5)
+    words = [sys.executable, "-c", RANK]
+    ways = ["sleeps" if how == "stopped" else how, *(["works"] if how == "stopped" else [])]
+    ranks = [subprocess.Popen([*words, way, str(tmp_path), str(number)]) for number, way in enumerate(ways)]
+    try:
+        file = tmp_path / "heartbeats" / "rank0.json"
+        while not file.exists() or (how != "holds the lock" and "micro-batch" not in file.read_text()):
+            time.sleep(0.05)
+        if how == "stopped":
+            os.kill(ranks[0].pid, signal.SIGSTOP)
+        begin = time.monotonic()
+        assert watch.main([str(tmp_path), "--ranks", str(len(ranks))]) == watch.STATUS
+        assert time.monotonic() - begin < 2.0 + 5.0, "a busy machine's seconds included"
+        (event,) = events(tmp_path)
+        assert event.role == "learner-rank0" and event.name == "failed"
+        said = str(event.details["error"])
+        assert said.startswith(f"{os.uname().nodename}: learner rank 0 ") and "(in update of step 3" in said
+        assert "is stopped or gone" in said if how == "stopped" else "has made no progress" in said
+        assert "[watch] hung:" in capsys.readouterr().out
+        assert (tmp_path / watch.HUNG_NODES).read_text().split() == [os.uname().nodename]
+        if how == "sleeps":
+            assert "in <module> (<string>" in said, "where it is, from its stack"
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
