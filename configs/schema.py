@@ -129,6 +129,7 @@ class TrainConfig:
     entropy_probe_every: int = 0  # steps between measurements of the entropy change on the same tokens; 0: never
     save_every: int = 20  # rollout steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 2
+    stop_after_silent_steps: int = 0  # stop after so many steps in a row that give no learning signal; 0: warn only
     async_save: bool = False  # copy a checkpoint to host memory and train on while it is written
     threads: int = 1  # torch threads per learner process
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +13,7 @@ import conversion
 from configs.layout import learner_processes, process_multiple
 from configs.load import load_config
 from configs.schema import Config
+from megatron_ext.sync.process_guard import PR_SET_PDEATHSIG
 from recipes.checks.cli import print_help, wants_help
 from recipes.checks.messages import sentence
 from recipes.checks.model import check_device, check_model, check_tokenizer
@@ -47,6 +50,8 @@ NOT_FINITE = 5  # exit status; a job that ends with it is not requeued: the same
 def launch(train: Callable[[Config, Path], None], argv: Sequence[str] | None = None) -> int:
     """Run ``train`` with the configuration of the command line; the exit status. User errors are one line on stderr."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        follow_torchrun()
     if wants_help(argv):
         return print_help(argv, HELP)
     from transformers.utils.logging import disable_progress_bar
@@ -90,9 +95,20 @@ def launch(train: Callable[[Config, Path], None], argv: Sequence[str] | None = N
     return 0
 
 
+def follow_torchrun() -> None:
+    """A rank: die with torchrun, however it ends, and hear Ctrl-C although torchrun does not."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def relaunch(processes: int, argv: Sequence[str]) -> None:
     """Replace this process by torchrun with as many learner processes on this machine."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Ctrl-C reaches every process of the terminal. The ranks stop after their step; torchrun, which would kill them
+    # within 30 s, must not hear of it.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGHUP,SIGQUIT"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stdout.flush()
     os.execv(sys.executable, [*command, "-m", "recipes.train", *argv])

@@ -52,8 +52,10 @@ def state(run_dir: Path, now: float) -> tuple[str, str]:
         return "lost", f"no sign of life for {_duration(silent)}: node lost, or requeued and waiting"
     if is_locked(run_dir):
         return "running", ""
-    last = next((event.name for event in reversed(events) if event.role == "learner"), "")
-    return (last, "") if last in ("stopped", "failed") else ("lost", "ended without a word: killed?")
+    ends = [event for event in events if event.role == "learner" and event.name in ("started", "stopped", "failed")]
+    if ends and ends[-1].name == "stopped":
+        return "stopped", f"at step {ends[-1].details.get('step')}"
+    return ("failed", "") if ends and ends[-1].name == "failed" else ("lost", "ended without a word: killed?")
 
 
 def servers(events: Sequence[Event]) -> str:

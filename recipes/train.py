@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def train(config: Config, model_dir: Path) -> None:
         )
         run.begin(state["step"])
         guard = Guard(config, run.path)
-        stop = StopSignal(run.stop_file)
+        stop = StopSignal(run.stop_file, run.say)
         with RolloutStream(config, model_dir, run.path, learner, critic) as stream:
             if state["step"] == 0:
                 run.evaluated(stream.evaluate(0), before=True)
@@ -77,7 +78,7 @@ def train(config: Config, model_dir: Path) -> None:
                 if due_sets(config, step + 1):
                     with metrics.clock("eval"):
                         run.evaluated(stream.evaluate(step + 1))
-                stopping = stream.agree(stop.requested)
+                stopping = stream.agree(stop.requested or bool(run.watch.stalled))
                 # Before the checkpoint: killed in between, the step is done again; else its line would be lost.
                 run.log(metrics, samples, record)
                 metrics = StepMetrics(step + 2)  # the next line gets the time of saving
@@ -166,19 +167,25 @@ def train_step(
 
 
 class StopSignal:
-    """SIGTERM, SIGUSR1 or the existence of ``file`` asks for a checkpoint at the next step boundary and a clean end."""
+    """Ctrl-C, SIGTERM, SIGUSR1 or the existence of ``file`` asks for a checkpoint after this step and a clean end.
 
-    def __init__(self, file: Path) -> None:
-        self._file, self._signalled = file, False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+    A second Ctrl-C leaves at once.
+    """
+
+    def __init__(self, file: Path, say: Callable[[str], None]) -> None:
+        self._file, self._signalled, self._say = file, False, say
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._set)
 
     @property
     def requested(self) -> bool:
         return self._signalled or self._file.exists()
 
-    def _set(self, *_: object) -> None:
+    def _set(self, number: int, *_: object) -> None:
         self._signalled = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            self._say("stopping after this step with a checkpoint; Ctrl-C again leaves at once")
 
 
 def _params(group: dict[str, Any]) -> dict[str, Any]:

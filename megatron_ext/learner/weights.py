@@ -7,7 +7,7 @@ tensor at a time.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor
 import conversion
 from conversion.hf_files import HFReader
 from conversion.hf_to_megatron import check_source
+from megatron_ext.learner import control
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"(.*\.local_experts\.)(\d+)(\..*)")
@@ -139,3 +140,12 @@ def _owners(names: list[str], leading: list[bool], device: torch.device) -> list
     owners: list[int] = candidates.tolist()
     assert max(owners) < world, f"no rank holds {names[owners.index(world)]}"
     return owners
+
+
+def nonfinite_parameters(chunks: Iterable[torch.nn.Module]) -> int:
+    """How many of this model's numbers are NaN or infinite, over all ranks (replicas count each). A collective."""
+    count = sum(int((~torch.isfinite(p.detach())).sum()) for chunk in chunks for p in chunk.parameters())
+    total = torch.tensor([count])
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        torch.distributed.all_reduce(total, group=control.group())
+    return int(total)

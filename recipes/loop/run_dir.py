@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from configs.load import load_saved_config, save_config
 from configs.schema import Config
@@ -21,15 +18,17 @@ from megatron_ext import progress
 from megatron_ext.rl.types import Sample
 from recipes.checks.resume import Changes, check_changes, check_replay, differences, shown
 from recipes.cluster import heartbeat, lock
-from recipes.cluster.attempt import FINISHED, LATEST, LOGS, STOP, VARIABLE, own_attempt, record, write_finished
+from recipes.cluster.attempt import FINISHED, LATEST, LOGS, STOP, VARIABLE, own_attempt, write_finished
+from recipes.cluster.attempt import record as record_event
 from recipes.loop import journal
+from recipes.loop.display import Display
 from recipes.loop.metrics import StepMetrics
+from recipes.loop.watch import Watch
 
 if TYPE_CHECKING:  # importing Megatron takes seconds
     from megatron_ext.learner.learner import Learner
 
 SAMPLES_PER_STEP = 4  # completions kept in samples.jsonl
-PLAIN_EVERY_S = 5.0  # seconds between progress lines when the output is not a terminal
 ROLE = "learner"  # rank 0 speaks for the learner; under Slurm each rank's errors and exit status are recorded besides
 
 
@@ -48,10 +47,9 @@ class RunDir:
         self._tokenizer: Any = None
         self._val: dict[str, float] = {}
         self._before: dict[str, float] = {}
-        self._printed = 0.0
         self._begin = time.monotonic()
-        self.console = Console(highlight=False, soft_wrap=True)
-        self._progress: Progress | None = None
+        self._display = Display()
+        self.watch = Watch(config)
         self._heartbeat: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> RunDir:
@@ -75,7 +73,7 @@ class RunDir:
         save_config(self.config, saved)
         save_config(self.config, self.logs / "config.yaml")
         if changes:
-            record(self.logs, ROLE, "changed", changes=changes)
+            record_event(self.logs, ROLE, "changed", changes=changes)
             self.say(f"changed since the last start: {shown(changes)}")
         lock.told(self._lock, self.logs)
         self._start_heartbeat(self.logs)
@@ -98,9 +96,8 @@ class RunDir:
         if error is not None and (self._first or VARIABLE in os.environ):
             first_line = (str(error).splitlines() or [""])[0]
             where, role = (self.logs, ROLE) if self._first else (Path(os.environ[VARIABLE]), self._role)
-            record(where, role, "failed", error=f"{type(error).__name__}: {first_line}")
-        if self._progress is not None:
-            self._progress.stop()
+            record_event(where, role, "failed", error=f"{type(error).__name__}: {first_line}")
+        self._display.stop()
         if self._metrics is not None:
             self._metrics.close()
         if self._lock is not None:
@@ -118,27 +115,16 @@ class RunDir:
         for name in ("metrics.jsonl", "samples.jsonl"):
             _keep_steps(self.path / name, step)
         self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")
-        record(self.logs, ROLE, "started", step=step, steps=self.config.train.steps)
+        record_event(self.logs, ROLE, "started", step=step, steps=self.config.train.steps)
         if step < self.config.train.steps:
             (self.path / FINISHED).unlink(missing_ok=True)
         if step:
             self.say(f"resuming {self.path} after step {step}")
-        if self.console.is_terminal:
-            self._progress = Progress(
-                TextColumn("{task.completed}/{task.total}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[status]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
-            self._progress.add_task("train", total=self.config.train.steps, completed=step, status="starting")
-            self._progress.start()
+        self._display.start(step, self.config.train.steps)
 
     def say(self, text: str) -> None:
         if self._first:
-            self.console.print(text, markup=False)
+            self._display.say(text)
 
     def evaluated(self, metrics: Mapping[str, float], *, before: bool = False) -> None:
         """Results of an evaluation, for the line of the step that follows (before training) or that is just done."""
@@ -162,7 +148,10 @@ class RunDir:
         self._metrics.write(json.dumps(values) + "\n")
         self._metrics.flush()
         self._write_samples(metrics.step, samples, record)
-        self._show(metrics.step, values)
+        self._display.step(metrics.step, values)
+        for warning in self.watch.observe(values):
+            self.say(warning)
+            record_event(self.logs, ROLE, "warning", step=metrics.step, text=warning)
         every = self.config.run.report_every
         if every and metrics.step % every == 0:
             self._report()
@@ -173,18 +162,35 @@ class RunDir:
         return self.logs / STOP
 
     def stopped(self, step: int) -> None:
-        """Ended on request after ``step``, with a checkpoint of it."""
-        if self._first:
-            record(self.logs, ROLE, "stopped", step=step)
-            self.say(f"stopped on request after step {step}; start again to continue")
+        """Ended on request, or for want of a learning signal, after ``step``, with a checkpoint of it.
+
+        Raises:
+            ValueError: the run stopped itself.
+        """
+        if not self._first:
+            return
+        if why := self.watch.stalled:
+            raise ValueError(f"stopped at step {step}: {why} (train.stop_after_silent_steps)")
+        record_event(self.logs, ROLE, "stopped", step=step)
+        self.say(f"stopped at step {step} with a checkpoint; the same command continues")
 
     def finish(self, learner: Learner, model_dir: Path) -> None:
-        """Export the policy as a Hugging Face directory and write the report."""
+        """Export the policy as a Hugging Face directory and write the report.
+
+        Raises:
+            ValueError: a weight is not finite; nothing is exported then.
+        """
         progress.at("finish")
         from conversion.megatron_to_hf import write_hf
         from megatron_ext.learner import control
         from megatron_ext.learner.model import DTYPES
+        from megatron_ext.learner.weights import nonfinite_parameters
 
+        if bad := nonfinite_parameters(learner.chunks):
+            raise ValueError(
+                f"{bad} weights of the policy are not finite after step {self.config.train.steps}, so it is not "
+                f"exported: lower optim.lr or optim.clip_grad, and go back to an earlier checkpoint of {self.path}"
+            )
         tensors = learner.export()
         out = self.path / "hf"
         if self._first:
@@ -199,11 +205,10 @@ class RunDir:
             pass
         control.barrier()  # rank 0 may still write
         if self._first:
-            if self._progress is not None:
-                self._progress.stop()
+            self._display.stop()
             report = self._report()
             write_finished(self.path, self.config.train.steps)
-            record(self.logs, ROLE, "finished", step=self.config.train.steps)
+            record_event(self.logs, ROLE, "finished", step=self.config.train.steps)
             minutes = (time.monotonic() - self._begin) / 60
             self.say(f"done in {minutes:.1f} min: report {report}, model {out}, metrics {self.path / 'metrics.jsonl'}")
 
@@ -234,22 +239,6 @@ class RunDir:
                     "advantage": sample.advantage,
                 }
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-    def _show(self, step: int, values: Mapping[str, Any]) -> None:
-        status = (
-            f"reward {values['critic/rewards/mean']:.3f}  entropy {values.get('actor/entropy', float('nan')):.3f}  "
-            f"{values['perf/throughput']:.0f} tok/s  {values['timing_s/step']:.2f} s/step"
-        )
-        if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], completed=step, status=status)
-        elif time.monotonic() - self._printed > PLAIN_EVERY_S or step == self.config.train.steps:
-            self._printed = time.monotonic()
-            left = (self.config.train.steps - step) * values["timing_s/step"]
-            print(
-                f"step {step}/{self.config.train.steps}  {status}  {left / 60:.1f} min left",
-                file=sys.stdout,
-                flush=True,
-            )
 
 
 def _keep_steps(path: Path, last: int) -> None:

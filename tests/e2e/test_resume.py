@@ -184,7 +184,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(model: Path, tmp_path: Path) ->
     for number, after, saved in ((signal.SIGTERM, 1, 2), (signal.SIGUSR1, 4, 5)):
         assert _run(words, log, partial(signals_itself, number, after)) == 0, log.read_text()
         assert (run / "checkpoints" / "latest").read_text() == f"step_{saved:06d}\n"
-        assert f"stopped on request after step {saved}; start again to continue" in log.read_text()
+        assert f"stopped at step {saved} with a checkpoint; the same command continues" in log.read_text()
         assert not (run / "hf").exists(), "the run is not finished"
     _finish(words, log)
     versions = {

@@ -40,7 +40,7 @@ def launch_here(words: list[str]) -> int:
     from recipes.launch import launch
     from recipes.train import train
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
         return launch(train, words)
     finally:

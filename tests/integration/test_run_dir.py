@@ -80,9 +80,7 @@ def test_logs_are_cut_back_to_the_checkpoint(model: Path, tmp_path: Path, torn: 
 
 def test_two_processes_cannot_share_a_directory(model: Path, tmp_path: Path) -> None:
     with RunDir(config(model, tmp_path)):
-        with pytest.raises(
-            ValueError, match=f"run.dir={tmp_path} is in use by process .*; wait or choose another"
-        ):
+        with pytest.raises(ValueError, match=f"run.dir={tmp_path} is in use by process .*; wait or choose another"):
             RunDir(config(model, tmp_path)).__enter__()
     with RunDir(config(model, tmp_path)):
         pass  # free again
@@ -144,3 +142,33 @@ def test_other_ranks_write_nothing(model: Path, tmp_path: Path, monkeypatch: pyt
         run.evaluated({"x": 1.0})
         log(run, 1)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_stops_itself_is_not_done(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Equal rewards in every step (`log` makes such): warned, then stopped, and `status` says so."""
+    with pytest.raises(
+        ValueError, match=r"stopped at step 4: no learning signal in 4 steps in a row: all rewards are 0"
+    ):
+        with RunDir(config(model, tmp_path, "train.stop_after_silent_steps=4")) as run:
+            run.begin(0)
+            for step in (1, 2, 3, 4):
+                assert not run.watch.stalled
+                log(run, step)
+            assert run.watch.stalled
+            run.stopped(4)
+    assert "warning: no learning signal in the last 3 steps: all rewards are 0" in capsys.readouterr().out
+    assert status.main([str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "failed" in out and "no learning signal" in out
+
+
+def test_a_requested_stop_is_shown_with_its_step(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunDir(config(model, tmp_path)) as run:
+        run.begin(0)
+        log(run, 1)
+        run.stopped(1)
+    assert "stopped at step 1 with a checkpoint; the same command continues" in capsys.readouterr().out
+    assert status.main([str(tmp_path)]) == 0
+    assert "stopped (at step 1)" in capsys.readouterr().out

@@ -1,0 +1,69 @@
+"""Signs that a run learns nothing or has lost its policy, said while it runs and not after it.
+
+A step gives no signal when nothing was trained, when all rewards of the batch are equal and the advantages are taken
+against a group's mean, or when every gradient was exactly zero. An entropy at 0 or at ln V (V: the vocabulary) is a
+policy that always says the same, or says anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from configs.schema import Config
+
+WARN_AFTER = 3  # steps in a row; one alone happens with small batches
+ENTROPY_FLOOR = 1e-3  # nats per token
+ENTROPY_TOP = 0.98  # of ln V
+
+
+class Watch:
+    """Looks at the lines of ``metrics.jsonl``, one after the other."""
+
+    def __init__(self, config: Config, vocab_size: int | None = None) -> None:
+        self._config, self._vocab_size = config, vocab_size
+        self._silent = 0
+        self._runs: dict[str, int] = {}
+        self.stalled = ""
+
+    def observe(self, values: Mapping[str, Any]) -> list[str]:
+        """Warnings that a step's line gives rise to. Sets ``stalled`` when the run should stop, and says why."""
+        reason = self.no_signal(values)
+        self._silent = self._silent + 1 if reason else 0
+        limit = self._config.train.stop_after_silent_steps
+        if limit and self._silent >= limit:
+            self.stalled = f"no learning signal in {self._silent} steps in a row: {reason}"
+        found = self._repeated("signal", reason, "no learning signal in the last {n} steps: " + reason)
+        entropy = values.get("actor/entropy")
+        if isinstance(entropy, float):
+            low = entropy < ENTROPY_FLOOR
+            text = f"entropy {entropy:.2g} nats in the last {{n}} steps: the policy always says the same"
+            found += self._repeated("low", low, text)
+            top = math.log(self._vocab_size) if self._vocab_size else math.inf
+            text = (
+                f"entropy {entropy:.3g} nats in the last {{n}} steps, and ln V is {top:.3g}: the policy says anything"
+            )
+            found += self._repeated("high", entropy > ENTROPY_TOP * top, text)
+        return found
+
+    def no_signal(self, values: Mapping[str, Any]) -> str:
+        """Why a step trained nothing; empty when it did."""
+        if not values.get("rollout/samples", 1):
+            return "no group had a difference in reward, so nothing was trained (advantage.drop_uniform_groups)"
+        if values.get("critic/rewards/std") == 0 and self._config.advantage.name != "gae":
+            reward = values.get("critic/rewards/mean", math.nan)
+            hint = "the problems are too hard, or the verifier does not read the answers" if reward <= 0 else ""
+            hint = hint or "the problems are too easy, or the verifier accepts anything"
+            return f"all rewards are {reward:g}; {hint}"
+        if values.get("actor/grad_norm") == 0:
+            return "every gradient is zero: all advantages are 0, or the loss or the selection drops every token"
+        return ""
+
+    def _repeated(self, kind: str, bad: object, text: str) -> list[str]:
+        """The warning when ``bad`` has lasted WARN_AFTER steps, and again each time that has grown tenfold."""
+        count = self._runs[kind] = self._runs.get(kind, 0) + 1 if bad else 0
+        due = WARN_AFTER
+        while due < count:
+            due *= 10
+        return [f"warning: {text.format(n=count)}"] if bad and count == due else []
