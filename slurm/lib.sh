@@ -115,12 +115,13 @@ requeue() { # without the nodes whose ranks hung, when the partition has others
 	sleep 1 # it is pending for a while, and its exclusions may be changed
 	if exclude "$hung"; then say "next without $hung"; else say "no node to take the place of $hung"; fi
 }
-exclude() { # NODES: add them to the job's exclusions
-	local job=$SLURM_JOB_ID before spare
-	before=$(scontrol show job "$job" | sed -n 's/^ *ExcNodeList=//p'); [[ $before != "(null)" ]] || before=''
+job_field() { scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *$1=\([^ ]*\).*/\1/p" | sed 's/^(null)$//'; }
+exclude() { # NODES: add them to the job's exclusions, unless they were asked for or the rest is too small
+	local before spare; before=$(job_field ExcNodeList)
+	[[ -z $(job_field ReqNodeList) ]] || return 1
 	spare=$(sinfo -h -N -p "$SLURM_JOB_PARTITION" -t idle,mix,alloc -o %N | sort -u | wc -l)
 	((spare - $(tr , '\n' <<<"$1" | wc -l) >= NODES)) || return 1
-	scontrol update "jobid=$job" "excnodelist=${before:+$before,}$1"
+	scontrol update "jobid=$SLURM_JOB_ID" "excnodelist=${before:+$before,}$1"
 }
 begin() {
 	local variables code line

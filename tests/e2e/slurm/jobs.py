@@ -70,7 +70,7 @@ class Site:
     model: Path
 
     def submit(self, name: str, *words: str, nodes: str = "node1", options: tuple[str, ...] = (), **env: str) -> Job:
-        """`sbatch` the smoke test's template on the given nodes; by default one learner rank and no servers."""
+        """`sbatch` the smoke test's template on the given nodes ("": one, any); by default one learner rank, no servers."""
         count = len(nodes.split(","))
         variables = {
             "LEARNER_NODES": str(count),
@@ -79,7 +79,8 @@ class Site:
             **env,
         }
         run, out = self.folder / name, self.folder / f"{name.replace('/', '-')}.out"
-        options = (f"--nodes={count}", f"--nodelist={nodes}", f"--output={out}", "--mem=2G", *options)
+        where = (f"--nodelist={nodes}",) if nodes else ()
+        options = (f"--nodes={count}", *where, f"--output={out}", "--mem=2G", *options)
         command = ["sbatch", "--parsable", *options, "slurm/smoke_cpu.sbatch", f"model.path={self.model}"]
         environment = {k: v for k, v in self.cluster.env.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
         done = subprocess.run(

@@ -34,6 +34,7 @@ class Drill:
     fault: str = ""  # for faulty.py
     act: Callable[[Job], None] | None = None  # else, from outside, once some steps are done
     within_s: float = 60.0  # from the fault to the verdict
+    excluded: str = ""  # the node that the next attempt does without
     slow: bool = True
 
 
@@ -56,6 +57,9 @@ def send(number: str, rank: str) -> Callable[[Job], None]:
 TWO = ("parallel.tp=2",)
 DRILLS = [
     Drill("single rank stopped", r"learner rank 0 is stopped or gone for \d+ s", act=send("SIGSTOP", "0"), slow=False),
+    Drill(
+        "stopped on any node", r"node1: learner rank 0 is stopped", act=send("SIGSTOP", "0"), nodes="", excluded="node1"
+    ),
     Drill("rank 1 of 2 stopped", r"node2: learner rank 1 is stopped", TWO, "node1,node2", act=send("SIGSTOP", "1")),
     Drill("rank 0 of 2 stopped", r"node1: learner rank 0 is stopped", TWO, "node1,node2", act=send("SIGSTOP", "0")),
     Drill("rank 1 of 2 stuck", r"node2: learner rank 1 has made no progress", TWO, "node1,node2", "stuck 1 4"),
@@ -83,6 +87,7 @@ def test_a_fault_is_found_named_and_survived(drill: Drill, site: Site) -> None:
     assert error is not None and re.search(drill.cause, f"{error.role}: {error.what}"), f"{error}\n{job.printed()}"
     assert seconds < drill.within_s
     assert job.until_ended() == ("COMPLETED", "0"), job.printed()
+    assert job.show("ExcNodeList") == (drill.excluded or "(null)") and job.show("NodeList") != drill.excluded
     assert job.show("Restarts") == "1" and len(attempts(job.run)) == 2
     tail = [word for word in (*SHORT, *drill.words) if not word.startswith("parallel.")]
     if not drill.words:  # several ranks sum in another order
