@@ -70,7 +70,7 @@ class Site:
     model: Path
 
     def submit(self, name: str, *words: str, nodes: str = "node1", options: tuple[str, ...] = (), **env: str) -> Job:
-        """`sbatch` the smoke test's template on the given nodes ("": one, any); by default one learner rank, no servers."""
+        """`sbatch` the smoke test's template on these nodes ("": one, any); by default one learner rank, no servers."""
         count = len(nodes.split(","))
         variables = {
             "LEARNER_NODES": str(count),
