@@ -24,6 +24,7 @@ SITE_ENV=${SITE_ENV:-slurm/site.env}
 [[ -f $SITE_ENV ]] || SITE_ENV=slurm/site.env.example
 # shellcheck source=slurm/site.env.example
 source "$SITE_ENV"
+ulimit -Sc "${CORE_KB:-0}"; ulimit -Sn "$(ulimit -Hn)" # a core dump of a learner is as large as its memory
 export ROOT SITE_ENV OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 # --- how Python starts: HOST_PY in the batch script, TASK_PY within srun, PYXIS for srun itself ----------------------
@@ -143,19 +144,22 @@ preflight() {
 		"${ended[@]}" <"$ATTEMPT_DIR/preflight.out" 2>&1 | tee "$ATTEMPT_DIR/preflight.log"
 	((PIPESTATUS[0] == 0)) || { cat "$ATTEMPT_DIR/preflight.err"; end refused 3; }
 }
+count_servers() { # READY and GONE: those that have given up will not be ready
+	READY=$(find "$ATTEMPT_DIR" -name 'server-*.url' | wc -l)
+	GONE=$(grep -lsE '"event": "(gave up|ended)"' "$ATTEMPT_DIR"/server-*.events.jsonl | wc -l)
+}
 serve() { # start the servers and wait until each has produced a token
-	local ready=() deadline=$((SECONDS + ${SERVER_START_S:-1800}))
+	local READY GONE deadline=$((SECONDS + ${SERVER_START_S:-1800}))
 	(server_step) & SERVING=$!
 	say "waiting for $SERVERS servers"
-	while ready=("$ATTEMPT_DIR"/server-*.url) && [[ ! -e ${ready[0]} || ${#ready[@]} -lt $SERVERS ]]; do
+	while count_servers; ((READY + GONE < SERVERS)); do
 		[[ -z $CANCELLED$STOPPING ]] || return 0
 		kill -0 "$SERVING" 2>/dev/null || { say "the servers ended before they were ready"; return 1; }
-		if ((SECONDS >= deadline)); then # go on with those that are there
-			[[ -e ${ready[0]} ]] || { say "no server is ready"; return 1; }
-			say "only ${#ready[@]} of $SERVERS servers are ready"; break
-		fi
+		((SECONDS < deadline)) || break
 		tick
 	done
+	((READY > 0)) || { say "no server is ready"; return 1; }
+	((READY >= SERVERS)) || say "going on with $READY of $SERVERS servers"
 	URLS=$(cat "$ATTEMPT_DIR"/server-*.url | paste -sd,)
 	say "servers ready: $URLS"
 }
@@ -177,6 +181,12 @@ learn() { # the learner's exit status; requeue by force when a checkpoint was as
 	done
 	wait "$LEARNER"
 }
+remove_weights() { # staged for servers by a learner that was killed; those of a living one are locked
+	local staged prefix=megatron-gppo-weights-
+	for staged in "${SYNC_DIR:-/dev/shm}/$prefix"*/ "/dev/shm/$prefix"*/ "/tmp/$prefix"*/; do
+		[[ ! -O $staged || ! -e $staged/lock ]] || flock -n "$staged/lock" rm -rf "$staged"
+	done
+}
 lost_nodes() { # what Slurm knows of nodes that are down, for who reads the first error
 	local down; down=$(sinfo -h -N -n "$SLURM_JOB_NODELIST" -t down,fail,no_respond -o %N | sort -u | paste -sd,)
 	[[ -z $down ]] || event nodes lost ", \"down\": \"$down\""
@@ -188,6 +198,7 @@ end() { # OUTCOME STATUS: stop what runs, say how it went, requeue if that helps
 	[[ -z $WATCHING ]] || kill "$WATCHING" 2>/dev/null
 	[[ -z $LEARNER ]] || ! kill -0 "$LEARNER" 2>/dev/null || kill "$LEARNER"
 	for ((i = 0; i < 20; i++)); do kill -0 "$SERVING" 2>/dev/null || break; sleep 1; done
+	remove_weights
 	"${HOST_PY[@]}" -m recipes.status "$RUN_DIR"
 	[[ $1 == stopped || $1 == failed ]] && [[ -z $CANCELLED ]] || exit "$2"
 	"${HOST_PY[@]}" -m recipes.cluster.job again "$RUN_DIR" || exit "$2"

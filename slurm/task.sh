@@ -29,9 +29,16 @@ case $role in
 	server)
 		own_gpus $((FIRST_SERVER_GPU + SLURM_LOCALID * SERVER_GPUS)) "$SERVER_GPUS"
 		if ((SLURM_LOCALID == 0)); then requeue_orphan & watcher=$!; fi
-		"${TASK_PY[@]}" -m recipes.cluster.serve "$ATTEMPT_DIR" --toward "$MASTER_ADDR" --interface "${SERVER_INTERFACE:-}" \
-			--start-s "${SERVER_START_S:-1800}" --hang-s "${SERVER_HANG_S:-300}" -- "$@"
-		code=$?; name=server-$SLURM_PROCID
+		name=server-$SLURM_PROCID; trap 'asked=1' TERM
+		while :; do # a supervisor that is killed is started again
+			"${TASK_PY[@]}" -m recipes.cluster.serve "$ATTEMPT_DIR" --toward "$MASTER_ADDR" \
+				--interface "${SERVER_INTERFACE:-}" --start-s "${SERVER_START_S:-1800}" \
+				--hang-s "${SERVER_HANG_S:-300}" -- "$@"
+			code=$?
+			((code > 128)) && [[ -z ${asked:-} ]] || break
+			event "$name" failed ", \"error\": \"the supervisor ended by signal $((code - 128))\""
+			sleep 2
+		done
 		[[ -z ${watcher:-} ]] || kill "$watcher" 2>/dev/null ;;
 	learner)
 		own_gpus 0 "$RANKS_PER_NODE"

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import heapq
 import itertools
 import json
+import resource
+import time
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -21,6 +25,20 @@ from recipes.rollout.vllm.server import ServerProcess
 
 GENERATE = "/inference/v1/generate"
 ALIVE = "/is_paused"  # answered by the engine itself: /health also answers when the engine behind it hangs
+
+
+FILES_PAUSE_S = 0.1  # before the next attempt when this process has too many files open
+RESERVED_FILES = 256  # for all else than generation requests: logs, journal, probes, checkpoints
+
+
+def most_connections() -> int:
+    """How many requests may be open at a time. Raises this process's limit of open files as far as it may first."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):  # a hard limit above what the kernel allows
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            soft = hard
+    return 1 << 20 if soft == resource.RLIM_INFINITY else max(soft - RESERVED_FILES, soft // 2)
 
 
 class ServerError(RuntimeError):
@@ -97,15 +115,23 @@ class Server:
 async def request(
     session: aiohttp.ClientSession, method: str, server: Server, path: str, body: Any, timeout_s: float
 ) -> Any:
-    """Decoded JSON answer. ServerError for an error of the server, NoAnswer for none in time, ValueError for 4xx."""
-    try:
-        limit = aiohttp.ClientTimeout(total=timeout_s)
-        async with session.request(method, server.url + path, json=body, timeout=limit) as response:
-            content = await response.read()
-    except TimeoutError as error:
-        raise NoAnswer(f"{server.url}{path}: no answer within {timeout_s:.0f} s") from error
-    except aiohttp.ClientError as error:
-        raise NoAnswer(f"{server.url}{path}: {type(error).__name__}: {error}") from error
+    """Decoded JSON answer. ServerError for an error of the server, NoAnswer for none in time, ValueError for 4xx.
+
+    When this process may open no further file the server is not to blame: the request is sent once it may.
+    """
+    limit, deadline = aiohttp.ClientTimeout(total=timeout_s), time.monotonic() + timeout_s
+    while True:
+        try:
+            async with session.request(method, server.url + path, json=body, timeout=limit) as response:
+                content = await response.read()
+                break
+        except TimeoutError as error:
+            raise NoAnswer(f"{server.url}{path}: no answer within {timeout_s:.0f} s") from error
+        except (aiohttp.ClientError, OSError) as error:
+            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) and time.monotonic() < deadline:
+                await asyncio.sleep(FILES_PAUSE_S)
+                continue
+            raise NoAnswer(f"{server.url}{path}: {type(error).__name__}: {error}") from error
     if response.status >= 500 or response.status in (401, 403, 404):
         raise ServerError(f"{server.url}{path}: HTTP {response.status}: {content[:500].decode(errors='replace')}")
     if response.status != 200:

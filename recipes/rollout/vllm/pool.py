@@ -35,6 +35,7 @@ from recipes.rollout.vllm.client import (
     Server,
     ServerError,
     cast_floats,
+    most_connections,
     parse_choice,
     request_body,
 )
@@ -86,6 +87,7 @@ class VLLMPool:
     async def _start(self) -> None:
         self._line = Line()  # whose request is dispatched next: of the batch that was asked for first
         self._batches = itertools.count()
+        self._connections = asyncio.Semaphore(most_connections())
         self._delivering = asyncio.Lock()  # to all servers, or to one that came back
         self._fleet = Fleet(self._rollout, self._place, token=self._token, initial_label=self._label, offer=self._offer)
         limits = {"timeout_s": self._rollout.update_timeout_s, "answer_s": self._rollout.probe_s}
@@ -206,6 +208,10 @@ class VLLMPool:
     async def _post_unless_failed(self, server: Server, body: dict[str, Any]) -> Any:
         """The server's answer, or ServerError as soon as the server is found to have failed."""
         timeout_s = self._rollout.timeout_s
+        async with self._connections:
+            return await self._answer_unless_failed(server, body, timeout_s)
+
+    async def _answer_unless_failed(self, server: Server, body: dict[str, Any], timeout_s: float) -> Any:
         answer = asyncio.ensure_future(self.fleet.post(server, GENERATE, body, timeout_s))
         failure = server.failure
         try:
