@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -311,10 +312,22 @@ def start_writeback(fd: int, offset: int, length: int) -> None:
         os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
 
 
+TEMPLATES = "additional_chat_templates"  # directory of further Jinja templates, as transformers writes it
+
+
 def side_files(directory: Path) -> Iterable[Path]:
-    """Configuration, tokenizer and licence files: all that is not weights, index, code or hidden."""
-    for path in sorted(directory.iterdir()):
+    """Configuration, tokenizer, chat templates and licence: all that is not weights, index, code or hidden."""
+    for path in (*sorted(directory.iterdir()), *sorted((directory / TEMPLATES).glob("*.jinja"))):
         known = path.suffix in (".json", ".txt", ".model", ".jinja") or path.name in ("LICENSE", "NOTICE")
         if path.is_file() and known and not path.name.endswith(".index.json") and path.name != MANIFEST:
             refuse_lfs_pointer(path)
             yield path
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy the side files of one directory into another, which is made if need be."""
+    target.mkdir(exist_ok=True)
+    for path in side_files(source):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)

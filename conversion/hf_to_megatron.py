@@ -6,14 +6,13 @@ The result is in Megatron's `dist_checkpointing` format and loads at any TP, PP,
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 
 import torch
 
 from conversion import cli
 from conversion.config import HFConfig
-from conversion.hf_files import HFReader, side_files
+from conversion.hf_files import HFReader, copy_side_files
 from conversion.locate import RELEASE, require
 from conversion.mapping import HF_OUTPUT, hf_shapes, unconsumed
 from conversion.megatron_args import beyond_gpt_model, megatron_lm_flags
@@ -87,9 +86,7 @@ def convert(
                 hf, reader, checkpoint, dtype=dtype, threads=threads, values=values, progress=progress
             )
             checked = reader.check_rest(hf_shapes(hf))
-            (checkpoint / HF_FILES).mkdir()
-            for path in side_files(hf_dir):
-                shutil.copyfile(path, checkpoint / HF_FILES / path.name)
+            copy_side_files(hf_dir, checkpoint / HF_FILES)
             if layout != "flat":
                 (partial / TRACKER).write_text(RELEASE, encoding="utf-8")
             write_manifest(checkpoint, segments=segments, base_model=hf_dir.resolve().name)

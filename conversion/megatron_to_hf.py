@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from conversion import cli
 from conversion.config import HFConfig
-from conversion.hf_files import HFWriter, side_files
+from conversion.hf_files import HFWriter, copy_side_files
 from conversion.mapping import export_rows, hf_parts, hf_shapes
 from conversion.megatron_reader import MegatronReader
 from conversion.megatron_writer import Progress
@@ -30,7 +29,7 @@ from conversion.publish import published, write_manifest
 from conversion.values import Values
 
 MAX_SHARD_SIZE = 5 * 10**9
-CARD_KEYS = ("base_model", "recipe", "step", "data", "commit")
+CARD_KEYS = ("base_model", "recipe", "method", "step", "data", "command", "commit")
 
 
 def convert(
@@ -124,8 +123,7 @@ def finish_directory(
 
     config.json is copied byte for byte unless it says another dtype than the weights have, or a `dialect` is asked for.
     """
-    for path in side_files(hf_dir):
-        shutil.copyfile(path, out / path.name)
+    copy_side_files(hf_dir, out)
     config = dict(hf.raw)
     for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]:
         config[key] = str(main_dtype(hf_shapes(hf), dtypes)).removeprefix("torch.")
@@ -157,10 +155,18 @@ def _card(hf: HFConfig, facts: Mapping[str, Any]) -> str:
         f"# {facts.get('base_model') or hf.architecture} in Hugging Face format, exported by megatron-gppo",
         "",
     ]
-    names = {"base_model": "Base model", "recipe": "Recipe", "step": "Step", "data": "Data", "commit": "Code commit"}
+    names = {"base_model": "Base model", "recipe": "Recipe", "method": "Method", "step": "Step", "data": "Data"}
+    names |= {"command": "Command", "commit": "Code commit"}
     lines += [f"- {label}: {facts[key]}" for key, label in names.items() if facts.get(key) is not None]
     lines += [f"- Architecture: {hf.architecture}", "", "`manifest.json` holds a checksum of every tensor."]
     return "\n".join(lines) + "\n"
+
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    """The options of every export."""
+    parser.add_argument("--max-shard-size", type=cli.size, default=MAX_SHARD_SIZE, help="e.g. 5GB (default), 500MiB")
+    parser.add_argument("--config-dialect", type=int, choices=(4, 5), help="config.json as that transformers writes it")
+    cli.add_common(parser)
 
 
 def main() -> int:
@@ -168,11 +174,9 @@ def main() -> int:
     parser.add_argument("--megatron", required=True, metavar="DIR", help="Megatron checkpoint (torch_dist format)")
     parser.add_argument("--out", required=True, metavar="DIR", help="Hugging Face directory to write")
     parser.add_argument("--hf-config", metavar="DIR", help="directory with config.json, if the checkpoint has none")
-    parser.add_argument("--max-shard-size", type=cli.size, default=MAX_SHARD_SIZE, help="e.g. 5GB (default), 500MiB")
-    parser.add_argument("--config-dialect", type=int, choices=(4, 5), help="config.json as that transformers writes it")
     for key in CARD_KEYS:
         parser.add_argument(f"--{key.replace('_', '-')}", help="for the model card")
-    cli.add_common(parser)
+    add_export(parser)
     args = parser.parse_args()
     dtype = cli.DTYPES.get(args.dtype)
     reader = MegatronReader(args.megatron, args.hf_config)

@@ -12,9 +12,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from conversion.megatron_to_hf import convert
+from configs.load import load_saved_config
+from conversion.cli import DTYPES
+from conversion.megatron_to_hf import add_export, convert
 from conversion.publish import ManifestError, check_manifest
 from recipes.checks.messages import sentence
+from recipes.models.card import export_card
 
 
 def checkpoints(run_dir: Path) -> dict[int, Path]:
@@ -46,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--step", type=int, help="default: the newest")
     parser.add_argument("--export", type=Path, metavar="DIR", help="write the policy there in Hugging Face format")
+    add_export(parser)
     args = parser.parse_args(argv)
     try:
         found = checkpoints(args.run_dir)
@@ -55,11 +59,23 @@ def main(argv: list[str] | None = None) -> int:
         step = max(found) if args.step is None else args.step
         if step not in found:
             raise ValueError(f"--step {step}: there are checkpoints of steps {', '.join(map(str, found))}")
-        convert(found[step], args.export, card={"step": step})
+        saved = args.run_dir / "config.yaml"
+        card = export_card(load_saved_config(saved), step, args.run_dir) if saved.is_file() else {"step": step}
+        report = convert(
+            found[step],
+            args.export,
+            dtype=DTYPES.get(args.dtype),
+            max_shard_size=args.max_shard_size,
+            dialect=args.config_dialect,
+            threads=args.threads,
+            overwrite=args.overwrite,
+            check_finite=args.check_finite,
+            card=card,
+        )
     except (ValueError, OSError) as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 2
-    print(f"wrote {args.export} (step {step})")
+    print(f"wrote {args.export} (step {step}): {report}")
     return 0
 
 

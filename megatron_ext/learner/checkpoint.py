@@ -33,7 +33,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import (
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from megatron.core.utils import unwrap_model
 
-from conversion.hf_files import side_files
+from conversion.hf_files import copy_side_files
 from conversion.megatron_reader import HF_FILES
 from conversion.publish import (
     MANIFEST,
@@ -191,9 +191,7 @@ class Saver:
                     where = file.directory.relative_to(temporary)
                     found = file.finish(list(parts_of_ranks))
                     segments |= {(where / name).as_posix(): starts for name, starts in found.items()}
-                (temporary / HF_FILES).mkdir()
-                for source in side_files(model_dir):  # so that the checkpoint can be exported by itself
-                    shutil.copyfile(source, temporary / HF_FILES / source.name)
+                copy_side_files(model_dir, temporary / HF_FILES)  # so that the checkpoint can be exported by itself
                 (temporary / STATE).write_text(state, encoding="utf-8")
                 write_manifest(temporary, segments=segments, **about)
         if rank == 0:

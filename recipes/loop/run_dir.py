@@ -24,6 +24,7 @@ from recipes.loop import journal
 from recipes.loop.display import Display
 from recipes.loop.metrics import StepMetrics
 from recipes.loop.watch import Watch
+from recipes.models.card import export_card, save_command
 
 if TYPE_CHECKING:  # importing Megatron takes seconds
     from megatron_ext.learner.learner import Learner
@@ -69,6 +70,7 @@ class RunDir:
             begun = (rollouts.is_file() and rollouts.stat().st_size > 0) or any(self.checkpoints.iterdir())
             changes = check_changes(differences(load_saved_config(saved), self.config), self.config, begun=begun)
         check_replay(self.config)
+        save_command(self.path)
         self.logs = own_attempt(self.path)
         save_config(self.config, saved)
         save_config(self.config, self.logs / "config.yaml")
@@ -194,11 +196,7 @@ class RunDir:
         tensors = learner.export()
         out = self.path / "hf"
         if self._first:
-            card = {
-                "base_model": self.config.model.path,
-                "recipe": self.config.run.name,
-                "step": self.config.train.steps,
-            }
+            card = export_card(self.config, self.config.train.steps, self.path)
             dtype = DTYPES[self.config.model.dtype]
             write_hf(out, learner.hf, model_dir, tensors, dtype, overwrite=True, card=card)
         for _ in tensors:
