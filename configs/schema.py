@@ -59,7 +59,7 @@ class DataConfig:
     """Problems. Held-out problems never appear in training."""
 
     name: str = "chain"  # "chain" | "word_problems" | "one_step_problems" (generated) | "jsonl"
-    path: str | None = None  # JSONL with `problem` and `answer`, optional `id`; also .jsonl.gz
+    path: str | None = None  # JSONL, Parquet, Arrow or a directory of these; see docs/data.md
     eval_path: Any = None  # held-out problems: a file or a list of files, a set each; None: generated or split off
     template: str = "{problem}"  # "{problem}" is replaced; "chat": the tokenizer's chat template
     max_prompt_tokens: int = 512  # longer prompts are dropped and counted

@@ -11,6 +11,7 @@ from typing import Any
 
 from configs.schema import Config
 from megatron_ext.rl.types import Problem
+from recipes.data.files import EVAL_SPLITS
 from recipes.data.sources import encode_prompt, read_problems
 from recipes.data.suites import BENCHMARKS, Protocol, named_sets
 
@@ -133,7 +134,7 @@ def load_sets(config: Config, tokenizer: Any, heldout: Any, *, names: Sequence[s
             continue
         path, benchmark = files[name]
         dropped: Counter[str] = Counter()
-        rows = read_problems(path, dropped)
+        rows = read_problems(path, dropped, EVAL_SPLITS)
         made = EvalSet(name, protocol, rows, len(rows) + sum(dropped.values()), dropped, path.name)
         if benchmark and made.total != BENCHMARKS[benchmark].problems:
             made.note = f"{path.name} has {made.total} problems; {BENCHMARKS[benchmark].title} is published with "

@@ -6,18 +6,18 @@ problem of the run, every problem comes exactly once per epoch, and a run resume
 
 from __future__ import annotations
 
-import gzip
 import importlib
-import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_ext.rl.types import Problem
-from recipes.data import tasks
+from recipes.data import files, tasks
+from recipes.data.files import EVAL_SPLITS, TRAIN_SPLITS
+from recipes.data.schemas import to_problem
 
 GENERATORS: dict[str, Callable[..., Problem]] = {
     "chain": tasks.chain_problem,
@@ -26,7 +26,6 @@ GENERATORS: dict[str, Callable[..., Problem]] = {
 }
 _GENERATED_HELDOUT_SEED = 0  # one held-out set for all runs, so that their evaluations compare
 _CHAT = "chat"
-_SOLUTION_MARK = "####"  # GSM8K writes its final answers behind it
 
 
 class ProblemSource(Protocol):
@@ -63,7 +62,7 @@ def make_source(
     Args:
         name: ``chain`` or ``word_problems`` (generated), ``jsonl`` or ``gsm8k`` (both need ``path``), or a data set
             of the Hugging Face hub as ``owner/name``, which needs the ``datasets`` package.
-        path: JSONL or .jsonl.gz with ``problem`` and ``answer`` per line; takes the place of generated problems.
+        path: a file or directory of `recipes.data.files`; takes the place of generated problems.
         eval_path: held-out problems, a file or several. None: a sixteenth of the texts of ``path``, by hash.
         seed: order of training problems; the split does not depend on it.
         tokenizer, template, max_prompt_tokens: with a limit, longer prompts are dropped and counted.
@@ -79,7 +78,7 @@ def make_source(
     if path is not None:
         rows = read_problems(path, dropped)
     elif "/" in name:
-        rows = _hub_problems(name)
+        rows = _hub_problems(name, dropped)
     elif name in ("jsonl", "gsm8k"):
         raise ValueError(f"data.name={name} needs a file: set data.path=<file.jsonl> with problem and answer per line")
     else:
@@ -89,7 +88,7 @@ def make_source(
     heldout = None
     if eval_path is not None:
         paths = [eval_path] if isinstance(eval_path, (str, Path)) else eval_path
-        heldout = [problem for file in paths for problem in read_problems(file, dropped)]
+        heldout = [problem for file in paths for problem in read_problems(file, dropped, EVAL_SPLITS)]
     source = FileSource(rows, heldout, seed=seed, fits=fits, label=str(path or name))
     source.dropped.update(dropped)
     return source
@@ -119,7 +118,7 @@ class GeneratedSource:
         found: dict[str, Problem] = {}
         for index in range(20 * n):  # a text may be drawn twice
             problem = self._generate(_GENERATED_HELDOUT_SEED, index, split="heldout")
-            found.setdefault(_text_key(problem), problem)
+            found.setdefault(text_key(problem), problem)
             if len(found) == n:
                 break
         return list(found.values())
@@ -139,11 +138,11 @@ class FileSource:
     ) -> None:
         self.dropped: Counter[str] = Counter()
         if heldout is None:
-            train = [row for row in rows if tasks.split_of(_text_key(row)) == "train"]
-            heldout = [row for row in rows if tasks.split_of(_text_key(row)) == "heldout"]
+            train = [row for row in rows if tasks.split_of(text_key(row)) == "train"]
+            heldout = [row for row in rows if tasks.split_of(text_key(row)) == "heldout"]
         else:
-            evaluated = {_text_key(row) for row in heldout}
-            train = [row for row in rows if _text_key(row) not in evaluated]
+            evaluated = {text_key(row) for row in heldout}
+            train = [row for row in rows if text_key(row) not in evaluated]
             self._count("training problem that is also held out", len(rows) - len(train))
         self._train = [row for row in train if fits(row)]
         self._heldout = [row for row in heldout if fits(row)]
@@ -180,7 +179,7 @@ def _shuffled(n: int, key: str) -> list[int]:
     return order
 
 
-def _text_key(problem: Problem) -> str:
+def text_key(problem: Problem) -> str:
     """Two problems are the same when their texts agree up to case and spacing."""
     return " ".join(problem.prompt.casefold().split())
 
@@ -188,74 +187,52 @@ def _text_key(problem: Problem) -> str:
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def read_problems(path: str | Path, dropped: Counter[str] | None = None) -> list[Problem]:
-    """Problems of a JSONL file (.gz: compressed): ``problem`` (or ``question``), ``answer``, optional ``id``.
+def read_problems(
+    path: str | Path, dropped: Counter[str] | None = None, splits: Sequence[str] = TRAIN_SPLITS
+) -> list[Problem]:
+    """Problems of a file or directory, in any format of `recipes.data.files` and `recipes.data.schemas`.
 
-    A GSM8K solution as ``answer`` is cut to what follows ``####``. Equal repetitions are kept once and counted in
-    ``dropped``. Raises ``ValueError`` naming file, line and fix for bad lines, repeated ids and problems with two
-    different answers.
+    Equal repetitions are kept once and counted in ``dropped``. Raises ``ValueError`` naming file, line and fix for bad
+    lines, repeated ids and problems with two different answers.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"data file {path} does not exist: check data.path and data.eval_path")
-    first_by_text: dict[str, tuple[int, Problem]] = {}
-    line_by_id: dict[str, int] = {}
-    for number, row in _json_lines(path):
-        problem = _to_problem(row, where=f"{path}, line {number}", default_id=f"{path.name.split('.')[0]}-{number}")
-        earlier, same = first_by_text.setdefault(_text_key(problem), (number, problem))
+    return _distinct(files.rows(path, splits), path.name.split(".")[0], str(path), dropped)
+
+
+def _distinct(rows: Iterable[tuple[str, Any]], stem: str, label: str, dropped: Counter[str] | None) -> list[Problem]:
+    first_by_text: dict[str, tuple[str, Problem]] = {}
+    where_by_id: dict[str, str] = {}
+    for where, row in rows:
+        number = where.rpartition(" ")[2]
+        problem = to_problem(row, where=where, default_id=f"{stem}-{number}")
+        earlier, same = first_by_text.setdefault(text_key(problem), (where, problem))
+        place = earlier.rpartition(", ")[2]
         if same.answer != problem.answer:
-            raise ValueError(f"{path}, line {number}: line {earlier} has this problem with another answer; remove one")
-        if earlier != number:
+            raise ValueError(f"{where}: {place} has this problem with another answer; remove one")
+        if earlier != where:
             if dropped is not None:
                 dropped["repeated problem"] += 1
             continue
-        if line_by_id.setdefault(problem.id, number) != number:
-            raise ValueError(f"{path}, line {number}: id {problem.id!r} is taken by line {line_by_id[problem.id]}")
+        if where_by_id.setdefault(problem.id, where) != where:
+            taken = where_by_id[problem.id].rpartition(", ")[2]
+            raise ValueError(f"{where}: id {problem.id!r} is taken by {taken}")
     if not first_by_text:
-        raise ValueError(f"{path} has no problems: write one JSON object with problem and answer per line")
+        raise ValueError(f"{label} has no problems: write one JSON object with problem and answer per line")
     return [problem for _, problem in first_by_text.values()]
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    number = 0
-    try:
-        with opened as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    yield number, json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); write one object per line") from error
-    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}, after line {number}: {error}; the file must be UTF-8 text, whole") from error
-
-
-def _to_problem(row: Any, *, where: str, default_id: str) -> Problem:
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: a JSON object with problem and answer is needed, not {type(row).__name__}")
-    text = row.get("problem", row.get("question"))
-    answer = row.get("answer")
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{where}: problem is missing or empty; add the text of the task")
-    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-        answer = str(answer)
-    if isinstance(answer, str):
-        answer = answer.rpartition(_SOLUTION_MARK)[2].strip()
-    if not isinstance(answer, str) or not answer:
-        raise ValueError(f"{where}: answer is missing or empty; add the final answer as text")
-    return Problem(id=str(row.get("id", default_id)), prompt=text, answer=answer)
-
-
-def _hub_problems(name: str) -> list[Problem]:
+def _hub_problems(name: str, dropped: Counter[str]) -> list[Problem]:
     try:
         datasets = importlib.import_module("datasets")  # optional, hence not among our requirements
     except ImportError as error:
         raise ValueError(
             f"data.name={name} is on the Hugging Face hub and needs the datasets package: "
-            "pip install datasets, or give a local file as data.path"
+            "pip install datasets, or give a local copy as data.path"
         ) from error
     rows: Iterable[Any] = datasets.load_dataset(name, split="train")
-    return [_to_problem(row, where=f"{name}, row {i}", default_id=f"{name}-{i}") for i, row in enumerate(rows)]
+    return _distinct(((f"{name}, row {i}", row) for i, row in enumerate(rows)), name, name, dropped)
 
 
 # --------------------------------------------------------------------------------------------------------- encoding

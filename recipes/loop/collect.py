@@ -58,7 +58,7 @@ class Collector:
     def source(self) -> ProblemSource:
         """Training problems; read when they are first asked for."""
         data = self.config.data
-        return make_source(
+        source = make_source(
             data.name,
             path=data.path,
             eval_path=data.eval_path,
@@ -67,6 +67,10 @@ class Collector:
             template=data.template,
             max_prompt_tokens=data.max_prompt_tokens,
         )
+        if source.dropped:
+            reasons = ", ".join(f"{reason}: {number}" for reason, number in source.dropped.items())
+            print(f"data: {source.train_size} training problems; dropped {reasons}", flush=True)
+        return source
 
     def _scorer_for(self, name: str, params: dict[str, Any]) -> Scorer:
         """The verifier of an evaluation set: the run's own where it is the same."""
@@ -132,7 +136,7 @@ class Collector:
             "position": position,  # of the next problem
             "groups": groups[:wanted],
             "timing": {"generate": generate_s, "reward": reward_s},
-            "counters": dict(self.engine.counters),
+            "counters": {**self.engine.counters, "dropped_problems": sum(self.source.dropped.values())},
         }
 
     def _generate(

@@ -285,6 +285,7 @@ class DynamicSampling(Collector):
         self.config, self.every, self.asked = config, every, []  # type: ignore[var-annotated]
         self.source = self.engine = self  # type: ignore[assignment]
         self.counters: dict[str, int] = {}
+        self.dropped: dict[str, int] = {}
         self.sampling = Sampling(max_tokens=8)
 
     def problems(self, position: int, count: int) -> list[Problem]:
