@@ -11,22 +11,23 @@ from pathlib import Path
 import torch
 
 from conversion import cli
+from conversion.adapter import Adapter, MergedReader
 from conversion.config import HFConfig
-from conversion.hf_files import HFReader, copy_side_files
+from conversion.hf_files import copy_side_files
 from conversion.locate import RELEASE, require
 from conversion.mapping import HF_OUTPUT, hf_shapes, unconsumed
 from conversion.megatron_args import beyond_gpt_model, megatron_lm_flags
 from conversion.megatron_reader import HF_FILES
-from conversion.megatron_writer import Progress, write_megatron
+from conversion.megatron_writer import Progress, Reader, write_megatron
 from conversion.parse import read_config
-from conversion.pickled import PickledReader, open_hf
+from conversion.pickled import open_hf
 from conversion.publish import TRACKER, check_manifest, published, require_space, write_manifest
 from conversion.values import Values
 
 LAYOUTS = ("flat", "megatron-lm")
 
 
-def check_source(hf: HFConfig, reader: HFReader | PickledReader) -> None:
+def check_source(hf: HFConfig, reader: Reader) -> None:
     """ValueError when the tensors are not exactly those that config.json implies; says which, and how they differ."""
     where = reader.directory
     shapes = hf_shapes(hf)
@@ -58,6 +59,7 @@ def convert(
     allow_pickle: bool = False,
     check_finite: bool = False,
     layout: str = "flat",
+    adapter: str | Path | None = None,
     progress: Progress = lambda count: None,
 ) -> str:
     """Write `out` completely or not at all; a sentence on what was found in the numbers.
@@ -67,6 +69,7 @@ def convert(
     Args:
         allow_pickle: read `pytorch_model.bin` where there are no safetensors.
         check_finite: NaN and infinite numbers are an error.
+        adapter: directory of a PEFT LoRA adapter to merge into the weights.
         layout: "flat", `out` is the checkpoint; "megatron-lm", `out` is what Megatron-LM takes as `--load`.
 
     Raises:
@@ -75,10 +78,14 @@ def convert(
     hf_dir, values = require(hf_dir, "Hugging Face", "conversion.megatron_to_hf"), Values(check_finite)
     check_manifest(hf_dir, contents=False)
     hf = read_config(hf_dir)
-    reader = open_hf(hf_dir, allow_pickle=allow_pickle)
+    reader: Reader = (base := open_hf(hf_dir, allow_pickle=allow_pickle))
     try:
-        check_source(hf, reader)
-        with published(out, overwrite, [hf_dir]) as partial:
+        check_source(hf, base)
+        if adapter is not None:
+            lora = Adapter(adapter)
+            lora.check(hf_shapes(hf))
+            reader = MergedReader(base, lora)
+        with published(out, overwrite, [hf_dir, *([adapter] if adapter else [])]) as partial:
             require_space(partial, total_bytes(hf, reader, dtype))
             checkpoint = partial if layout == "flat" else partial / RELEASE
             checkpoint.mkdir(exist_ok=True)
@@ -89,13 +96,17 @@ def convert(
             copy_side_files(hf_dir, checkpoint / HF_FILES)
             if layout != "flat":
                 (partial / TRACKER).write_text(RELEASE, encoding="utf-8")
-            write_manifest(checkpoint, segments=segments, base_model=hf_dir.resolve().name)
+            write_manifest(checkpoint, segments=segments, base_model=_name(hf_dir, adapter))
     finally:
         reader.close()
     return f"{checked}; {values.report()}"
 
 
-def total_bytes(hf: HFConfig, reader: HFReader | PickledReader, dtype: torch.dtype | None) -> int:
+def _name(hf_dir: Path, adapter: str | Path | None) -> str:
+    return hf_dir.resolve().name + (f" + {Path(adapter).resolve().name}" if adapter else "")
+
+
+def total_bytes(hf: HFConfig, reader: Reader, dtype: torch.dtype | None) -> int:
     """Bytes of all tensors of the model in the dtype that they will have."""
     total = 0
     for name in hf_shapes(hf):
@@ -109,6 +120,7 @@ def main() -> int:
     parser.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face model directory (safetensors)")
     parser.add_argument("--out", required=True, metavar="DIR", help="Megatron checkpoint to write")
     parser.add_argument("--allow-pickle", action="store_true", help="read *.bin weights, with weights_only=True")
+    parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter of PEFT to merge into the weights")
     parser.add_argument("--layout", choices=LAYOUTS, default="flat", help="megatron-lm: with its tracker file")
     cli.add_common(parser)
     args = parser.parse_args()
@@ -128,6 +140,7 @@ def main() -> int:
             allow_pickle=args.allow_pickle,
             check_finite=args.check_finite,
             layout=args.layout,
+            adapter=args.adapter,
             progress=advance,
         )
     print(report)

@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from conversion.adapter import MergedReader
 from conversion.config import HFConfig
 from conversion.digests import bulk_digest, text
 from conversion.hf_files import PIECE_BYTES, WRITEBACK_BYTES, HFReader, start_writeback
@@ -49,7 +50,7 @@ FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 FORMAT |= {"common_backend": "torch", "common_backend_version": 1}
 STORED_BYTES = 16 << 20  # of a piece: what a reader who wants any of it must find and check
 BLOCK_BYTES = 1 << 22  # in memory at a time, a few per thread
-Reader = HFReader | PickledReader
+Reader = HFReader | PickledReader | MergedReader
 Progress = Callable[[int], object]  # called with a number of bytes done, from any thread
 
 
