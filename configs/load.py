@@ -36,6 +36,7 @@ FREE_KEYS = (
     "eval.sets.",
     "run.hang_phases_s.",
 )
+SECTIONS = [f.name for f in fields(Config) if is_dataclass(get_type_hints(Config)[f.name]) or f.name in GROUPS]
 _HERE = Path(__file__).parent
 _TYPE_WORDS = {
     "int": "a whole number",
@@ -102,6 +103,7 @@ def _plain(cls: type) -> type:
         else:
             new = field(default=default.default, default_factory=default.default_factory)
             text = (str | None if type(None) in get_args(hint) else str) if allowed(hint) else hint
+            text = list[str] if get_origin(hint) is list and allowed(hint) else text
             members.append((name, text, new))
     return make_dataclass(cls.__name__, members)
 
@@ -113,11 +115,11 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
         key, value = prefix + name, values[name]
         if is_dataclass(hint):
             value = _build(hint, value, f"{key}.")  # type: ignore[arg-type]
-        elif (
-            (choice := allowed(hint))
-            and value not in choice
-            and (value is not None or type(None) not in get_args(hint))
-        ):
+        elif (choice := allowed(hint)) and get_origin(hint) is list:
+            if wrong := [item for item in value if item not in choice]:
+                listed = ", ".join(choice)
+                raise ValueError(f"{key}={value}: {wrong[0]!r} is unknown{near(wrong[0], choice)}; choose {listed}")
+        elif choice and value not in choice and (value is not None or type(None) not in get_args(hint)):
             null = " | null" if type(None) in get_args(hint) else ""
             raise ValueError(f"{key}={value} is unknown{near(str(value), choice)}; choose {' | '.join(choice)}{null}")
         made[name] = value
@@ -125,8 +127,8 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str = "") -> Any:
 
 
 def allowed(hint: Any) -> tuple[str, ...]:
-    """The values of a `Literal`, or of one that may be None; empty for any other type."""
-    if get_origin(hint) in (Union, UnionType):
+    """The values of a `Literal`, of one that may be None, or of a list of them; empty for any other type."""
+    if get_origin(hint) in (Union, UnionType, list):
         return tuple(value for option in get_args(hint) for value in allowed(option))
     return get_args(hint) if get_origin(hint) is Literal else ()
 
@@ -146,7 +148,7 @@ def _check_key(item: str) -> None:
             raise ValueError(f"{key}={value} is unknown{near(value, choices(key))}; {listed}")
     elif not key.startswith(FREE_KEYS) and key.split("[")[0] not in known:
         raise ValueError(f"{item}: there is no key {key!r}{near(key, known)}; configs/schema.py lists all keys")
-    elif key in (f.name for f in fields(Config) if f.name != "seed"):
+    elif key in SECTIONS:
         example = next(name for name in known if name.startswith(f"{key}."))
         raise ValueError(f"{item}: {key} is a section; set its keys one by one, as in {example}=...")
 

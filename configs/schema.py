@@ -219,10 +219,22 @@ class ResumeConfig:
 
 
 @dataclass
+class TrackingConfig:
+    """Experiment trackers, named in ``logging``; docs/tracking.md. Credentials: their own environment variables."""
+
+    project: str = "megatron-gppo"  # under which a tracker shows the run
+    offline: bool = False  # send nothing: W&B writes files to sync later, MLflow a database in the run directory
+
+
+@dataclass
 class Config:
     seed: int = 0
+    logging: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = field(
+        default_factory=list
+    )  # metrics.jsonl: always
     run: RunConfig = field(default_factory=RunConfig)
     resume: ResumeConfig = field(default_factory=ResumeConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)

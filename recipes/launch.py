@@ -41,6 +41,7 @@ For example
   run.dir=DIR              everything the run writes; the same directory again resumes it
   rollout.replay=DIR       train on the recorded rollouts of another run, without any server
   rollout.engine=local     generate in process, without vLLM
+  logging=[tensorboard,wandb]   show the run in a tracker too (also mlflow, trackio; docs/tracking.md)
   run.dry_run=true         print the plan and the resolved configuration, and stop"""
 
 

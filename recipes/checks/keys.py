@@ -11,7 +11,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from typing import Any, get_args, get_type_hints
 
-from configs.load import allowed, choices, near
+from configs.load import SECTIONS, allowed, choices, near
 from configs.schema import Config
 from megatron_ext.rl.advantages import ADVANTAGES
 from megatron_ext.rl.aggregation import AGGREGATIONS
@@ -30,7 +30,6 @@ NAMES: dict[str, tuple[str, ...]] = {
     "reward.name": (*VERIFIERS, "package.module:function"),
 }
 TABLES: dict[str, dict[str, type]] = {"loss": LOSSES, "selection": SELECTIONS, "schedule": SCHEDULES}
-SECTIONS = [f.name for f in fields(Config) if f.name != "seed"]
 
 
 def section_help(section: str) -> str:

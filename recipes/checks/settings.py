@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,7 @@ def check(config: Config, *, data: bool = True) -> None:
     fp8.check_settings(config)
     rollout.check_settings(config)
     _check_files(config)
+    _check_trackers(config)
     if data:
         _check_data(config)
 
@@ -178,6 +180,12 @@ def _check_files(c: Config) -> None:
         raise ValueError(
             f"reference.path={c.reference.path}: no config.json there; give a Hugging Face model directory"
         )
+
+
+def _check_trackers(c: Config) -> None:
+    for name in c.logging:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"logging=[{name}] needs a package that is not installed: pip install {name}")
 
 
 def _check_data(c: Config) -> None:

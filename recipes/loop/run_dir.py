@@ -23,6 +23,7 @@ from recipes.cluster.attempt import record as record_event
 from recipes.loop import journal
 from recipes.loop.display import Display
 from recipes.loop.metrics import StepMetrics
+from recipes.loop.trackers import Sink
 from recipes.loop.watch import Watch
 from recipes.models.card import export_card, save_command
 
@@ -50,6 +51,7 @@ class RunDir:
         self._before: dict[str, float] = {}
         self._begin = time.monotonic()
         self._display = Display()
+        self._sink = Sink(config, self.path, self.say)
         self.watch = Watch(config)
         self._heartbeat: subprocess.Popen[bytes] | None = None
 
@@ -63,6 +65,16 @@ class RunDir:
             raise ValueError(f"rollout.replay={replay} is this run's own directory; set run.dir to another one")
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self._lock = lock.take(self.path)
+        try:
+            self._enter()
+        except BaseException:
+            self._lock.close()  # refused: the directory is free again at once
+            raise
+        return self
+
+    def _enter(self) -> None:
+        """Check what is there, make the attempt's logs and begin its heartbeat; the lock is held."""
+        assert self._lock is not None
         saved = self.path / "config.yaml"
         changes: Changes = {}
         if saved.is_file():
@@ -79,7 +91,6 @@ class RunDir:
             self.say(f"changed since the last start: {shown(changes)}")
         lock.told(self._lock, self.logs)
         self._start_heartbeat(self.logs)
-        return self
 
     def _start_heartbeat(self, attempt: Path) -> None:
         rollout, run = self.config.rollout, self.config.run
@@ -99,6 +110,7 @@ class RunDir:
             first_line = (str(error).splitlines() or [""])[0]
             where, role = (self.logs, ROLE) if self._first else (Path(os.environ[VARIABLE]), self._role)
             record_event(where, role, "failed", error=f"{type(error).__name__}: {first_line}")
+        self._sink.close()
         self._display.stop()
         if self._metrics is not None:
             self._metrics.close()
@@ -122,6 +134,7 @@ class RunDir:
             (self.path / FINISHED).unlink(missing_ok=True)
         if step:
             self.say(f"resuming {self.path} after step {step}")
+        self._sink.begin()
         self._display.start(step, self.config.train.steps)
 
     def say(self, text: str) -> None:
@@ -149,6 +162,7 @@ class RunDir:
         assert self._metrics is not None
         self._metrics.write(json.dumps(values) + "\n")
         self._metrics.flush()
+        self._sink.log(values)
         self._write_samples(metrics.step, samples, record)
         self._display.step(metrics.step, values)
         for warning in self.watch.observe(values):

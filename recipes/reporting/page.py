@@ -26,6 +26,7 @@ SAMPLES_SHOWN = 6
 TEXT_SHOWN = 1500  # characters of a completion
 EDGE = 5  # steps averaged for "start" and "end"
 _SECRET = re.compile(r"(^|[_-])(api_?key|secret|password|passwd|credentials?|token|auth)$", re.IGNORECASE)
+_USER = re.compile(r"://[^/@\s]+@")  # user and password of an address
 _ABSOLUTE = re.compile(r"(?:file:/+|(?<![\w.:/~<])/|~/)(?:[^\s/:,;'\"]+/)*(?P<name>[^\s/:,;'\"]+)/?")
 
 
@@ -38,7 +39,7 @@ def scrub(value: Any, key: str = "") -> Any:
     if not isinstance(value, (str, int, float, bool, type(None))):
         value = str(value)  # dates and bytes are YAML too
     if isinstance(value, str):
-        return "***" if value and _SECRET.search(key) else _ABSOLUTE.sub(r"…/\g<name>", value)
+        return "***" if value and _SECRET.search(key) else _ABSOLUTE.sub(r"…/\g<name>", _USER.sub("://***@", value))
     return value
 
 
