@@ -30,7 +30,7 @@ def config(name: str, run: Path) -> Config:
         "tracking.project=tests",
         "tracking.offline=true",
     ]
-    return load_config([*words, "rollout.urls=['http://user:secret@host:8000']", "model.path=/home/someone/model"])
+    return load_config([*words, "rollout.urls=['http://user:hunter2@host:8000']", "model.path=/home/someone/model"])
 
 
 def line(step: int) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def test_steps_arrive_once_over_interruptions(name: str, tmp_path: Path, monkeyp
     assert [step for step, _ in steps] == list(range(1, 9))
     assert all(value == pytest.approx(step / 10) for step, value in steps)
     everything = b"".join(file.read_bytes() for file in run.rglob("*") if file.is_file())
-    assert b"secret" not in everything and b"/home/someone" not in everything
+    assert b"hunter2" not in everything and b"/home/someone" not in everything
 
 
 class Stub:
