@@ -26,6 +26,7 @@ from megatron_ext.rl.types import Rollout
 from megatron_ext.sync.base import WeightUpdateError, stage_weights
 from megatron_ext.sync.broadcast import BroadcastSync
 from megatron_ext.sync.disk import DiskSync
+from recipes.loop.journal import as_list
 from recipes.rollout.colocated import Turns
 from recipes.rollout.engine import Sampling
 from recipes.rollout.make import make_engine
@@ -105,7 +106,15 @@ def logprobs(model: Any, rollout: Rollout) -> Tensor:
 
 
 def generate(pool: VLLMPool, n: int = 4, max_tokens: int = 16) -> list[Rollout]:
-    return pool.generate(PROMPTS, n=n, sampling=Sampling(max_tokens), seeds=SEEDS)
+    return lists(pool.generate(PROMPTS, n=n, sampling=Sampling(max_tokens), seeds=SEEDS))
+
+
+def lists(rollouts: list[Rollout]) -> list[Rollout]:
+    """With lists in place of tensors."""
+    return [
+        Rollout(*map(as_list, (r.prompt_ids, r.response_ids, r.logprobs, r.weight_versions)), r.finish_reason)
+        for r in rollouts
+    ]
 
 
 def test_logprobs_equal_transformers(pool: VLLMPool, tiny_model: Path, weights: dict[str, Tensor]) -> None:
@@ -124,7 +133,7 @@ def test_logprobs_equal_transformers(pool: VLLMPool, tiny_model: Path, weights: 
 def test_seeds_decide_the_tokens(pool: VLLMPool) -> None:
     first, again = generate(pool), generate(pool)
     assert [r.response_ids for r in first] == [r.response_ids for r in again]
-    other = pool.generate(PROMPTS, n=4, sampling=Sampling(16), seeds=[s + 1 for s in SEEDS])
+    other = lists(pool.generate(PROMPTS, n=4, sampling=Sampling(16), seeds=[s + 1 for s in SEEDS]))
     assert [r.response_ids for r in first] != [r.response_ids for r in other]
     assert len({tuple(r.response_ids) for r in first}) > 24, "samples of a group must differ"
 
@@ -255,7 +264,7 @@ def test_responses_that_an_update_cuts_through(
             time.sleep(0.005)
         time.sleep(0.1)
         pool.push(before + 1, new.items())
-        rollouts = future.result()
+        rollouts = lists(future.result())
     old_model, new_model = reference(tiny_model, weights), reference(tiny_model, new)
     mixed = [r for r in rollouts if len(set(r.weight_versions)) == 2]
     assert len(mixed) > 4, "the update must come while responses are being written"
@@ -377,7 +386,7 @@ def fault_while_generating(pool: VLLMPool, server: Server, number: int) -> list[
     with ThreadPoolExecutor(1) as executor:
         struck = executor.submit(strike)
         start = time.perf_counter()
-        rollouts = pool.generate(PROMPTS * 8, n=8, sampling=Sampling(100), seeds=range(64))
+        rollouts = lists(pool.generate(PROMPTS * 8, n=8, sampling=Sampling(100), seeds=range(64)))
         struck.result()
     print(f"signal {number}: 512 responses in {time.perf_counter() - start:.1f} s")
     assert len(rollouts) == 512 and {v for r in rollouts for v in r.weight_versions} == {pool.version}

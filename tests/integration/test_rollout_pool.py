@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,8 @@ from stand_in import StandIn, make_pool, prompts, wait_until
 
 from configs.schema import RolloutConfig
 from recipes.rollout.engine import Sampling, request_seed
-from recipes.rollout.vllm.client import Line, ServerError, parse_choice
+from recipes.rollout.vllm import client
+from recipes.rollout.vllm.client import Line, Piece, ServerError, parse_answer
 from recipes.rollout.vllm.pool import VLLMPool
 from recipes.rollout.vllm.server import Place
 
@@ -62,7 +64,7 @@ def test_requests_of_a_failing_server_go_elsewhere_and_it_comes_back(
     assert pool.counters["revived"] == 1
     stand_ins[0].bodies.clear()
     again = pool.generate(prompts(6), n=2, sampling=Sampling(5), seeds=range(6))
-    assert len(stand_ins[0].bodies) == 3 and {v for r in again for v in r.weight_versions} == {0}
+    assert len(stand_ins[0].bodies) == 3 and {v for r in again for v in r.weight_versions.tolist()} == {0}
 
 
 def test_a_server_with_other_weights_is_found_by_its_answer(pool: VLLMPool, stand_ins: list[StandIn]) -> None:
@@ -70,7 +72,7 @@ def test_a_server_with_other_weights_is_found_by_its_answer(pool: VLLMPool, stan
     stand_ins[0].label = "default"
     rollouts = pool.generate(prompts(6), n=2, sampling=Sampling(5), seeds=range(6))
     assert len(rollouts) == 12 and pool.counters["server_failures"] == 1
-    assert {v for r in rollouts for v in r.weight_versions} == {0}
+    assert {v for r in rollouts for v in r.weight_versions.tolist()} == {0}
     wait_until(lambda: pool.servers[0].usable, "it gets the weights again")
     assert stand_ins[0].label == stand_ins[1].label
 
@@ -165,21 +167,42 @@ def test_urls_need_a_token(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_parse_choice_labels_every_token_and_refuses_torn_answers() -> None:
     choice: dict[str, Any] = {
         "token_ids": [4, 5, 6],
-        "logprobs": {"content": [{"logprob": -0.1}, {"logprob": -0.2}, {"logprob": -0.3}]},
+        "logprobs": {"content": [{"logprob": -0.5, "token": "x"}, {"logprob": -0.25}, {"logprob": -0.125}]},
         "finish_reason": "stop",
         "weight_versions": [{"version": "2-ab", "start": 0, "end": 1}, {"version": "3-cd", "start": 1, "end": 3}],
     }
     labels = {"2-ab": 2, "3-cd": 3}
-    piece = parse_choice(choice, labels)
-    assert piece.versions == [2, 3, 3] and piece.logprobs == [-0.1, -0.2, -0.3]
+
+    def parse(changed: dict[str, Any], labels: dict[str, int] = labels) -> Piece:
+        (piece,) = parse_answer(json.dumps({"request_id": "1", "choices": [changed]}).encode(), labels)
+        return piece
+
+    piece = parse(choice)
+    assert piece.versions.tolist() == [2, 3, 3] and piece.logprobs.tolist() == [-0.5, -0.25, -0.125]
+    both = piece.then(piece)
+    assert both.tokens.tolist() == [4, 5, 6, 4, 5, 6] and len(both.logprobs) == len(both.versions) == 6
     with pytest.raises(ServerError, match="labelled '3-cd', which are not ours"):
-        parse_choice(choice, {"2-ab": 2})
-    for change in ({"finish_reason": None}, {"weight_versions": None}, {"token_ids": [4]}):
+        parse(choice, {"2-ab": 2})
+    for change in ({"finish_reason": None}, {"weight_versions": None}, {"token_ids": [4]}, {"logprobs": None}):
         with pytest.raises(ServerError, match="incomplete response"):
-            parse_choice(choice | change, labels)
+            parse(choice | change)
     nan = choice | {"logprobs": {"content": [{"logprob": -9999.0}] * 3}}
     with pytest.raises(ServerError, match="NaN"):
-        parse_choice(nan, labels)
+        parse(nan)
+    for torn in (b"", b"[]", b'{"choices": [{"token_ids": ["a"]}]}', b'{"choices": [{"token_ids": [1'):
+        with pytest.raises(ServerError, match="not a generation"):
+            parse_answer(torn, labels)
+
+
+def test_a_connection_that_the_server_has_closed_is_no_fault(pool: VLLMPool, stand_ins: list[StandIn]) -> None:
+    """Connections are used again, and a server may close one at the moment at which it is used."""
+    for server in stand_ins:
+        server.close_kept = True
+    rollouts = pool.generate(prompts(16), n=2, sampling=Sampling(5), seeds=range(16))
+    again = pool.generate(prompts(16), n=2, sampling=Sampling(5), seeds=range(16))
+    assert len(rollouts) == len(again) == 32
+    assert sum(server.closed for server in stand_ins) > 0
+    assert pool.counters["server_failures"] == pool.counters["retries"] == 0
 
 
 def test_request_seeds_of_neighbours_are_far_apart() -> None:

@@ -26,7 +26,7 @@ def test_update_phases_in_order_then_the_new_version(pool: VLLMPool, stand_ins: 
     for server in stand_ins:
         assert server.calls == [*phases, "/collective_rpc", "/reset_prefix_cache", "/resume"]
     rollouts = pool.generate(prompts(2), n=1, sampling=Sampling(5), seeds=[0, 1])
-    assert pool.version == 7 and all(r.weight_versions == [7, 7] for r in rollouts)
+    assert pool.version == 7 and all(r.weight_versions.tolist() == [7, 7] for r in rollouts)
 
 
 PHASES = ["/pause", "/start_weight_update", "/update_weights", "/finish_weight_update", "/resume"]
@@ -49,7 +49,7 @@ def test_one_server_that_breaks_an_update_does_not_stop_the_others(
     pool.push(1, WEIGHTS.items())
     assert [server.usable for server in pool.servers] == [True, False] and pool.version == 1
     rollouts = pool.generate(prompts(4), n=1, sampling=Sampling(5), seeds=range(4))
-    assert {v for r in rollouts for v in r.weight_versions} == {1} and not stand_ins[1].bodies
+    assert {v for r in rollouts for v in r.weight_versions.tolist()} == {1} and not stand_ins[1].bodies
     assert pool.counters["server_failures"] == 1
     stand_ins[1].fault.clear()
     stand_ins[1].cache_reset = True
@@ -93,7 +93,7 @@ def test_servers_given_by_url_serve_only_what_they_were_sent(model_dir: Path, mo
     with pytest.raises(ServerError, match="no usable"):
         pool.generate(prompts(1), n=1, sampling=Sampling(5), seeds=[0])
     pool.push(3, WEIGHTS.items())
-    assert pool.generate(prompts(1), n=1, sampling=Sampling(5), seeds=[0])[0].weight_versions == [3, 3]
+    assert pool.generate(prompts(1), n=1, sampling=Sampling(5), seeds=[0])[0].weight_versions.tolist() == [3, 3]
     pool.close()
     old.stop()
 
@@ -155,8 +155,10 @@ def test_requests_in_flight_at_an_update(
         pool.push(1, WEIGHTS.items())
         rollouts = future.result()
     first, then = rollouts[:4], rollouts[4:]
-    assert {(tuple(r.response_ids), tuple(r.weight_versions)) for r in first} == responses
-    assert {tuple(r.weight_versions) for r in then} == {(1, 1)} and all(r.finish_reason == "length" for r in rollouts)
+    assert {(tuple(r.response_ids.tolist()), tuple(r.weight_versions.tolist())) for r in first} == responses
+    assert {tuple(r.weight_versions.tolist()) for r in then} == {(1, 1)} and all(
+        r.finish_reason == "length" for r in rollouts
+    )
     assert pool.counters["continued"] == (4 if mode == "abort" else 0)
     assert "/reset_prefix_cache" in stand_ins[0].calls, "no keys and values of old weights are left"
     pool.close()

@@ -7,7 +7,6 @@ import contextlib
 import errno
 import heapq
 import itertools
-import json
 import resource
 import time
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
+import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from recipes.rollout.engine import Sampling
 from recipes.rollout.vllm.server import ServerProcess
 
 GENERATE = "/inference/v1/generate"
+KEEP_IDLE_S = 2.0  # vLLM closes a connection that was idle for 5 s ($VLLM_HTTP_TIMEOUT_KEEP_ALIVE)
 ALIVE = "/is_paused"  # answered by the engine itself: /health also answers when the engine behind it hangs
 
 
@@ -112,17 +114,35 @@ class Server:
         return self.state == "serving"
 
 
+def new_session(token: str) -> aiohttp.ClientSession:
+    """Connections are kept and used again, but none that a server may be closing: those that were idle for long."""
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_IDLE_S)
+    return aiohttp.ClientSession(connector=connector, headers={"Authorization": f"Bearer {token}"})
+
+
 async def request(
     session: aiohttp.ClientSession, method: str, server: Server, path: str, body: Any, timeout_s: float
 ) -> Any:
-    """Decoded JSON answer. ServerError for an error of the server, NoAnswer for none in time, ValueError for 4xx.
+    """Decoded JSON answer. ServerError for an error of the server, NoAnswer for none in time, ValueError for 4xx."""
+    content = await request_bytes(session, method, server, path, body, timeout_s)
+    return msgspec.json.decode(content) if content else None
+
+
+async def request_bytes(
+    session: aiohttp.ClientSession, method: str, server: Server, path: str, body: Any, timeout_s: float
+) -> bytes:
+    """As `request`, before decoding.
 
     When this process may open no further file the server is not to blame: the request is sent once it may.
     """
     limit, deadline = aiohttp.ClientTimeout(total=timeout_s), time.monotonic() + timeout_s
+    data = None if body is None else msgspec.json.encode(body)
+    headers = {"Content-Type": "application/json"} if data else None
     while True:
         try:
-            async with session.request(method, server.url + path, json=body, timeout=limit) as response:
+            async with session.request(
+                method, server.url + path, data=data, headers=headers, timeout=limit
+            ) as response:
                 content = await response.read()
                 break
         except TimeoutError as error:
@@ -136,7 +156,7 @@ async def request(
         raise ServerError(f"{server.url}{path}: HTTP {response.status}: {content[:500].decode(errors='replace')}")
     if response.status != 200:
         raise ValueError(f"{server.url}{path} refused the request: {content[:500].decode(errors='replace')}")
-    return json.loads(content) if content else None
+    return content
 
 
 def request_body(
@@ -159,47 +179,95 @@ def request_body(
     return {"token_ids": list(prompt), "sampling_params": params}
 
 
+class LogprobEntry(msgspec.Struct):
+    logprob: float
+
+
+class LogprobList(msgspec.Struct):
+    content: list[LogprobEntry]
+
+
+class VersionSpan(msgspec.Struct):
+    version: str
+    start: int
+    end: int
+
+
+class Choice(msgspec.Struct):
+    """One choice of vLLM's answer; what else is in it is skipped."""
+
+    token_ids: list[int]
+    finish_reason: str | None = None
+    logprobs: LogprobList | None = None
+    weight_versions: list[VersionSpan] | None = None
+
+
+class Answer(msgspec.Struct):
+    choices: list[Choice]
+
+
+_ANSWER = msgspec.json.Decoder(Answer)
+
+
 @dataclass
 class Piece:
-    """One choice of an answer: a whole response, or the beginning of one that an update cut off."""
+    """One choice of an answer: a whole response, or the beginning of one that an update cut off.
 
-    tokens: list[int]
-    logprobs: list[float]
-    versions: list[int]
+    ``tokens`` int32, ``logprobs`` float32, which they were computed in, ``versions`` int32.
+    """
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    versions: np.ndarray
     finish_reason: str  # "stop" | "length" | "abort"
 
     def then(self, rest: Piece) -> Piece:
         return Piece(
-            self.tokens + rest.tokens,
-            self.logprobs + rest.logprobs,
-            self.versions + rest.versions,
+            np.concatenate([self.tokens, rest.tokens]),
+            np.concatenate([self.logprobs, rest.logprobs]),
+            np.concatenate([self.versions, rest.versions]),
             rest.finish_reason,
         )
 
     def rollout(self, prompt: Sequence[int]) -> Rollout:
-        return Rollout(list(prompt), self.tokens, self.logprobs, self.versions, self.finish_reason)
+        tokens, logprobs, versions = map(torch.from_numpy, (self.tokens, self.logprobs, self.versions))
+        return Rollout(list(prompt), tokens, logprobs, versions, self.finish_reason)
 
 
-def parse_choice(choice: Mapping[str, Any], labels: Mapping[str, int]) -> Piece:
+def parse_answer(content: bytes, labels: Mapping[str, int]) -> list[Piece]:
+    """The choices of a generation. ServerError for anything but a whole answer; see `parse_choice`."""
+    try:
+        answer = _ANSWER.decode(content)
+    except msgspec.MsgspecError as error:
+        raise ServerError(f"an answer that is not a generation: {error}") from error
+    return [parse_choice(choice, labels) for choice in answer.choices]
+
+
+def parse_choice(choice: Choice, labels: Mapping[str, int]) -> Piece:
     """One choice of vLLM's answer. ``labels``: the version that each label of ours stands for.
 
-    ServerError when it is not whole, or was written by weights that are not ours (a server that was restarted behind
-    our back carries another label).
+    ServerError when it is not whole, or was written by weights that are not ours (a server that was restarted without
+    our doing carries another label).
     """
-    tokens: list[int] = choice["token_ids"]
-    logprobs = [entry["logprob"] for entry in (choice["logprobs"] or {"content": []})["content"]]
-    versions: list[int] = []
-    for span in choice["weight_versions"] or []:
-        if span["version"] not in labels:
-            raise ServerError(f"the response was written by weights labelled {span['version']!r}, which are not ours")
-        versions += [labels[span["version"]]] * (span["end"] - span["start"])
-    reason = choice["finish_reason"]
+    tokens = np.array(choice.token_ids, dtype=np.int32)
+    entries = choice.logprobs.content if choice.logprobs else []
+    logprobs = np.array([entry.logprob for entry in entries], dtype=np.float32)
+    spans = choice.weight_versions or []
+    for span in spans:
+        if span.version not in labels:
+            raise ServerError(f"the response was written by weights labelled {span.version!r}, which are not ours")
+    if len(spans) == 1:
+        versions = np.full(max(spans[0].end - spans[0].start, 0), labels[spans[0].version], dtype=np.int32)
+    else:
+        numbers = np.array([labels[span.version] for span in spans], dtype=np.int32)
+        versions = np.repeat(numbers, [max(span.end - span.start, 0) for span in spans])
+    reason = choice.finish_reason
     if reason not in ("stop", "length", "abort") or not len(tokens) == len(logprobs) == len(versions):
         raise ServerError(
             f"incomplete response: finish_reason {reason!r}, {len(tokens)} tokens, "
             f"{len(logprobs)} logprobs, {len(versions)} weight versions"
         )
-    if min(logprobs, default=0.0) <= -9999.0:
+    if len(logprobs) and logprobs.min() <= -9999.0:
         raise ServerError("the server reports no log-probability for a sampled token (NaN in its logits?)")
     return Piece(tokens, logprobs, versions, reason)
 

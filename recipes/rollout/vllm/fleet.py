@@ -18,7 +18,17 @@ import aiohttp
 
 from configs.schema import RolloutConfig
 from recipes.rollout.engine import Sampling
-from recipes.rollout.vllm.client import ALIVE, GENERATE, NoAnswer, Server, ServerError, request, request_body
+from recipes.rollout.vllm.client import (
+    ALIVE,
+    GENERATE,
+    NoAnswer,
+    Server,
+    ServerError,
+    new_session,
+    request,
+    request_body,
+    request_bytes,
+)
 from recipes.rollout.vllm.server import Place, ServerProcess, stop_all
 
 MAX_RESTARTS = 5  # in a row without serving in between
@@ -57,11 +67,7 @@ class Fleet:
 
     async def start(self) -> None:
         """Returns when all serve, or wait for weights. RuntimeError when one does not come up."""
-        # No connection is used twice: a server closes idle ones after seconds, and a request that is just being sent on
-        # such a connection fails as if the server had died. A new one costs 0.2 ms.
-        connector = aiohttp.TCPConnector(limit=0, force_close=True)
-        headers = {"Authorization": f"Bearer {self._token}"}
-        self._session = aiohttp.ClientSession(connector=connector, headers=headers)
+        self._session = new_session(self._token)
         try:
             async with asyncio.timeout(self._rollout.start_timeout_s):
                 await asyncio.gather(*(self._come_up(server) for server in self.servers))
@@ -88,6 +94,20 @@ class Fleet:
     async def post(self, server: Server, path: str, body: Any, timeout_s: float) -> Any:
         assert self._session is not None
         return await request(self._session, "POST", server, path, body, timeout_s)
+
+    async def generate(self, server: Server, body: dict[str, Any], timeout_s: float) -> bytes:
+        """The answer to a generation request, not decoded.
+
+        Sent again, once, when the connection ends before an answer: a server may close one that it keeps for us at any
+        time, and a seeded generation may be made twice. A server that has died refuses the second connection.
+        """
+        assert self._session is not None
+        try:
+            return await request_bytes(self._session, "POST", server, GENERATE, body, timeout_s)
+        except NoAnswer as error:
+            if not isinstance(error.__cause__, aiohttp.ServerDisconnectedError | ConnectionResetError):
+                raise
+        return await request_bytes(self._session, "POST", server, GENERATE, body, timeout_s)
 
     async def get(self, server: Server, path: str, timeout_s: float = 5.0) -> Any:
         assert self._session is not None

@@ -27,7 +27,6 @@ from megatron_ext.sync.broadcast import BroadcastSync
 from megatron_ext.sync.disk import DiskSync
 from recipes.rollout.engine import Sampling, check_request, request_seed, stop_tokens, url_token
 from recipes.rollout.vllm.client import (
-    GENERATE,
     GivenUp,
     Line,
     NoAnswer,
@@ -36,7 +35,7 @@ from recipes.rollout.vllm.client import (
     ServerError,
     cast_floats,
     most_connections,
-    parse_choice,
+    parse_answer,
     request_body,
 )
 from recipes.rollout.vllm.fleet import Fleet
@@ -137,13 +136,15 @@ class VLLMPool:
         written: Piece | None = None,
     ) -> list[Rollout]:
         """``n`` responses to one prompt. Those that an update cuts off are continued, each by a request of its own."""
-        so_far = written.tokens if written else []
+        so_far = written.tokens.tolist() if written else []
         context = [*prompt, *so_far]
         room = min(sampling.max_tokens - len(so_far), self._rollout.max_model_len - len(context))
         pieces = await self._ask(batch, context, n, sampling, request_seed(*key), room)
         if written:
             pieces = [written.then(piece) for piece in pieces]
         cut_off = [index for index, piece in enumerate(pieces) if piece.finish_reason == "abort"]
+        if not cut_off:
+            return [piece.rollout(prompt) for piece in pieces]
         self._requests["continued"] += len(cut_off)
         async with asyncio.TaskGroup() as group:
             rest = {
@@ -165,9 +166,9 @@ class VLLMPool:
             server = await self._server_for(batch, n)
             body = request_body(context, n, sampling, seed, max_tokens=max_tokens, eos=self._eos)
             try:
-                answer = await self._post_unless_failed(server, body)
+                content = await self._generate_unless_failed(server, body)
                 progress.beat(phase="rollout")
-                return [parse_choice(choice, self._labels) for choice in answer["choices"]]
+                return parse_answer(content, self._labels)
             except ServerError as error:
                 if not isinstance(error, GivenUp):
                     self.fleet.fail(server, error)
@@ -205,20 +206,20 @@ class VLLMPool:
                 if not await self.fleet.until_changed(deadline) and not serving and not self._holding:
                     raise ServerError(self._nobody())
 
-    async def _post_unless_failed(self, server: Server, body: dict[str, Any]) -> Any:
+    async def _generate_unless_failed(self, server: Server, body: dict[str, Any]) -> bytes:
         """The server's answer, or ServerError as soon as the server is found to have failed."""
         timeout_s = self._rollout.timeout_s
         async with self._connections:
             return await self._answer_unless_failed(server, body, timeout_s)
 
-    async def _answer_unless_failed(self, server: Server, body: dict[str, Any], timeout_s: float) -> Any:
-        answer = asyncio.ensure_future(self.fleet.post(server, GENERATE, body, timeout_s))
+    async def _answer_unless_failed(self, server: Server, body: dict[str, Any], timeout_s: float) -> bytes:
+        answer: asyncio.Future[Any] = asyncio.ensure_future(self.fleet.generate(server, body, timeout_s))
         failure = server.failure
         try:
             await asyncio.wait({answer, failure}, return_when=asyncio.FIRST_COMPLETED)
             if not answer.done():
                 raise GivenUp(failure.result())
-            return answer.result()
+            return bytes(answer.result())
         finally:
             answer.cancel()
 
