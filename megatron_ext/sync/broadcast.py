@@ -14,10 +14,12 @@ import math
 import os
 import secrets
 import socket
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -26,7 +28,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 BACKENDS = ("nccl", "gloo")
-BUCKET_BYTES = 256 << 20
+BUCKET_BYTES = 32 << 20  # over TCP: freed memory of this size is used again, and little waits for its load
+NCCL_BUCKET_BYTES = 256 << 20
 Group = Any  # dist.ProcessGroupGloo or dist.ProcessGroupNCCL, whose stubs lack half of what is used here
 ALIGN_BYTES = 16  # of every tensor in a bucket: a view as a wider type must not start in between
 
@@ -77,6 +80,7 @@ class BroadcastSync:
         self._rendezvous: Rendezvous | None = None
         self._buckets: list[Tensor] = []
         self._entries: list[list[Entry]] = []
+        self._bucket_bytes = NCCL_BUCKET_BYTES if backend == "nccl" else BUCKET_BYTES
         self._spare: list[Tensor] = []  # buckets of the version before: their memory is used again
         self._fill = 0  # bytes in the last bucket; 0: the next tensor opens a new one
         self.info: dict[str, Any] | None = None
@@ -84,23 +88,23 @@ class BroadcastSync:
     # ---- staging ------------------------------------------------------------------------------------------------
 
     def begin(self, version: int) -> None:
-        spare = [bucket for bucket in self._buckets if bucket.numel() == BUCKET_BYTES]
+        spare = [bucket for bucket in self._buckets if bucket.numel() == self._bucket_bytes]
         self.discard()
         self._spare = spare
 
     def send(self, name: str, tensor: Tensor) -> Tensor:
         """Stage a copy of one tensor on the host."""
         entry = Entry(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
-        if not self._fill or self._fill + entry.nbytes > BUCKET_BYTES:
+        if not self._fill or self._fill + entry.nbytes > self._bucket_bytes:
             _, need = layout([entry])
-            fits = self._spare and need <= BUCKET_BYTES
-            bucket = self._spare.pop() if fits else self._host_memory(max(BUCKET_BYTES, need))
+            fits = self._spare and need <= self._bucket_bytes
+            bucket = self._spare.pop() if fits else self._host_memory(max(self._bucket_bytes, need))
             self._buckets.append(bucket)
             self._entries.append([])
             self._fill = 0
         place = self._buckets[-1][self._fill : self._fill + entry.nbytes]
         placed = place.view(tensor.dtype).reshape(entry.shape)
-        placed.copy_(tensor.detach())
+        placed.copy_(tensor.detach(), non_blocking=self._device.type == "cuda")  # pinned: `seal` waits
         self._entries[-1].append(entry)
         self._fill += -(-entry.nbytes // ALIGN_BYTES) * ALIGN_BYTES
         return placed
@@ -110,6 +114,8 @@ class BroadcastSync:
 
     def seal(self, version: int, checksum: str) -> None:
         self._spare = []
+        if self._device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
         buckets = [[asdict(entry) for entry in entries] for entries in self._entries]
         self.info = {"version": version, "checksum": checksum, "digest": self.digest, "buckets": buckets}
 
@@ -145,10 +151,18 @@ class BroadcastSync:
 
     def _feed(self) -> str:
         assert self._group is not None and self._rendezvous is not None and self.info is not None
+        filled = [bucket[: layout(entries)[1]] for bucket, entries in zip(self._buckets, self._entries, strict=True)]
         try:
-            for bucket, entries in zip(self._buckets, self._entries, strict=True):
-                data = bucket[: layout(entries)[1]].to(self._device)
-                broadcast(self._group, data, self._rendezvous.timeout_s)
+            ahead: list[Tensor] = []
+
+            def copy(index: int) -> None:
+                if index < len(filled):
+                    ahead.append(filled[index].to(self._device, non_blocking=True))
+
+            copy(0)
+            for index in range(len(filled)):
+                # From pinned memory the next bucket goes to the GPU while this one is sent.
+                broadcast(self._group, ahead.pop(), self._rendezvous.timeout_s, partial(copy, index + 1))
         except OSError as error:
             return str(error)
         return ""
@@ -218,13 +232,19 @@ def _nccl_group(keys: dist.Store, rank: int, size: int, timeout: timedelta) -> G
         os.environ.pop(variable) if before is None else os.environ.update({variable: before})
 
 
-def broadcast(group: Group, data: Tensor, timeout_s: float) -> None:
-    """From rank 0 to all, in place; returns when done here. OSError when that takes too long or a peer is gone."""
+def broadcast(group: Group, data: Tensor, timeout_s: float, meanwhile: Callable[[], None] | None = None) -> None:
+    """From rank 0 to all, in place; returns when done here. OSError when that takes too long or a peer is gone.
+
+    ``meanwhile`` is called once the transfer has begun.
+    """
     options = dist.BroadcastOptions()
     options.rootRank = options.rootTensor = 0
     deadline = time.monotonic() + timeout_s
     try:
-        work = group.broadcast([data], options)
+        # NCCL connects at the first collective, and waits for lost peers without a limit.
+        work = within(timeout_s, lambda: group.broadcast([data], options), group.abort)
+        if meanwhile is not None:
+            meanwhile()
         while not work.is_completed():
             if time.monotonic() > deadline:
                 raise OSError(f"weight broadcast: not all servers took part within {timeout_s:.0f} s")
@@ -232,6 +252,28 @@ def broadcast(group: Group, data: Tensor, timeout_s: float) -> None:
         work.wait()
     except RuntimeError as error:
         raise OSError(f"weight broadcast: {error}") from error
+
+
+def within(timeout_s: float, call: Callable[[], Any], give_up: Callable[[], None]) -> Any:
+    """The result of ``call``, or OSError when it takes longer; it is then left to itself, after ``give_up``."""
+    done: list[Any] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            done.append(call())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="weight-broadcast", daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if failed:
+        raise failed[0]
+    if not done:
+        give_up()
+        raise OSError(f"weight broadcast: not all servers took part within {timeout_s:.0f} s")
+    return done[0]
 
 
 def local_address(urls: Sequence[str]) -> str:

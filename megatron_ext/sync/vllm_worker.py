@@ -15,17 +15,17 @@ import ctypes
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from megatron_ext.sync.base import Clock, WeightDigest
-from megatron_ext.sync.broadcast import Entry, Rendezvous, broadcast, join_group, layout
+from megatron_ext.sync.broadcast import Entry, Rendezvous, join_group
+from megatron_ext.sync.receive import LM_HEAD, Update, check_complete, read_verified, receive_buckets, verify
 
 try:
     from vllm.distributed.weight_transfer.base import (
@@ -39,7 +39,6 @@ except ImportError as error:
     raise ImportError("weight updates need vLLM 0.22 or newer: upgrade the servers' vLLM") from error
 
 BACKEND = "gppo"
-LM_HEAD = "lm_head.weight"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -49,15 +48,8 @@ class InitInfo(WeightTransferInitInfo, Rendezvous):
 
 
 @dataclass
-class UpdateInfo(WeightTransferUpdateInfo):
-    """One complete update, as `sync.disk` (directory, files) or `sync.broadcast` (buckets) describes it."""
-
-    version: int
-    checksum: str
-    digest: str = "xxh3"  # kind of `WeightDigest`
-    directory: str = ""
-    files: list[str] = field(default_factory=list)
-    buckets: list[list[dict[str, Any]]] = field(default_factory=list)
+class UpdateInfo(WeightTransferUpdateInfo, Update):
+    """One complete update."""
 
 
 class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -153,45 +145,6 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             self._group = None
 
 
-def receive_buckets(
-    group: Any, buckets: list[list[Entry]], device: torch.device, timeout_s: float
-) -> Iterator[dict[str, Tensor]]:
-    """The tensors of one bucket after the other, each in memory of its own: vLLM may keep them until the end."""
-    for entries in buckets:
-        offsets, total = layout(entries)
-        data = torch.empty(total, dtype=torch.uint8, device=device)
-        broadcast(group, data, timeout_s)
-        yield {
-            entry.name: data[offset : offset + entry.nbytes].view(getattr(torch, entry.dtype)).reshape(entry.shape)
-            for offset, entry in zip(offsets, entries, strict=True)
-        }
-
-
-def read_verified(info: UpdateInfo, clock: Clock) -> dict[str, Tensor]:
-    """All tensors of an update, mapped and not copied. ValueError if their checksum is not the announced one."""
-    weights: dict[str, Tensor] = {}
-    digest = WeightDigest(info.digest)
-    for name in info.files:
-        found = load_file(Path(info.directory) / name)
-        clock.lap("receive")
-        for key, tensor in found.items():
-            digest.add(key, tensor)
-            weights[key] = tensor
-        clock.lap("check")
-    verify(digest, info)
-    return weights
-
-
-def verify(digest: WeightDigest, info: UpdateInfo) -> None:
-    """ValueError unless what was received is what was announced."""
-    found = digest.hexdigest()
-    if found != info.checksum:
-        raise ValueError(
-            f"weight update to version {info.version} refused: checksum {found[:12]}, announced {info.checksum[:12]}; "
-            "send the update again"
-        )
-
-
 def checkpoint_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in the safetensors files the server was started from."""
     shapes: dict[str, tuple[int, ...]] = {}
@@ -201,21 +154,6 @@ def checkpoint_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
     if not shapes:
         raise ValueError(f"{directory} holds no .safetensors file: start the server from a safetensors checkpoint")
     return shapes
-
-
-def check_complete(given: dict[str, tuple[int, ...]], shapes: dict[str, tuple[int, ...]], *, tied: bool) -> None:
-    """ValueError unless names and shapes are those of the checkpoint; a tied output head may be there or not."""
-    optional = {LM_HEAD} if tied else set()
-    missing = sorted(shapes.keys() - given.keys() - optional)
-    unknown = sorted(given.keys() - shapes.keys() - optional)
-    if missing or unknown:
-        raise ValueError(
-            f"weight update refused: {len(missing)} tensors missing {missing[:3]}, {len(unknown)} unknown "
-            f"{unknown[:3]}; send exactly the names of the checkpoint"
-        )
-    for name, shape in shapes.items():
-        if given.get(name, shape) != shape:
-            raise ValueError(f"weight update refused: {name} has shape {given[name]}, expected {shape}")
 
 
 def refresh_tied_head(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -254,6 +255,24 @@ def test_broadcast_reaches_all_and_tells_when_somebody_is_missing(
     with pytest.raises(OSError, match="weight broadcast"):
         sync.feed()
     sync.close()
+
+
+def test_a_group_that_never_comes_together_ends_in_time() -> None:
+    """NCCL connects within the first collective, and would wait there for ever for a peer that is gone."""
+    given_up, released = [], threading.Event()
+
+    class Stuck:
+        def broadcast(self, *_: Any) -> None:
+            released.wait(20)
+
+        def abort(self) -> None:
+            given_up.append(True)
+
+    begin = time.monotonic()
+    with pytest.raises(OSError, match="not all servers took part within 0 s"):
+        broadcast_data(Stuck(), torch.zeros(4), 0.2)
+    assert time.monotonic() - begin < 5 and given_up == [True]
+    released.set()
 
 
 def test_buckets_keep_every_dtype_aligned() -> None:

@@ -130,6 +130,23 @@ def test_a_broadcast_that_breaks_off_is_repeated_without_the_silent(
     servers[2].stop()
 
 
+@pytest.mark.parametrize("fault", ["hang", "disconnect"])
+def test_a_server_that_dies_while_the_group_is_made_is_left_out(
+    stand_ins: list[StandIn], model_dir: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """It has said how many workers it has, and never joins: the others are not kept waiting for longer than a limit."""
+    monkeypatch.setattr(vllm_update, "GROUP_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(vllm_update, "GRACE_S", 0.5)
+    stand_ins[1].fault["/init_weight_transfer_engine"] = fault
+    start = time.perf_counter()
+    limits: dict[str, Any] = {"weight_sync": "gloo", "sync_dir": None, "update_timeout_s": 20.0}
+    pool = make_pool(stand_ins, model_dir, monkeypatch, **limits)
+    assert time.perf_counter() - start < 10
+    assert [server.usable for server in pool.servers] == [True, False]
+    assert torch.equal(stand_ins[0].received["w"], WEIGHTS["w"])
+    pool.close()
+
+
 # ---- updates while requests are in flight ----------------------------------------------------------------------------
 
 
