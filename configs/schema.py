@@ -101,6 +101,7 @@ class RolloutConfig:
     server_gpus: int = 1  # GPUs of each server; tensor parallel unless `extra_args` says otherwise
     extra_args: list[str] = field(default_factory=list)  # appended to vLLM's command line, such as [--swap-space,"8"]
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"  # of the servers; auto: as in the checkpoint
+    quantization: Literal["fp8"] | None = None  # fp8: servers quantise their linear layers at every update; needs GPUs
     max_model_len: int = 128
     max_num_seqs: int = 256
     timeout_s: float = 300.0  # for one generation request, waiting in the server's queue included

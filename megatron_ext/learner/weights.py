@@ -1,13 +1,15 @@
 """Weights in and out of the running model by name, tensor by tensor: the learner's side of `conversion`.
 
-Neither direction holds a second copy of the model: import reads the slices a rank needs, export hands over one full
-tensor at a time.
+Neither direction holds a second copy of the model: import reads the slices a rank needs, export gathers a bucket at a
+time and hands over one full tensor after the other.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from conversion.hf_files import HFReader
 from conversion.hf_to_megatron import check_source
 from megatron_ext.learner import control
 
+BUCKET_BYTES = 256 << 20  # of full tensors, gathered at a time: a mixture has tens of thousands of small ones
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"(.*\.local_experts\.)(\d+)(\..*)")
 
@@ -99,37 +102,83 @@ def import_hf(hf: conversion.HFConfig, directory: Path, chunks: list[Any], *, sk
 def export_hf(
     hf: conversion.HFConfig, chunks: list[Any], *, explicit_lm_head: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """Every weight as a full Hugging Face tensor on global rank 0, one Megatron tensor at a time.
+    """Every weight as a full Hugging Face tensor on global rank 0, a bucket of Megatron tensors at a time.
 
     A collective: all ranks must exhaust the iterator, which yields nothing on ranks other than 0. The ranks that hold
-    the first replica of a tensor's slices gather them; when rank 0 is not the first of these, it is sent the result.
+    the first replica of a bucket's slices gather them; when rank 0 is not the first of these, it is sent the result.
     """
     mine, slices = named_parameters(chunks), _slices()
     rank = torch.distributed.get_rank()
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     names = conversion.megatron_names(hf)
     leading = [name in mine and slices(name).first_replica and slices(name).rank == 0 for name in names]
-    for name, owner in zip(names, _owners(names, leading, next(iter(mine.values())).device), strict=True):
-        part = slices(name)
-        if name in mine and part.first_replica:
-            local = mine[name].detach().contiguous()
-            pieces = [torch.empty_like(local) for _ in range(part.size)]
-            if part.size > 1:
-                torch.distributed.all_gather(pieces, local, group=part.group)
-            else:
-                pieces = [local]
-            full = conversion.unshard(name, pieces)
+    some = next(iter(mine.values()))
+    shapes = {name: _padded_shape(hf, name, tp_size) for name in names}
+    owners = dict(zip(names, _owners(names, leading, some.device), strict=True))
+    for bucket in _buckets(names, owners, {name: math.prod(shapes[name]) * some.itemsize for name in names}):
+        part, owner = slices(bucket[0]), owners[bucket[0]]
+        fulls: list[Tensor] = []
+        if bucket[0] in mine and part.first_replica:
+            fulls = _gather([mine[name].detach() for name in bucket], bucket, part)
             if owner != 0 and rank == owner:
-                torch.distributed.send(full.contiguous(), dst=0)
+                torch.distributed.send(_pack(fulls), dst=0)
         if rank == 0:
             if owner != 0:
-                some = next(iter(mine.values()))
-                shape = list(conversion.megatron_shape(hf, name))
-                if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-                    shape[0] = conversion.padded_vocab(shape[0], tp_size)
-                full = torch.empty(shape, dtype=some.dtype, device=some.device)
-                torch.distributed.recv(full, src=owner)
-            yield from conversion.export_tensors(hf, name, full, explicit_lm_head=explicit_lm_head)
+                empty = [torch.empty(shapes[name], dtype=some.dtype, device=some.device) for name in bucket]
+                packed = torch.empty(sum(tensor.nbytes for tensor in empty), dtype=torch.uint8, device=some.device)
+                torch.distributed.recv(packed, src=owner)
+                fulls = _unpack(packed, empty)
+            for name, full in zip(bucket, fulls, strict=True):
+                yield from conversion.export_tensors(hf, name, full, explicit_lm_head=explicit_lm_head)
+
+
+def _padded_shape(hf: conversion.HFConfig, name: str, tp_size: int) -> list[int]:
+    shape = list(conversion.megatron_shape(hf, name))
+    if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        shape[0] = conversion.padded_vocab(shape[0], tp_size)
+    return shape
+
+
+def _buckets(names: list[str], owners: Mapping[str, int], nbytes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Neighbours that the same ranks gather, up to BUCKET_BYTES of full tensors together, or one that is larger."""
+    for _, group in itertools.groupby(names, lambda name: (owners[name], _EXPERT.fullmatch(name) is None)):
+        bucket: list[str] = []
+        size = 0
+        for name in group:
+            if bucket and size + nbytes[name] > BUCKET_BYTES:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(name)
+            size += nbytes[name]
+        yield bucket
+
+
+def _gather(local: list[Tensor], names: list[str], part: _Slices) -> list[Tensor]:
+    """The full tensors of a bucket, from the slices of all ranks of the group: one collective."""
+    if part.size == 1:
+        return [conversion.unshard(name, [tensor.contiguous()]) for name, tensor in zip(names, local, strict=True)]
+    packed = _pack(local)
+    everyone = [torch.empty_like(packed) for _ in range(part.size)]
+    torch.distributed.all_gather(everyone, packed, group=part.group)
+    slices = zip(*(_unpack(theirs, local) for theirs in everyone), strict=True)
+    return [conversion.unshard(name, list(pieces)) for name, pieces in zip(names, slices, strict=True)]
+
+
+def _pack(tensors: list[Tensor]) -> Tensor:
+    """The bytes of all, one after the other."""
+    return torch.cat([tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in tensors])
+
+
+def _unpack(packed: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """The inverse of `_pack`, for tensors of these shapes and dtypes."""
+    parts = packed.split([tensor.nbytes for tensor in like])
+    return [_typed(part, tensor) for part, tensor in zip(parts, like, strict=True)]
+
+
+def _typed(part: Tensor, like: Tensor) -> Tensor:
+    if part.storage_offset() % like.itemsize:  # a view as a wider type must begin at a multiple of its size
+        part = part.clone()
+    return part.view(like.dtype).reshape(like.shape)
 
 
 def _owners(names: list[str], leading: list[bool], device: torch.device) -> list[int]:

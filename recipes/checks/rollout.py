@@ -32,6 +32,7 @@ def check_settings(c: Config) -> None:
             f"rollout.in_flight={rollout.in_flight} has no effect with rollout.max_staleness=0, where no request is in "
             "flight at an update: set rollout.max_staleness to 1 or more, or leave it out"
         )
+    _check_quantization(c)
     _check_colocated(c)
     _check_server_gpus(rollout)
     if rollout.engine == "local":
@@ -40,6 +41,20 @@ def check_settings(c: Config) -> None:
                 raise ValueError(
                     f"rollout.{key}={getattr(rollout, key)} has no effect with rollout.engine=local: set it to vllm"
                 )
+
+
+def _check_quantization(c: Config) -> None:
+    if c.rollout.quantization is None:
+        return
+    if c.train.tis_cap is None and c.train.old_logprobs == "learner":
+        raise ValueError(
+            f"rollout.quantization={c.rollout.quantization} samples from other probabilities than the learner's, and "
+            "nothing corrects for that: set train.tis_cap=2, or train.old_logprobs=rollout"
+        )
+    if c.rollout.engine == "local":
+        raise ValueError(
+            f"rollout.quantization={c.rollout.quantization} has no effect with rollout.engine=local: set it to vllm"
+        )
 
 
 def _check_server_gpus(r: RolloutConfig) -> None:

@@ -41,6 +41,10 @@ def make_engine(rollout: RolloutConfig, model_dir: Path, log_dir: Path) -> Rollo
     if not have_vllm and not rollout.urls:
         raise ValueError("rollout.engine=vllm: vLLM is not installed; install it, or set rollout.engine=local")
     if not torch.cuda.is_available():
+        if rollout.quantization is not None and not rollout.urls:
+            raise ValueError(
+                f"rollout.quantization={rollout.quantization} needs GPUs, and there is none here: set it to null"
+            )
         return VLLMPool(rollout, Place(model_dir, log_dir))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     learner = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

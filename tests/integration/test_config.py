@@ -107,6 +107,8 @@ def paper(tmp_path: Path) -> list[str]:
         ("rollout.weight_sync=gloo rollout.engine=local", ["rollout.weight_sync=gloo", "rollout.engine=local"]),
         ("rollout.probe_s=0", ["rollout.probe_s=0", "above 0"]),
         ("rollout.update_timeout_s=0", ["rollout.update_timeout_s=0", "above 0"]),
+        ("rollout.quantization=fp8", ["rollout.quantization=fp8", "train.tis_cap=2"]),
+        ("rollout.quantization=fp8 train.tis_cap=2 rollout.engine=local", ["rollout.quantization=fp8", "no effect"]),
         ("rollout.server_gpus=0", ["rollout.server_gpus=0", "at least 1"]),
         ("rollout.extra_args=[-tp,'4'] rollout.server_gpus=2", ["rollout.extra_args=", "4 GPUs", "server_gpus=2"]),
         ("rollout.extra_args=['--data-parallel-size=x']", ["rollout.extra_args=", "not a number"]),

@@ -114,17 +114,24 @@ def test_a_pause_of_all_servers_is_survived(pool: VLLMPool, stand_ins: list[Stan
     assert pool.counters["server_failures"] == 2
 
 
-def test_first_come_first_served_over_several_batches(pool: VLLMPool, stand_ins: list[StandIn]) -> None:
-    """The batch that is needed first is not overtaken by one that was begun later."""
-    ended: list[str] = []
+def test_first_come_first_served_over_several_batches(
+    pool: VLLMPool, stand_ins: list[StandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests of the batch that is needed first are not overtaken by those of one that was begun later."""
+    sent: list[str] = []
+    generate = pool._generate_unless_failed
+
+    async def noted(server: client.Server, body: dict[str, Any]) -> bytes:
+        sent.append("first" if len(body["token_ids"]) == 3 else "second")
+        return await generate(server, body)
+
+    monkeypatch.setattr(pool, "_generate_unless_failed", noted)
     with ThreadPoolExecutor(2) as executor:
         first = executor.submit(pool.generate, prompts(40), n=4, sampling=Sampling(5), seeds=range(40))
-        first.add_done_callback(lambda _: ended.append("first"))
-        wait_until(lambda: stand_ins[0].bodies, "the first batch is under way")
-        second = executor.submit(pool.generate, prompts(4), n=4, sampling=Sampling(5), seeds=range(4))
-        second.add_done_callback(lambda _: ended.append("second"))
+        wait_until(lambda: sent, "the first batch is under way")
+        second = executor.submit(pool.generate, [[7, 7]] * 4, n=4, sampling=Sampling(5), seeds=range(4))
         assert len(first.result()) == 160 and len(second.result()) == 16
-    assert ended == ["first", "second"]
+    assert sent == ["first"] * 40 + ["second"] * 4
 
 
 def test_the_line_is_ordered_by_batch_then_arrival_and_survives_cancelling() -> None:

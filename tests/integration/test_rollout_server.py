@@ -68,6 +68,8 @@ def test_a_server_of_several_gpus(model_dir: Path) -> None:
         *("4,5", "6,7", "4,5"),
     ]
     assert "--tensor-parallel-size 2" in " ".join(server_command(rollout, place, 1))
+    rollout.quantization = "fp8"
+    assert "--quantization fp8" in " ".join(server_command(rollout, place, 1))
     rollout.extra_args = ["--data-parallel-size=2", "--enable-expert-parallel"]
     command = server_command(rollout, place, 1)
     assert command[-2:] == rollout.extra_args and "--tensor-parallel-size" not in command

@@ -122,6 +122,8 @@ def server_command(rollout: RolloutConfig, place: Place, port: int, host: str = 
         flags["--distributed-executor-backend"] = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
     else:
         flags["--gpu-memory-utilization"] = str(rollout.gpu_memory_utilization)
+        if rollout.quantization is not None:
+            flags["--quantization"] = rollout.quantization
         if rollout.server_gpus > 1 and parallel_size(rollout.extra_args) == 1:
             flags["--tensor-parallel-size"] = str(rollout.server_gpus)
         if rollout.colocated:  # on a CPU vLLM refuses the flag, though it answers the calls
