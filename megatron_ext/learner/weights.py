@@ -118,7 +118,7 @@ def export_hf(
     for bucket in _buckets(names, owners, {name: math.prod(shapes[name]) * some.itemsize for name in names}):
         part, owner = slices(bucket[0]), owners[bucket[0]]
         fulls: list[Tensor] = []
-        if bucket[0] in mine and part.first_replica:
+        if all(name in mine for name in bucket) and part.first_replica:
             fulls = _gather([mine[name].detach() for name in bucket], bucket, part)
             if owner != 0 and rank == owner:
                 torch.distributed.send(_pack(fulls), dst=0)
