@@ -33,7 +33,7 @@ from megatron_ext.rl.types import Sample
 from recipes.data.evalsets import due_sets
 from recipes.launch import launch
 from recipes.loop.advantages import assign_advantages, update_critic
-from recipes.loop.batch import aggregation_weights, make_batch, positive_nll_weights, select, split
+from recipes.loop.batch import aggregation_weights, fit_loss, make_batch, positive_nll_weights, select, split
 from recipes.loop.metrics import StepMetrics
 from recipes.loop.nonfinite import Guard
 from recipes.loop.run_dir import RunDir
@@ -122,6 +122,7 @@ def train_step(
     if not guard.accepts(step, samples, rollout_logp, stats):
         metrics.add({"actor/nonfinite_updates": guard.skipped})
         return controller_state
+    batch.old_entropy = stats.entropy
     batch.old_logp = stats.logp if config.train.old_logprobs == "learner" else rollout_logp
     if config.train.tis_cap is not None:
         batch.is_weight = mismatch_weights(stats.logp, rollout_logp, cap=config.train.tis_cap)
@@ -136,25 +137,29 @@ def train_step(
     overrides = controller.loss_params(controller_state, step=step, total_steps=total)
     loss = build_loss(config.loss["name"], **{**_params(config.loss), **overrides})
     metrics.add(controller.metrics(controller_state))
+    if (warning := controller.warning(controller_state)) and torch.distributed.get_rank() == 0:
+        print(f"step {step + 1}: {warning}", flush=True)
 
     targets = assign_advantages(config, selection, samples, stats, batch, critic, metrics)
-    select(config, selection, batch, stats, step, range(len(samples)), metrics)
+    bonus = controller.entropy_coef(controller_state, step=step)
+    select(config, selection, batch, stats, step, range(len(samples)), metrics, bonus)
     with metrics.clock("update"):
         for _ in range(config.train.epochs):
             for mini in split(groups_B, config.train.mini_batch_prompts):
                 if selection.per_update:
-                    select(config, selection, batch, learner.statistics(batch, mini), step, mini, metrics)
+                    select(config, selection, batch, learner.statistics(batch, mini), step, mini, metrics, bonus)
                 members = [samples[i] for i in mini]
                 weights_B = aggregation_weights(config, selection, batch, groups_B, include_B, mini)
                 if config.train.positive_nll_coef:
                     batch.nll_weight = positive_nll_weights(config.train.positive_nll_coef, samples, batch, mini)
+                fitted = fit_loss(loss, learner, batch, mini) if loss.fits else loss
                 if critic is not None and targets is not None:
                     done = guard.update(step, members, partial(update_critic, critic, targets, batch, mini))
                     if done is not None:
                         metrics.critic_update(done)
                     if step < config.critic.warmup_steps:
                         continue
-                step_on = partial(learner.update, batch, mini, weights_B, loss, selection_inside=selection.inside)
+                step_on = partial(learner.update, batch, mini, weights_B, fitted, selection_inside=selection.inside)
                 if (update := guard.update(step, members, step_on)) is not None:
                     metrics.update(update)
     metrics.add({"actor/nonfinite_updates": guard.skipped} if guard.skipped else {})

@@ -38,6 +38,7 @@ class TrainBatch:
     entropy_coef: Tensor  # coefficient of -H
     is_weight: Tensor  # importance weight that corrects rollout-learner mismatch, 1 when off
     ref_logp: Tensor | None = None  # log p under the reference policy, when there is one
+    old_entropy: Tensor | None = None  # of the weights before the first update, for selections by the entropy ratio
     nll_weight: Tensor | None = None  # coefficient of -logp with its own denominator, when there is such a term
     seq_ids: Tensor = field(init=False)  # int64, index of the token's sample
     offsets: Tensor = field(init=False)  # (samples + 1,) int64: start of each sample in the flat tensors, and T
@@ -167,6 +168,7 @@ def training_step(
             mask=at(batch.mask),
             seq_ids=at(batch.seq_ids),
             entropy=stats.entropy,
+            old_entropy=None if batch.old_entropy is None else at(batch.old_entropy),
         )
         keep = at(batch.keep)
         if selection_inside is not None:

@@ -6,7 +6,10 @@ nothing else is remembered. Within rollout step k: ``state = observe(state, ...)
 ``build_loss(name, **{**config, **loss_params(state, ...)})``.
 
 Sources: P2 (CE-GPPO) fig. 4 for schedules of beta; P0 (Flexible Entropy Control) sec. 4.2 for OD (ID and DID need the
-step only and live in the loss `dynamic_clip`). ``entropy_target`` is ours.
+step only and live in the loss `dynamic_clip`); Skywork-OR1 (He et al. 2025, arXiv:2505.22312) for
+``adaptive_entropy_bonus``, by its code. Closed loops on the entropy came before ``entropy_target``: soft actor-critic's
+temperature (Haarnoja et al. 2018, arXiv:1812.05905), Skywork-OR1's coefficient, and the PI control of EntroPIC (2025,
+arXiv:2511.15248). Here the target is a curve, and the controlled quantity any coefficient of the loss.
 """
 
 from __future__ import annotations
@@ -47,6 +50,10 @@ class Schedule(ABC):
 
     def metrics(self, state: State) -> dict[str, float]:
         return {}
+
+    def warning(self, state: State) -> str | None:
+        """A sentence for the user, at the step at which it becomes true."""
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +111,7 @@ def interpolate(curve: Curve, x: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class EntropyTarget(Schedule):
-    """A closed loop that follows a target entropy H*(k) by moving loss parameters within limits. Ours.
+    """A PI controller that follows a target entropy H*(k) by moving coefficients within limits.
 
     Error e = (H* - H) / H_init. Control u = clip(gain e + I, -1, 1) and I += integral_gain e, but not while u is
     saturated in the direction of e (anti-windup). u = 0 is the configured value of every actuator, u = +1 the limit
@@ -126,7 +133,9 @@ class EntropyTarget(Schedule):
     integral_gain: float = 0.1
     """Per rollout step."""
     limits: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    """Loss parameter -> [low, high], which must hold its configured value; empty: the loss's own (`Loss.actuators`)."""
+    """Loss parameter -> [low, high], which must hold its configured value; empty: the loss's own (`Loss.actuators`).
+
+    ``entropy_coef`` is the coefficient of an entropy bonus, configured value 0, with any loss."""
     signs: Mapping[str, int] = field(default_factory=dict)
     """Loss parameter -> +1 if raising it raises entropy, else -1; set by `build_controller` from `Loss.actuators`."""
 
@@ -136,7 +145,9 @@ class EntropyTarget(Schedule):
         check_number("schedule.phase_ratio", self.phase_ratio, 0, 1, exclusive=True)
 
     def init(self) -> State:
-        return {"target_h_init": None, "target": None, "target_up": 0, "integral": 0.0, "control": 0.0}
+        return {
+            "target_h_init": None, "target": None, "target_up": 0, "integral": 0.0, "control": 0.0, "saturated": 0
+        }  # fmt: skip
 
     def observe(self, state: State, *, step: int, total_steps: int, entropy: float) -> State:
         h_init = entropy if state["target_h_init"] is None else state["target_h_init"]
@@ -151,7 +162,14 @@ class EntropyTarget(Schedule):
         winding_up = abs(raw) >= 1 and raw * error > 0
         integral = state["integral"] + (0.0 if winding_up else self.integral_gain * error)
         control = max(-1.0, min(1.0, raw))
-        return {"target_h_init": h_init, "target": target, "target_up": up, "integral": integral, "control": control}
+        return {
+            "target_h_init": h_init,
+            "target": target,
+            "target_up": up,
+            "integral": integral,
+            "control": control,
+            "saturated": state["saturated"] + 1 if winding_up else 0,
+        }
 
     def _target(self, x: float, start: float, end: float, peak: float, up: int) -> float:
         """H* at progress x in [0, 1], in the unit of its arguments."""
@@ -189,7 +207,63 @@ class EntropyTarget(Schedule):
         return [self._actuate(control, base) for control in (-1.0, 1.0)]
 
     def metrics(self, state: State) -> dict[str, float]:
-        return {key: state[key] for key in ("target", "control", "integral") if state[key] is not None}
+        return {key: state[key] for key in ("target", "control", "integral", "saturated") if state[key] is not None}
+
+    def warning(self, state: State) -> str | None:
+        if state["saturated"] != PATIENCE:
+            return None
+        moved = ", ".join(f"{key} in [{low:g}, {high:g}]" for key, (low, high) in self.limits.items())
+        return (
+            f"the target entropy {state['target']:.3g} is out of reach: {moved} has been at the limit for {PATIENCE} "
+            "steps; widen schedule.limits, add entropy_coef to them, or change the target"
+        )
+
+
+PATIENCE = 20
+"""Steps at the limit, in the direction of the error, after which `EntropyTarget` says so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveEntropyBonus(Schedule):
+    """An entropy bonus whose coefficient steps up while the entropy is below a target, and down above it.
+
+    c += delta if H < target else c -= delta, kept in [min_coef, max_coef]; the bonus acts only at steps with
+    H < target. Skywork-OR1's `EntController`; TRL has the same with H <= target. H is the mean token entropy of the
+    batch before its first update.
+    """
+
+    target: float = 0.2
+    """Nats per token."""
+    delta: float = 1e-4
+    initial_coef: float = 0.0
+    min_coef: float = 0.0
+    max_coef: float = 5e-3
+
+    def __post_init__(self) -> None:
+        check_number("schedule.target", self.target, 0)
+        check_number("schedule.delta", self.delta, 0)
+        check_number("schedule.max_coef", self.max_coef, self.min_coef)
+        check_number("schedule.initial_coef", self.initial_coef, self.min_coef, self.max_coef)
+
+    def init(self) -> State:
+        return {"bonus_coef": self.initial_coef, "bonus_on": 1}
+
+    def observe(self, state: State, *, step: int, total_steps: int, entropy: float) -> State:
+        moved = state["bonus_coef"] + (self.delta if entropy < self.target else -self.delta)
+        return {"bonus_coef": min(max(moved, self.min_coef), self.max_coef), "bonus_on": int(entropy < self.target)}
+
+    def values(self, state: State, base: Mapping[str, float], *, step: int) -> dict[str, float]:
+        return {ENTROPY_COEF: state["bonus_coef"] * state["bonus_on"]}
+
+    def extremes(self, base: Mapping[str, float]) -> list[dict[str, float]]:
+        return [{ENTROPY_COEF: value} for value in (self.min_coef, self.max_coef)]
+
+    def metrics(self, state: State) -> dict[str, float]:
+        return {"bonus_coef": state["bonus_coef"]}
+
+
+ENTROPY_COEF = "entropy_coef"
+"""The one quantity besides the loss's parameters that a schedule can move: the coefficient of -H in the objective."""
 
 
 SCHEDULES: dict[str, type[Schedule]] = {
@@ -197,6 +271,7 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "piecewise": Piecewise,
     "linear": Linear,
     "entropy_target": EntropyTarget,
+    "adaptive_entropy_bonus": AdaptiveEntropyBonus,
 }
 
 
@@ -207,7 +282,7 @@ class Controller:
     loss: Loss
     """As configured."""
     base: dict[str, Any]
-    """Its parameters, defaults filled in."""
+    """Its parameters, defaults filled in, and ``entropy_coef``."""
     schedule: Schedule
 
     def init(self) -> State:
@@ -232,7 +307,16 @@ class Controller:
     def loss_params(self, state: State, *, step: int, total_steps: int) -> dict[str, Any]:
         """Parameters to merge over the configured ones for this step's `build_loss`."""
         moved = self.schedule.values(state, self.base, step=step)
+        moved.pop(ENTROPY_COEF, None)
         return {**moved, **self.loss.at(state, step=step, total_steps=total_steps)}
+
+    def entropy_coef(self, state: State, *, step: int) -> float:
+        """Coefficient of an entropy bonus on every token, besides what the selection adds."""
+        return self.schedule.values(state, self.base, step=step).get(ENTROPY_COEF, 0.0)
+
+    def warning(self, state: State) -> str | None:
+        """A sentence for the user, at the step at which it becomes true."""
+        return self.schedule.warning(state)
 
     def metrics(self, state: State) -> dict[str, float]:
         """What was decided at the last observed step, for the log: every parameter moved and every state."""
@@ -258,14 +342,17 @@ def build_controller(
     for key in sorted(given.keys() & set(loss.runtime)):
         raise ValueError(f"loss.{key}={given[key]!r} follows the rollout step by itself: leave it out.")
     base = {f.name: getattr(loss, f.name) for f in fields(loss) if f.name not in loss.runtime}  # type: ignore[arg-type]
+    base[ENTROPY_COEF] = 0.0
     if schedule_name == "entropy_target":
-        limits = _limits(loss_name, loss.actuators, schedule_params.get("limits"))
-        signs = {key: actuator.sign for key, actuator in loss.actuators.items()}
+        actuators = {**loss.actuators, ENTROPY_COEF: Actuator(+1)}
+        limits = _limits(loss_name, actuators, schedule_params.get("limits"))
+        signs = {key: actuator.sign for key, actuator in actuators.items()}
         schedule_params = {**schedule_params, "limits": limits, "signs": signs}
     schedule = _params.build("schedule", SCHEDULES, schedule_name, schedule_params)
     for key in getattr(schedule, "points", {}):
         _check_moves(f"schedule.points.{key}", key, loss_name, base)
     for settings in schedule.extremes(base):
+        settings.pop(ENTROPY_COEF, None)
         build_loss(loss_name, **{**given, **settings})
     return Controller(loss, base, schedule)
 
@@ -274,10 +361,11 @@ def _limits(
     loss_name: str, known: Mapping[str, Actuator], limits: Mapping[str, Sequence[float]] | None
 ) -> dict[str, Sequence[float]]:
     """The configured limits, checked, or the loss's defaults."""
-    if not known:
+    if not limits and not any(actuator.limits for actuator in known.values()):
         losses = ", ".join(name for name, cls in LOSSES.items() if cls.actuators)
         raise ValueError(
-            f"schedule.name='entropy_target' cannot steer loss.name={loss_name!r}: choose one of {losses}."
+            f"schedule.name='entropy_target' cannot steer loss.name={loss_name!r} by itself: give schedule.limits, "
+            f"as in {{entropy_coef: [0, 0.005]}}, or choose one of {losses}."
         )
     for key, pair in (limits or {}).items():
         _check_moves(f"schedule.limits.{key}", key, loss_name, known)

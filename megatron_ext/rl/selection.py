@@ -305,6 +305,28 @@ class Region(Selection):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EntropyRatio(Selection):
+    """Entropy Ratio Clipping: a token trains only while low < H_now / H_old < high, at every update anew.
+
+    Su et al. 2025, arXiv:2512.05591 (by the authors of CE-GPPO), by their code: both entropies plus 1e-8, strict
+    comparisons, 0.95 and 1.05 in their scripts.
+    """
+
+    low: float = 0.95
+    high: float = 1.05
+
+    def __post_init__(self) -> None:
+        check_number("selection.low", self.low, 0, 1)
+        check_number("selection.high", self.high, 1)
+
+    def inside(self, x: LossInputs) -> Tensor:
+        if x.entropy is None or x.old_entropy is None:
+            raise ValueError("LossInputs.old_entropy is None: selection.name=entropy_ratio needs both entropies.")
+        ratio = (x.entropy.detach() + 1e-8) / (x.old_entropy + 1e-8)
+        return x.mask & (ratio > self.low) & (ratio < self.high)
+
+
+@dataclass(frozen=True, kw_only=True)
 class EntropyBonus(Selection):
     """Subtract coef * H from every token's loss. P2 sec. 5.5: 0.001 still collapses there, 0.003 explodes."""
 
@@ -341,6 +363,7 @@ SELECTIONS: dict[str, type[Selection]] = {
     "forking": Forking,
     "region": Region,
     "entropy_bonus": EntropyBonus,
+    "entropy_ratio": EntropyRatio,
     "unlikely": Unlikely,
 }
 

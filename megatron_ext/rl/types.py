@@ -85,6 +85,7 @@ class LossInputs:
     mask: Tensor  # bool; False tokens get loss 0 and count in no metric
     seq_ids: Tensor | None = None  # int64, sequence of each token; required by sequence-level losses
     entropy: Tensor | None = None  # H of the next-token distribution, nats, differentiable
+    old_entropy: Tensor | None = None  # H under the policy before the first update, nats
 
 
 @dataclass(frozen=True, slots=True)

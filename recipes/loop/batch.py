@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from configs.schema import Config
+from megatron_ext.learner.learner import Learner
 from megatron_ext.learner.step import TrainBatch
 from megatron_ext.rl.aggregation import sequence_weights
+from megatron_ext.rl.losses import Loss
 from megatron_ext.rl.selection import Selection, SelectionInputs
 from megatron_ext.rl.types import Sample, TokenStats
 from recipes.loop.metrics import StepMetrics
@@ -43,8 +45,12 @@ def select(
     step: int,
     samples: Sequence[int],
     metrics: StepMetrics,
+    entropy_coef: float = 0.0,
 ) -> None:
-    """Token selection over ``samples``, written into the batch. The whole batch is here, so nothing is reduced."""
+    """Token selection over ``samples``, written into the batch. The whole batch is here, so nothing is reduced.
+
+    ``entropy_coef`` is added to the selection's own, on all tokens: a schedule moves it.
+    """
     chosen = torch.isin(batch.seq_ids, torch.tensor(list(samples)))
     first_seq_id = step * config.rollout.prompts_per_step * config.rollout.n
     out = selection.select(
@@ -64,7 +70,7 @@ def select(
         for old, new in (
             (batch.keep, out.keep),
             (batch.kl_coef, out.kl_coef),
-            (batch.entropy_coef, out.entropy_coef),
+            (batch.entropy_coef, out.entropy_coef + entropy_coef * batch.mask[chosen]),
         )
     )
     metrics.add({name: float(value) for name, value in out.metrics.items()})
@@ -80,6 +86,13 @@ def split(groups_B: torch.Tensor, prompts: int) -> list[list[int]]:
         members.setdefault(group, []).append(index)
     groups = list(members.values())
     return [sum(groups[start : start + prompts], []) for start in range(0, len(groups), prompts)]
+
+
+def fit_loss(loss: Loss, learner: Learner, batch: TrainBatch, mini: Sequence[int]) -> Loss:
+    """The loss fitted to a mini-batch under the weights in force: one forward pass, the same on every rank."""
+    chosen = torch.isin(batch.seq_ids, torch.tensor(list(mini))) & batch.mask
+    ratio = (learner.statistics(batch, mini).logp[chosen] - batch.old_logp[chosen]).exp()
+    return loss.fit(ratio, batch.advantages[chosen])
 
 
 def positive_nll_weights(

@@ -30,9 +30,11 @@ def test_config_line_loads_and_is_what_it_says(line: str) -> None:
 
 
 METHODS = {  # of the five papers and their baselines; a loss of one's own needs no row
-    "loss": {"pg", "grpo", "ppo", "dapo", "clip_lower", "ce_gppo", "cispo", "gspo", "sapo", "dynamic_clip"},
-    "selection": {"clip_b", "clip_v", "clip_cov", "kl_cov", "forking", "region", "entropy_bonus", "unlikely"},
-    "schedule": {"none", "piecewise", "linear", "entropy_target"},
+    "loss": {"pg", "grpo", "ppo", "dapo", "clip_lower", "ce_gppo", "cispo", "gspo", "sapo", "dynamic_clip"}
+    | {"aspo", "bapo", "dcpo", "gmpo"},
+    "selection": {"clip_b", "clip_v", "clip_cov", "kl_cov", "forking", "region", "entropy_bonus", "unlikely"}
+    | {"entropy_ratio"},
+    "schedule": {"none", "piecewise", "linear", "entropy_target", "adaptive_entropy_bonus"},
 }
 
 

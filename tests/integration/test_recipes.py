@@ -28,6 +28,7 @@ from recipes.rollout.engine import Sampling
 FOLDER = Path(__file__).parents[2] / "configs" / "recipe"
 PAPER_RECIPES = [name for name in choices("recipe") if "/" in name]
 PAPERS = {
+    "baselines": "CE-GPPO",
     "ce_gppo": "CE-GPPO",
     "clip_low_high": "Clip-Low/High",
     "dynamic_clip": "Flexible Entropy Control",

@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_ext.rl import params as _params
+from megatron_ext.rl.losses.aspo import Aspo
+from megatron_ext.rl.losses.bapo import Bapo
 from megatron_ext.rl.losses.base import DifferentiableLoss, Loss
 from megatron_ext.rl.losses.ce_gppo import CeGppo
 from megatron_ext.rl.losses.cispo import Cispo
+from megatron_ext.rl.losses.dcpo import Dcpo
 from megatron_ext.rl.losses.dynamic_clip import DynamicClip
+from megatron_ext.rl.losses.gmpo import Gmpo
 from megatron_ext.rl.losses.gspo import Gspo
 from megatron_ext.rl.losses.pg import PolicyGradient
 from megatron_ext.rl.losses.ppo import Ppo
@@ -22,6 +26,10 @@ LOSSES: dict[str, type[Loss]] = {
     "gspo": Gspo,
     "sapo": Sapo,
     "dynamic_clip": DynamicClip,
+    "aspo": Aspo,
+    "bapo": Bapo,
+    "dcpo": Dcpo,
+    "gmpo": Gmpo,
 }
 
 

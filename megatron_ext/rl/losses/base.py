@@ -52,6 +52,8 @@ class Loss(ABC):
 
     runtime: ClassVar[tuple[str, ...]] = ()
     """Fields that `at` sets at every rollout step. They cannot be configured."""
+    fits: ClassVar[bool] = False
+    """Whether `fit` is to be called before every update, which costs a forward pass over its mini-batch."""
     actuators: ClassVar[Mapping[str, Actuator]] = {}
     """Parameters by which a closed loop can steer the entropy, see `megatron_ext.rl.schedules.EntropyTarget`."""
 
@@ -74,6 +76,10 @@ class Loss(ABC):
         """Values of the `runtime` fields at this step."""
         return {}
 
+    def fit(self, ratio: Tensor, advantages: Tensor) -> Loss:
+        """The loss with parameters chosen for a mini-batch, whose response tokens these are, (T,) each."""
+        return self
+
     def __call__(self, x: LossInputs) -> LossOutputs:
         """Per-token loss, shape (T,), 0 where the mask is False, in the dtype of ``x.logp`` (at least float32).
 
@@ -92,6 +98,7 @@ class Loss(ABC):
             mask=x.mask,
             seq_ids=x.seq_ids,
             entropy=None if x.entropy is None else _clean(x.entropy, x.mask, dtype),
+            old_entropy=None if x.old_entropy is None else _clean(x.old_entropy, x.mask, dtype),
         )
         log_ratio = fixed.logp - fixed.old_logp
         cap = max_log_ratio(dtype)
@@ -190,7 +197,7 @@ def _check_shapes(x: LossInputs) -> None:
         raise ValueError(f"LossInputs.logp has shape {tuple(shape)}: flatten the tokens to shape (T,).")
     if x.mask.dtype != torch.bool:
         raise ValueError(f"LossInputs.mask has dtype {x.mask.dtype}: pass bool; weights belong to aggregation.")
-    for name in ("old_logp", "advantages", "mask", "seq_ids", "entropy"):
+    for name in ("old_logp", "advantages", "mask", "seq_ids", "entropy", "old_entropy"):
         value = getattr(x, name)
         if value is not None and value.shape != shape:
             raise ValueError(f"LossInputs.{name} has shape {tuple(value.shape)}: it must equal logp's, {tuple(shape)}.")

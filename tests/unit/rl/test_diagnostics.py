@@ -50,7 +50,7 @@ class Batch:
     def inputs(self, z_TV: Tensor) -> tuple[LossInputs, TokenStats]:
         stats = statistics(z_TV, self.actions)
         old = statistics(self.z_old_TV, self.actions)
-        x = LossInputs(stats.logp, old.logp, self.advantages, self.mask, self.seq_ids, stats.entropy)
+        x = LossInputs(stats.logp, old.logp, self.advantages, self.mask, self.seq_ids, stats.entropy, old.entropy)
         return x, stats
 
     def objective(self, z_TV: Tensor, loss: Any, selection: Selection) -> tuple[Objective, LossInputs, TokenStats]:
@@ -89,6 +89,7 @@ SELECTION_PARAMS: dict[str, dict[str, Any]] = {
     "kl_cov": {"frac": 0.2},
     "region": {"region": "e2"},
     "entropy_bonus": {"coef": 0.1},
+    "entropy_ratio": {"low": 0.8, "high": 1.2},
 }
 
 

@@ -68,6 +68,20 @@ def dynamic_weight(upper: float, lower: float) -> WeightOf:
     return weight
 
 
+def aspo_weight(r: float, a: float, p: float) -> float:
+    if a > 0:
+        return 0.0 if r > 1 + 0.2 else min(1 / r, 3.0)
+    return 0.0 if r < 1 - 0.2 else min(r, 3.0)
+
+
+def dcpo_weight(r: float, a: float, p: float) -> float:
+    """The authors' `get_clip_low_high` for the old probability q = p / r."""
+    q = p / r
+    low = (1 + math.sqrt(max(1 - 4 * 0.2 / q, 0.0))) / 2
+    high = min((1 + math.sqrt(1 + 4 * 0.28 / q)) / 2, 10.0)
+    return ppo_weight(low, high, 10.0)(r, a, p)
+
+
 # id -> (loss, parameters, closed form, absolute bounds on r to test at and one ulp either side)
 CASES: dict[str, tuple[str, dict[str, Any], WeightOf, list[float]]] = {
     "pg": ("pg", {}, lambda r, a, p: 1.0, [1.0]),
@@ -111,6 +125,10 @@ CASES: dict[str, tuple[str, dict[str, Any], WeightOf, list[float]]] = {
     "gspo": ("gspo", {}, ppo_weight(1 - 3e-4, 1 + 4e-4), [1 - 3e-4, 1 + 4e-4]),  # one token: s = r
     "gspo-dual": ("gspo", {"dual_clip": DUAL}, ppo_weight(1 - 3e-4, 1 + 4e-4, DUAL), [1 - 3e-4, DUAL]),
     "sapo": ("sapo", {}, sapo_weight, [1.0]),
+    "aspo": ("aspo", {}, aspo_weight, [1 - 0.2, 1 + 0.2]),
+    "bapo": ("bapo", {"dual_clip": DUAL}, ppo_weight(0.6, 1.2, DUAL), [0.6, 1.2, DUAL]),
+    "dcpo": ("dcpo", {}, dcpo_weight, []),
+    "gmpo": ("gmpo", {}, ppo_weight(math.exp(-0.4), math.exp(0.4)), []),  # one token: s = r
     "dynamic-upper": ("dynamic_clip", {"strategy": "upper"}, dynamic_weight(1, 0), []),
     "dynamic-lower": ("dynamic_clip", {"strategy": "lower"}, dynamic_weight(0, 1), []),
     "dynamic-both": ("dynamic_clip", {"strategy": "both"}, dynamic_weight(1, 1), []),
@@ -162,7 +180,7 @@ def dynamic_edges(weight: WeightOf, p: float) -> Iterator[float]:
 
 
 def is_dynamic(case: str) -> bool:
-    return CASES[case][0] == "dynamic_clip"
+    return CASES[case][0] in ("dynamic_clip", "dcpo")
 
 
 def log_ratios(case: str, p: float) -> list[float]:
@@ -218,6 +236,12 @@ def textbook(case: str, logp: Tensor, old: Tensor, a: Tensor) -> Tensor:
         return a * logp
     if case == "cispo":
         return r.clamp(0.8, 1.2).detach() * a * logp
+    if case == "aspo":  # the authors' compute_policy_loss_archer with one interval for all tokens
+        negative, positive = r.clamp(min=0.8), r.clamp(max=1.2)
+        up = (positive / positive.detach()) / positive.detach() * a
+        up = torch.where(1 / positive > 3, a * 3 * (logp - logp.detach() + 1), up)
+        down = torch.where(negative > 3, a * 3 * (logp - logp.detach() + 1), negative * a)
+        return torch.where(a < 0, down, up)
     if case == "sapo":
         tau = torch.where(a > 0, torch.tensor(1.0, dtype=F64), torch.tensor(1.05, dtype=F64))
         return torch.sigmoid(tau * (r - 1)) * 4 / tau * a
@@ -243,7 +267,7 @@ def textbook(case: str, logp: Tensor, old: Tensor, a: Tensor) -> Tensor:
     return objective
 
 
-TEXTBOOK = ["pg", "cispo", "sapo", "ce-1.5b", "ce-7b", "ce-swapped", "ppo", "ppo-dual", "dapo", "clip-lower"]
+TEXTBOOK = ["pg", "aspo", "cispo", "sapo", "ce-1.5b", "ce-7b", "ce-swapped", "ppo", "ppo-dual", "dapo", "clip-lower"]
 
 
 @pytest.mark.parametrize("case", [*TEXTBOOK, "dynamic-both", "id-1/4"])
@@ -538,3 +562,47 @@ def test_bad_inputs_are_named() -> None:
         build_loss("ppo")(LossInputs(t[None], t[None], t[None], mask[None]))
     with pytest.raises(ValueError, match="seq_ids is None"):
         build_loss("gspo")(LossInputs(t, t, t, mask))
+
+
+def test_gmpo_is_verls_geometric_mean() -> None:
+    """Value and gradient of (1/B) sum_i A_i exp(mean of the clipped log-ratios), written as verl writes it."""
+    x = gspo_inputs()
+    assert x.seq_ids is not None
+    leaf = x.logp.clone().requires_grad_()
+    out = build_loss("gmpo", log_eps_low=0.2, log_eps_high=0.25)(replace(x, logp=leaf))
+    lengths = torch.bincount(x.seq_ids[x.mask], minlength=5)
+    weights = (1 / (5 * lengths.double()))[x.seq_ids] * x.mask
+    (weights * out.loss).sum().backward()
+    other = x.logp.clone().requires_grad_()
+    log_r, sign = other - x.old_logp, x.advantages.sign()
+    bounded = sign * torch.min(sign * log_r, sign * log_r.clamp(-0.2, 0.25))
+    sums = torch.zeros(5, dtype=F64).index_add(0, x.seq_ids[x.mask], bounded[x.mask])
+    advantage = torch.zeros(5, dtype=F64).index_put((x.seq_ids,), x.advantages)
+    objective = -(advantage * (sums / lengths).exp()).mean()
+    objective.backward()
+    torch.testing.assert_close((weights * out.loss).sum().detach(), objective.detach(), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-12, atol=1e-14)
+    assert (leaf.grad == 0).any() and (leaf.grad[x.mask] != 0).any()
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 10**6), st.floats(0.2, 4), st.floats(-0.5, 0.5))
+def test_bapo_moves_its_bounds_until_the_target_is_met(seed: int, target: float, shift: float) -> None:
+    """As the authors' loop: the lower bound first, then the upper one, and no further than needed."""
+    logp, old, a = random_inputs(seed, 300, 0.5, F64)
+    ratio, a = (logp - old).exp(), a + shift
+    loss = build_loss("bapo", target=target)
+    got = loss.fit(ratio, a)
+    low, high = 0.6, 1.2
+
+    def quotient(low: float, high: float) -> float:
+        bounded = torch.where(a >= 0, ratio.clamp(max=high), ratio.clamp(min=low)) * a
+        return float(bounded.clamp(min=0).sum() / -bounded.clamp(max=0).sum())
+
+    while quotient(low, high) < target and low < 0.9:
+        low = min(low + 0.05, 0.9)
+    while quotient(low, high) < target and high < 3.0:
+        high = min(high + 0.05, 3.0)
+    assert (got.ratio_min, got.ratio_max) == (low, high)  # type: ignore[attr-defined]
+    assert quotient(low, high) >= target or (low, high) == (0.9, 3.0)
+    assert build_loss("ppo").fit(ratio, a) == build_loss("ppo")

@@ -260,3 +260,31 @@ def test_bad_observations() -> None:
     state = controller.observe(controller.init(), step=0, total_steps=5, entropy=1.0)
     with pytest.raises(AssertionError, match="observed once"):
         controller.observe(state, step=0, total_steps=5, entropy=1.0)
+
+
+def test_the_adaptive_bonus_steps_as_skywork_or1() -> None:
+    """`EntController`: up below the target, down at or above it, clipped, and switched off at or above it."""
+    params = {"target": 0.2, "delta": 0.002, "max_coef": 0.005}
+    controller = build_controller("ppo", {}, "adaptive_entropy_bonus", **params)
+    state, seen = controller.init(), []
+    for k, entropy in enumerate([0.1, 0.1, 0.1, 0.2, 0.3, 0.1]):
+        state = controller.observe(state, step=k, total_steps=6, entropy=entropy)
+        seen.append((controller.metrics(state)["schedule/bonus_coef"], controller.entropy_coef(state, step=k)))
+        assert controller.loss_params(state, step=k, total_steps=6) == {}
+    expected = [(0.002, 0.002), (0.004, 0.004), (0.005, 0.005), (0.003, 0.0), (0.001, 0.0), (0.003, 0.003)]
+    assert [pytest.approx(x) for x in expected] == seen
+
+
+def test_the_closed_loop_moves_an_entropy_bonus_with_any_loss_and_says_when_it_cannot_reach_the_target() -> None:
+    limits = {"entropy_coef": [0.0, 0.01]}
+    controller = build_controller("cispo", {}, "entropy_target", limits=limits, start=1.0, end=1.0, gain=4.0)
+    state, warnings = controller.init(), []
+    for k in range(40):
+        state = controller.observe(state, step=k, total_steps=40, entropy=1.0 if k == 0 else 0.5)
+        coef = controller.entropy_coef(state, step=k)
+        assert coef == (0.0 if k == 0 else 0.01) and controller.loss_params(state, step=k, total_steps=40) == {}
+        warnings.append(controller.warning(state))
+    assert [bool(w) for w in warnings].count(True) == 1  # once, not at every step
+    assert "out of reach" in str(warnings[20]) and "entropy_coef in [0, 0.01]" in str(warnings[20])
+    with pytest.raises(ValueError, match="give schedule.limits"):
+        build_controller("cispo", {}, "entropy_target")

@@ -384,3 +384,13 @@ def test_nan_in_what_counts_is_refused_and_elsewhere_ignored(field: str) -> None
         build_selection(name).select(spoil(~x.mask))
         with pytest.raises(ValueError, match=f"{field} of .* is not finite"):
             build_selection(name).select(spoil(x.mask & (torch.arange(x.mask.numel()) % 7 == 0)))
+
+
+def test_entropy_ratio_clipping_is_strict_and_two_sided() -> None:
+    old = torch.tensor([1.0, 1.0, 1.0, 2.0, 2.0, 0.0, 1.0])
+    now = torch.tensor([0.95, 0.951, 1.049, 2.11, 1.89, 0.0, 1.0])
+    x = LossInputs(-old, -old, old, torch.tensor([True] * 6 + [False]), entropy=now.requires_grad_(), old_entropy=old)
+    selection = build_selection("entropy_ratio")
+    assert selection.inside(x).tolist() == [False, True, True, False, False, True, False]  # 0 / 0 counts as unchanged
+    with pytest.raises(ValueError, match="old_entropy is None"):
+        selection.inside(replace(x, old_entropy=None))
