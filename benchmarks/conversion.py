@@ -9,8 +9,10 @@ held after its imports; mapped file pages count.
 
     cp            read and write in 1 MiB pieces, no interpretation: the floor
     safetensors   load_file and save_file of every file: the usual way to touch every tensor
-    import        conversion.hf_to_megatron (writes a Megatron checkpoint and a checksum of every byte)
-    export        conversion.megatron_to_hf (writes safetensors and a checksum of every tensor)
+    import        conversion.hf_to_megatron (compares every byte with the source's manifest, counts numbers that are not
+                  finite, writes a Megatron checkpoint and its checksums)
+    export        conversion.megatron_to_hf (the same the other way)
+    verify        conversion.verify, both kinds block by block (reads twice the bytes, writes nothing)
     mbridge       mbridge's tensor mapping from safetensors into memory; nothing is written (if installed)
 """
 
@@ -27,6 +29,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,7 @@ def make_source(directory: Path, shape: str) -> int:
 
     import conversion
     from conversion.hf_files import HFWriter
+    from conversion.publish import write_manifest
 
     raw = {
         "architectures": ["Qwen2ForCausalLM"],
@@ -62,7 +66,8 @@ def make_source(directory: Path, shape: str) -> int:
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(raw))
     shapes = conversion.hf_shapes(conversion.parse_config(raw))
-    writer = HFWriter(directory, shapes, dict.fromkeys(shapes, torch.bfloat16), 5 * 10**9)
+    size = 2 * sum(torch.Size(extents).numel() for extents in shapes.values())
+    writer = HFWriter(directory, shapes, dict.fromkeys(shapes, torch.bfloat16), max(size // 8, 1 << 20))
     noise = torch.randn(1 << 24).bfloat16()
     for name, extents in shapes.items():
         row = torch.Size(extents[1:]).numel()
@@ -70,7 +75,7 @@ def make_source(directory: Path, shape: str) -> int:
         for start in range(0, extents[0], step):
             rows = min(step, extents[0] - start)
             writer.write(name, start, noise[: rows * row].reshape(rows, *extents[1:]))
-    writer.finish()
+    write_manifest(directory, tensors=writer.finish())
     return writer.total_bytes
 
 
@@ -93,8 +98,8 @@ def run_safetensors(source: Path, out: Path, threads: int) -> None:
     from safetensors.torch import load_file, save_file
 
     out.mkdir()
-    for path in source.glob("*.safetensors"):
-        save_file(load_file(path), out / path.name)
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda path: save_file(load_file(path), out / path.name), source.glob("*.safetensors")))
     fsync(out)
 
 
@@ -133,20 +138,32 @@ def run_mbridge(source: Path, out: Path, threads: int) -> None:
         model[name] = bridge._weight_to_mcore_format(theirs, parts).clone()
 
 
+def run_verify(source: Path, out: Path, threads: int) -> None:
+    from conversion.sources import open_source
+    from conversion.verify import compare
+
+    assert compare(open_source(source), open_source(source.with_name("megatron")), threads).equal
+
+
 RUNS: dict[str, Callable[[Path, Path, int], None]] = {
     "cp": run_cp,
     "safetensors": run_safetensors,
     "import": run_import,
     "export": run_export,
+    "verify": run_verify,
     "mbridge": run_mbridge,
 }
 
 
+THREADED = ("safetensors", "import", "export", "verify")
+
+
 def import_all(name: str) -> None:
     """What a candidate imports, before the clock starts."""
-    if name in ("import", "export"):
+    if name in ("import", "export", "verify"):
         import conversion.hf_to_megatron
-        import conversion.megatron_to_hf  # noqa: F401
+        import conversion.megatron_to_hf
+        import conversion.verify  # noqa: F401
     elif name == "safetensors":
         import safetensors.torch  # noqa: F401
     elif name == "mbridge":
@@ -211,24 +228,26 @@ def main() -> None:
     shutil.rmtree(args.dir / "megatron", ignore_errors=True)
     run_import(args.dir / "hf", args.dir / "megatron", args.threads)
     names = args.only or [n for n in RUNS if n != "mbridge" or importlib.util.find_spec("mbridge")]
-    plan = [(name, threads) for name in names for threads in ((1, args.threads) if "port" in name else (1,))]
+    plan = [(name, threads) for name in names for threads in ((1, args.threads) if name in THREADED else (1,))]
     results: dict[str, list[dict[str, float]]] = {}
     for _ in range(args.repeats):
         for name, threads in plan:
-            label = f"{name} ({threads} thread{'s' * (threads > 1)})" if "port" in name else name
+            label = f"{name} ({threads} thread{'s' * (threads > 1)})" if name in THREADED else name
             results.setdefault(label, []).append(measure(name, args.dir, threads))
-    floor = [run["seconds"] for run in results.get("safetensors", results[next(iter(results))])]
+    best = f"safetensors ({args.threads} thread{'s' * (args.threads > 1)})"
+    floor = [run["seconds"] for run in results.get(best, results[next(iter(results))])]
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     machine += f", load average {os.getloadavg()[2]:.0f}"
     print(f"{args.shape}: {size / 2**30:.2f} GiB bfloat16; {machine}; median of {args.repeats} (fastest)")
-    print(f"{'':22}{'seconds':>16}{'CPU s':>8}{'GiB/s':>8}{'vs safetensors':>16}{'peak MiB':>10}")
+    print(f"ratios are to {best}")
+    print(f"{'':24}{'seconds':>16}{'CPU s':>8}{'GiB/s':>8}{'ratio':>8}{'peak MiB':>10}")
     for label, runs in results.items():
         seconds = [run["seconds"] for run in runs]
         middle, peak = statistics.median(seconds), max(run["peak_mib"] for run in runs)
         cpu = statistics.median(run["cpu_seconds"] for run in runs)
         timing = f"{middle:.2f} ({min(seconds):.2f})"
         ratio = statistics.median(own / base for own, base in zip(seconds, floor, strict=True))
-        print(f"{label:22}{timing:>16}{cpu:>8.2f}{size / 2**30 / middle:>8.2f}{ratio:>16.2f}{peak:>10.0f}")
+        print(f"{label:24}{timing:>16}{cpu:>8.2f}{size / 2**30 / middle:>8.2f}{ratio:>8.2f}{peak:>10.0f}")
     if args.json:
         summary = {"shape": args.shape, "bytes": size, "machine": machine, "runs": results}
         args.json.write_text(json.dumps(summary, indent=1) + "\n")

@@ -47,10 +47,11 @@ Results = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Variant:
-    """A layout, how the batch is cut in it, and which of the two models it trains."""
+    """A layout, how the batch is cut in it, and which of the models it trains."""
 
     layout: Layout
     moe: bool = False
+    other: str = ""  # a model besides the dense one and the mixture of experts
     tokens: int = 16  # token budget of a micro-batch
     recompute: bool = False
     chunk: int = 0  # train.loss_chunk_tokens
@@ -62,11 +63,11 @@ class Variant:
 
     @property
     def model(self) -> str:
-        return "moe" if self.moe else "dense"
+        return self.other or ("moe" if self.moe else "dense")
 
     @property
     def reference(self) -> str:
-        return "one-moe" if self.moe else "one"
+        return f"one-{self.other}" if self.other else "one-moe" if self.moe else "one"
 
 
 def _variant(name: str, world: int = 1, parallel: dict[str, int] | None = None, **more: Any) -> Variant:
@@ -77,6 +78,8 @@ TP2_SP = {"tp": 2, "sp": True}
 VARIANTS = (
     _variant("one"),
     _variant("one-moe", moe=True),
+    _variant("one-olmo2", other="olmo2"),
+    _variant("one-shared-expert", other="shared-expert"),
     _variant("one, a sample each, recompute", tokens=1, recompute=True),
     _variant("one, all at once, chunked, shuffled", tokens=1 << 16, chunk=5, order=SHUFFLED),
     _variant("one-moe, all at once, shuffled", tokens=1 << 16, order=SHUFFLED, moe=True),
@@ -90,6 +93,8 @@ VARIANTS = (
     _variant("ep2", 2, {"ep": 2}, moe=True),
     _variant("tp2 sp ep2", 2, {**TP2_SP, "ep": 2}, moe=True),
     _variant("tp4, 2 key-value heads", 4, {"tp": 4}, tokens=40),
+    _variant("tp2 sp, OLMo-2", 2, TP2_SP, other="olmo2", recompute=True),
+    _variant("tp2 sp pp2 ep2, shared expert", 4, {**TP2_SP, "pp": 2, "ep": 2}, other="shared-expert"),
     _variant("cp4", 4, {"cp": 4}, tokens=40),
     _variant("tp2 cp2", 4, {"tp": 2, "cp": 2}, tokens=40, order=SHUFFLED),
     _variant("tp2 sp cp2", 4, {**TP2_SP, "cp": 2}, tokens=40, chunk=3),

@@ -53,6 +53,24 @@ def make_moe_model(directory: Path) -> Path:
     return _save(Qwen3MoeForCausalLM, config, directory)
 
 
+def make_olmo2_model(directory: Path) -> Path:
+    """Random OLMo-2: norms behind attention and MLP, and over all heads of queries and of keys."""
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+
+    config = Olmo2Config(**_SHAPE, num_hidden_layers=2, tie_word_embeddings=False)
+    return _save(Olmo2ForCausalLM, config, directory)
+
+
+def make_shared_expert_model(directory: Path) -> Path:
+    """Random Qwen2-MoE: a layer without experts, and one with four and a gated one that every token passes."""
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    experts |= {"shared_expert_intermediate_size": 40, "decoder_sparse_step": 2}
+    config = Qwen2MoeConfig(**_SHAPE, **experts, num_hidden_layers=2, tie_word_embeddings=False)
+    return _save(Qwen2MoeForCausalLM, config, directory)
+
+
 _SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,

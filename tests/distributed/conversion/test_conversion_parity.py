@@ -33,7 +33,7 @@ LAYOUTS: dict[str, dict[str, dict[str, int]]] = {  # by case, where not DENSE; t
     "qwen2-tied": {"vpp2": {"pp": 2, "vpp": 2}, **DENSE},
     **dict.fromkeys(("qwen2-yarn", "qwen3-yarn"), {"tp1": {}, "tp2-pp2": {"tp": 2, "pp": 2}}),
     "qwen3-moe": {"tp1": {}, "pp2": {"pp": 2}, "ep2": {"ep": 2}, "pp2-ep2": {"pp": 2, "ep": 2}},
-    # one layout that needs all that the family adds: in the others it differs from its elders in nothing
+    # one layout each, which uses everything that the family adds to the ones above
     **dict.fromkeys(("qwen3-moe-mixed", "qwen2-moe", "mixtral"), {"pp2-ep2": {"pp": 2, "ep": 2}}),
     "qwen2-moe-mixed": {"tp2-sp-ep2-pp2": {"tp": 2, "sp": True, "ep": 2, "pp": 2}},
     "olmo2": {"tp2-sp": {"tp": 2, "sp": True}, "tp2-pp2": {"tp": 2, "pp": 2}},

@@ -37,6 +37,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("layouts")
     cases.make_model(root / "dense", layers=4)
     cases.make_moe_model(root / "moe")
+    cases.make_olmo2_model(root / "olmo2")
+    cases.make_shared_expert_model(root / "shared-expert")
     gloo.run(PROCESSES, invariance.run, root, timeout_s=900)
     return root
 
