@@ -15,6 +15,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from recipes.studies import prediction
+
 Series = dict[str, list[tuple[float, float]]]
 Chart = tuple[str, str, str]  # title, caption, svg
 Line = tuple[str, list[tuple[float, float]], tuple[list[tuple[float, float]], list[tuple[float, float]]]]
@@ -233,6 +235,25 @@ def _time_chart(series: Series) -> str:
     return _draw("time", plot)
 
 
+def _prediction_chart(series: Series) -> Chart | None:
+    """Every step's predicted change of entropy against the measured one."""
+    pairs = prediction.changes(series)
+    found = prediction.agreement(pairs)
+    if found is None:
+        return None
+
+    def plot(axes: Any) -> None:
+        axes.scatter(*zip(*pairs, strict=True), s=9, color=_sentinel(0), alpha=0.7, linewidths=0)
+        axes.axhline(0, color=_GRID, linewidth=0.8)
+        axes.axvline(0, color=_GRID, linewidth=0.8)
+        _finish(axes, "{x:g}", 0)
+        axes.set_xlabel("predicted, nats")
+
+    probed = "theory/entropy_change_same_tokens" in series
+    caption = f"Measured ({'same tokens' if probed else 'to the next batch'}) over predicted, a point per step: {found}"
+    return "Entropy change, predicted and measured", caption, _draw("prediction", plot)
+
+
 def main_charts(runs: dict[str, Series]) -> tuple[list[Chart], set[str]]:
     """The charts that every reader wants, and the metrics that they used up.
 
@@ -259,6 +280,8 @@ def main_charts(runs: dict[str, Series]) -> tuple[list[Chart], set[str]]:
                 charts.append((full, caption, _line_chart(full, of_metric, percent)))
     if len(runs) == 1:
         (series,) = runs.values()
+        if chart := _prediction_chart(series):
+            charts.append(chart)
         if "timing_s/step" in series:
             used.update(key for key in series if key.startswith("timing_s/"))
             charts.append(("Where the time goes", "Seconds per step, stacked", _time_chart(series)))

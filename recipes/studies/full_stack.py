@@ -13,9 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from recipes.studies import methods, results
+from recipes.studies import methods, prediction, results
 from recipes.studies.engine import Method
 from recipes.studies.methods import overrides
 
@@ -47,7 +45,7 @@ FULL_STUDIES: dict[str, FullStudy] = {
             "train.epochs=4",
             "train.entropy_probe_every=1",
         ),
-        methods={n: methods.LOSSES[n] for n in ("GRPO", "eps_low 0.05", "eps_high off", "CE-GPPO (0, 1)")},
+        methods={n: methods.LOSSES[n] for n in ("GRPO", "eps_low 0.05", "CE-GPPO (0, 1)")},
         seeds=10,
         eval_set="chain",
         k=8,
@@ -168,31 +166,14 @@ def summary(metrics: list[results.Row], eval_set: str, k: int, failed: bool = Fa
 
 
 def entropy_agreement(metrics: list[results.Row]) -> results.Row:
-    """Predicted against measured change of entropy over the steps of a run, by `results.agreement`.
-
-    The prediction is ``theory/entropy_slope`` times the number of updates and the learning rate. The measurement is the
-    change on the same tokens where the run probed it (``train.entropy_probe_every``), else the change to the next
-    step's batch. {} for a run of fewer than three such steps.
-    """
-    predicted, measured = entropy_changes(metrics)
-    if len(measured) < 3:
+    """Predicted against measured change of entropy over a run's steps; {} for a run too short for it."""
+    keys = {key for row in metrics for key in row}
+    series = {key: [(row["step"], row[key]) for row in metrics if row.get(key) is not None] for key in keys}
+    found = prediction.agreement(prediction.changes(series))
+    if found is None:
         return {}
-    pair = {"measured": torch.tensor(measured), "predicted_token": torch.tensor(predicted)}
-    return results.agreement(pair)
-
-
-def entropy_changes(metrics: list[results.Row]) -> tuple[list[float], list[float]]:
-    """(predicted, measured) change of entropy of every step that has both."""
-    predicted, measured = [], []
-    for row, following in zip(metrics, [*metrics[1:], {}], strict=False):
-        change = row.get("theory/entropy_change_same_tokens")
-        if change is None and "actor/entropy" in following and "actor/entropy" in row:
-            change = following["actor/entropy"] - row["actor/entropy"]
-        slope = row.get("theory/entropy_slope")
-        if change is not None and slope is not None:
-            predicted.append(slope * row["actor/updates"] * row["actor/lr"])
-            measured.append(change)
-    return predicted, measured
+    numbers = {"corr": found.correlation, "slope": found.slope, "sign": found.same_sign}
+    return {f"{name}_token": round(value, 4) for name, value in numbers.items()}
 
 
 def _slug(name: str) -> str:

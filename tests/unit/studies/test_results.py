@@ -156,7 +156,7 @@ def test_a_runs_metrics_become_a_row() -> None:
     assert (row["start_avg_at_k"], row["avg_at_k"], row["pass_at_k"], row["collapsed"]) == (0.3, 0.6, 0.9, False)
     assert row["final_entropy"] == pytest.approx(0.5)
     assert (row["corr_token"], row["slope_token"], row["sign_token"]) == (1.0, 0.5, 1.0)
-    assert entropy_agreement(metrics[:2]) == {}
+    assert entropy_agreement(metrics[:4]) == {}
     metrics[-1]["val-core/chain/avg@8"] = 0.2
     assert run_summary(metrics, "chain", 8)["collapsed"] is True
     assert run_summary([], "chain", 8, failed=True)["collapsed"] is True
