@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m recipes.study", description=__doc__.split("\n")[0])
     parser.add_argument("name", nargs="?", metavar="NAME", help=", ".join([*STUDIES, *FULL_STUDIES]))
     parser.add_argument("--level", choices=["L1", "L2"], help="only this level")
+    parser.add_argument("--setting", help="only the setting of this name")
     parser.add_argument("--seeds", type=int, help="default: the study's own number")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--minutes", type=float, help="full-stack studies: start no run after so many minutes")
@@ -34,7 +35,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{name:<16}{described.title}. {described.question}")
     elif args.name in STUDIES:
         study = STUDIES[args.name]
-        runner.run(args.name, study, root=args.results, jobs=args.jobs, seeds=args.seeds, level=args.level)
+        runner.run(
+            args.name,
+            study,
+            root=args.results,
+            jobs=args.jobs,
+            seeds=args.seeds,
+            level=args.level,
+            only=args.setting,
+        )
         _page(args.name, study.title, study.question, args.results)
     elif args.name in FULL_STUDIES:
         whole = FULL_STUDIES[args.name]

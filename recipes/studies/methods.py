@@ -90,6 +90,15 @@ HEADLINE = (
 )
 
 
+NETWORK = (
+    BASELINE,
+    "eps_low 0.05",
+    "CE-GPPO (0, 1)",
+    "eps_high off",
+    "Clip_V 1",
+)
+
+
 def _sweep() -> dict[str, Method]:
     names = {0.05: "0.05", 0.1: "0.1", 0.15: "0.15", 0.3: "0.3"}
     low = {f"eps_low {name}": Method(loss=_ppo(eps, 0.2)) for eps, name in names.items()}
@@ -167,6 +176,7 @@ MAP = {
     name: LOSSES[name]
     for name in (BASELINE, "eps_low 0.05", "eps_high off", *[f"CE-GPPO ({b})" for b in ("0, 1", "0.5, 1", "1, 0.5")])
 }
+WHY = {name: LOSSES[name] for name in (BASELINE, "eps_low 0.05", "eps_high off", "CE-GPPO (0, 1)")}
 PREDICTION = {
     name: LOSSES[name]
     for name in (

@@ -37,13 +37,15 @@ class Item:
         return s.steps * s.epochs * s.mini_batches * len(self.seeds) * per_update * (3.0 if self.probe else 1.0)
 
 
-def missing(name: str, study: Study, rows: list[results.Row], seeds: int | None, level: str | None) -> Iterator[Item]:
-    """What is not in ``rows`` yet. ``seeds`` and ``level`` narrow the study."""
+def missing(
+    name: str, study: Study, rows: list[results.Row], seeds: int | None, level: str | None, only: str | None = None
+) -> Iterator[Item]:
+    """What is not in ``rows`` yet. ``seeds``, ``level`` and ``only`` (a setting's name) narrow the study."""
     done: dict[tuple[str, str, str], set[int]] = {}
     for row in rows:
         done.setdefault((row["setting"], row["method"], row["digest"]), set()).add(row["seed"])
     for label, setting in study.settings.items():
-        if level and setting.level != level:
+        if (level and setting.level != level) or (only and label != only):
             continue
         wanted = range(study.seeds[setting.level] if seeds is None else seeds)
         for method_name, method in study.of(setting).items():
@@ -79,11 +81,12 @@ def run(
     jobs: int = 1,
     seeds: int | None = None,
     level: str | None = None,
+    only: str | None = None,
     report: Callable[[str], None] = print,
 ) -> list[results.Row]:
     """Complete the study's results file and return all its rows. Stop it at any time and start it again."""
     path = root / f"{name}.jsonl"
-    items = list(missing(name, study, results.read(path), seeds, level))
+    items = list(missing(name, study, results.read(path), seeds, level, only))
     if not items:
         return results.read(path)
     begin, done, total = time.monotonic(), 0.0, sum(item.cost for item in items)
