@@ -109,6 +109,8 @@ def _claims() -> list[Claim]:
     for region, sign in (("E1", +1), ("E2", -1), ("E3", -1), ("E4", +1)):
         word = "raises" if sign > 0 else "lowers"
         add(FLEXIBLE, f"dropping {region} {word} entropy", "regions", f"drop {region}", "eps 0.3", H, sign, *BOTH)
+        word = "lowers" if sign > 0 else "raises"
+        add(FLEXIBLE, f"{region} alone {word} entropy", "regions", f"keep {region}", "eps 0.3", H, -sign, *BOTH)
     for advantage in (">", "<"):
         for region in (">", "<"):
             # A kept class pushes entropy its own way; dropping it does the opposite.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from recipes.studies import figures, report, results
+from recipes.studies import figures, prediction, report, results
 from recipes.studies.claims import CLAIMS, FULL, decide
 from recipes.studies.methods import BASELINE
 from recipes.studies.results import Row
@@ -149,7 +149,8 @@ def prediction_table(read: Results) -> str:
             rows.append([setting, predictor, *("–" if c is None else f"{c:.2f}" for c in cells), str(len(found))])
     for name, found in by_setting(read("full_stack")).get(FULL[0], {}).items():
         cells = [report.mean_of(found, f"{what}_token") for what in ("corr", "slope", "sign")]
-        rows.append([f"L3, Adam, {name}", "token", *("–" if c is None else f"{c:.2f}" for c in cells), str(len(found))])
+        shown = ["–" if c is None else f"{c:{spec}}" for c, spec in zip(cells, (".2f", ".0f", ".2f"), strict=True)]
+        rows.append([f"L3, Adam, {name}", "token", *shown, str(len(found))])
     return markdown(["setting", "predictor", "correlation", "slope", "same sign", "runs"], rows)
 
 
@@ -175,6 +176,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "network": study_table("losses", "L2, 16 updates"),
     "network64": study_table("losses", "L2, 64 updates"),
     "full_stack": study_table("full_stack", FULL[0]),
+    "regions": study_table("regions", "16 updates"),
     "flexible": study_table("flexible", "16 updates"),
     "discriminators": study_table("discriminators", "16 updates"),
     "targets": targets_table,
@@ -265,6 +267,20 @@ def schedules_figure(curves: dict[tuple[str, str], dict[str, Any]]) -> Any:
     return result
 
 
+def prediction_figure(rows: dict[str, list[tuple[float, float]]]) -> Any:
+    """A panel per run: measured over predicted change, a point per rollout step."""
+    result, axes = figures.figure(4.0 * len(rows), 3.0, 1, len(rows))
+    for ax, (name, pairs) in zip(axes[0], rows.items(), strict=True):
+        x, y = zip(*pairs, strict=True)
+        ax.plot([1e6 * v for v in x], y, ".", color="black", markersize=5)
+        ax.axhline(0, color="#777777", linewidth=0.8)
+        ax.axvline(0, color="#777777", linewidth=0.8)
+        ax.set(xlabel="predicted, 1e-6 nats", ylabel="measured, nats")
+        found = prediction.agreement(pairs)
+        ax.set_title(f"{name}: r = {found.correlation:.2f}" if found else name, fontsize=9)
+    return result
+
+
 def write(document: Path = DOCUMENT, folder: Path = FIGURES, root: Path = results.ROOT) -> list[Path]:
     """Regenerate the document's tables and all figures for which there are results; returns what was written."""
     read = reader(root)
@@ -273,6 +289,16 @@ def write(document: Path = DOCUMENT, folder: Path = FIGURES, root: Path = result
     makers: dict[str, tuple[str, Callable[[], Any]]] = {
         "leaderboard": ("losses", lambda: report.leaderboard(read("losses"))),
         "random_rewards": ("random_rewards", lambda: random_figure(read)),
+        "prediction": (
+            "full_stack",
+            lambda: prediction_figure(
+                {
+                    line["method"]: [(x, y) for x, y in line["changes"]]
+                    for line in results.read(root / "curves" / "full_stack.jsonl")
+                    if line["seed"] == 0
+                }
+            ),
+        ),
         "betas": ("betas", lambda: betas_figure(read)),
         "map_L1": ("map", lambda: report.map_figure(read("map"), "L1")),
         "map_L2": ("map", lambda: report.map_figure(read("map"), "L2")),
@@ -282,7 +308,8 @@ def write(document: Path = DOCUMENT, folder: Path = FIGURES, root: Path = result
         ),
     }
     for name, (study, make) in makers.items():
-        if read(study):
+        level = name.removeprefix("map_")
+        if any(level == name or row["level"] == level for row in read(study)):
             figures.save(make(), folder / f"{name}.png")
             written.append(folder / f"{name}.png")
     return written

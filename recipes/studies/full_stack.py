@@ -104,6 +104,7 @@ def run(
                 command = [sys.executable, "-m", "recipes.train", *words]
                 failed = subprocess.run(command, stdout=log, stderr=log, check=False).returncode != 0
         row = _row(name, study, method, seed, run_dir, words, failed)
+        results.append(root / "curves" / path.name, [_changes(method, seed, run_dir)])
         results.append(path, [row])
         elapsed = time.monotonic() - begin
         report(
@@ -165,11 +166,20 @@ def summary(metrics: list[results.Row], eval_set: str, k: int, failed: bool = Fa
     return row | entropy_agreement(metrics)
 
 
+def _changes(method: str, seed: int, run_dir: Path) -> results.Row:
+    """The line of the curves file: predicted and measured change of entropy, a pair per step."""
+    pairs = prediction.changes(_series(results.read(run_dir / "metrics.jsonl")))
+    return {"method": method, "seed": seed, "changes": [[float(f"{x:.4g}") for x in pair] for pair in pairs]}
+
+
+def _series(metrics: list[results.Row]) -> dict[str, list[tuple[float, float]]]:
+    keys = {key for row in metrics for key in row}
+    return {key: [(row["step"], row[key]) for row in metrics if row.get(key) is not None] for key in keys}
+
+
 def entropy_agreement(metrics: list[results.Row]) -> results.Row:
     """Predicted against measured change of entropy over a run's steps; {} for a run too short for it."""
-    keys = {key for row in metrics for key in row}
-    series = {key: [(row["step"], row[key]) for row in metrics if row.get(key) is not None] for key in keys}
-    found = prediction.agreement(prediction.changes(series))
+    found = prediction.agreement(prediction.changes(_series(metrics)))
     if found is None:
         return {}
     numbers = {"corr": found.correlation, "slope": found.slope, "sign": found.same_sign}

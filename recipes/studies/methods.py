@@ -94,8 +94,6 @@ NETWORK = (
     BASELINE,
     "eps_low 0.05",
     "CE-GPPO (0, 1)",
-    "eps_high off",
-    "Clip_V 1",
 )
 
 

@@ -94,7 +94,8 @@ def table(title: str, found: list[Summary], note: str = "") -> pages.Table:
 def study_page(name: str, title: str, question: str, path: Path, root: Path = results.ROOT) -> Path:
     """Write the page of a study from its results and curves."""
     rows = results.read(root / f"{name}.jsonl")
-    curves = merge_curves(results.read(root / "curves" / f"{name}.jsonl"))
+    lines = results.read(root / "curves" / f"{name}.jsonl")
+    curves = merge_curves(line for line in lines if "setting" in line)
     seeds = sorted({row["seed"] for row in rows})
     lead = [
         question,

@@ -28,6 +28,8 @@ class Interval:
 
     def __format__(self, spec: str) -> str:
         spec = spec or ".3f"
+        if math.isnan(self.half):
+            return f"{self.mean:{spec}}"
         return f"{self.mean:{spec}} ± {abs(self.half):{spec.lstrip('+')}}"
 
 

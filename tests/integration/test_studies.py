@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 from configs.load import load_config
+from recipes.studies import evidence
 from recipes.studies.definitions import STUDIES
 from recipes.studies.full_stack import FULL_STUDIES
 from recipes.studies.methods import overrides
@@ -16,3 +19,11 @@ def test_methods_and_studies_are_configurations() -> None:
             assert config.loss["name"] == method.loss["name"]
     for study in STUDIES.values():
         assert "GRPO" in study.methods and set(study.l2_methods) <= set(study.methods)
+
+
+def test_the_tables_of_the_evidence_are_those_of_the_results() -> None:
+    """docs/evidence.md is what `make study STUDY=evidence` writes from the committed results."""
+    text = evidence.DOCUMENT.read_text(encoding="utf-8")
+    assert evidence.fill(text, evidence.reader()) == text
+    for name in re.findall(r"figures/(\w+)\.png", text):
+        assert (evidence.FIGURES / f"{name}.png").is_file(), name
