@@ -147,7 +147,12 @@ def test_conversion_is_verified(site: Path) -> None:
     words = ["hf_to_megatron", "--hf", "A", "--out", "B"]
     lines = dry(ROOT / "slurm" / "convert.sbatch", site, *words).stdout.splitlines()
     assert "-m conversion.hf_to_megatron --threads 8 --hf A --out B" in lines[0]
-    assert lines[1].endswith("-m conversion.verify A B --no-logits")
+    assert lines[1].endswith("-m conversion.verify A B --no-logits --threads 8")
+    words = ["megatron_to_hf", "--megatron", "A", "--out", "B", "--hf-config", "C"]
+    lines = dry(ROOT / "slurm" / "convert.sbatch", site, *words).stdout.splitlines()
+    assert lines[1].endswith("-m conversion.verify A B --no-logits --hf-config C --threads 8")
+    lines = dry(ROOT / "slurm" / "convert.sbatch", site, *words, "--dtype", "bfloat16").stdout.splitlines()
+    assert lines[1].endswith("-m conversion.verify B --threads 8")  # the numbers differ on purpose
 
 
 @pytest.mark.parametrize("runtime, start", [("apptainer", "apptainer exec --nv"), ("pyxis", "srun --overlap")])
