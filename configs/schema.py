@@ -208,6 +208,7 @@ class EvalConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # the most probable tokens that are sampled from; 0: all
+    export: list[str] = field(default_factory=list)  # recipes.evaluate writes results also as "lm_eval" | "evalscope"
     sets: dict[str, Any] = field(default_factory=dict)  # of one set, or all: {math500: {n: 4, every: 100}}
 
 

@@ -25,7 +25,9 @@ from conversion.pickled import open_hf
 from recipes.checks.settings import load_checked
 from recipes.data.evalsets import EvalSet, load_sets, protocols
 from recipes.data.sources import encode_prompt
+from recipes.evaluation.export import EXPORTS, export
 from recipes.evaluation.log import CompletionLog
+from recipes.evaluation.report import markdown, write_pages
 from recipes.evaluation.results import SetResult, make_result
 from recipes.loop.collect import Collector
 from recipes.loop.evaluation import Progress, answer_set
@@ -46,6 +48,7 @@ HELP = """usage: python -m recipes.evaluate model.path=DIR data.eval_path=FILE [
   reward.name=math                   the verifier: final_answer, math, format or package.module:function
   rollout.engine=local               generate in this process, without vLLM
   run.dir=DIR                        results.json, results.md, index.html, completions/; default runs/eval-<model>
+  eval.export=[lm_eval,evalscope]    also in the files of these harnesses
 
 What is given here replaces what a suite says. docs/evaluation.md has the protocols beside the papers'."""
 # Keys whose value on the command line replaces that of every set's protocol.
@@ -117,6 +120,8 @@ def evaluation_config(argv: Sequence[str]) -> Config:
         chosen["problems"] = None
     config.eval.sets = {**config.eval.sets, "all": {**chosen, **config.eval.sets.get("all", {})}}
     protocols(config)  # says what is wrong with them
+    if unknown := [kind for kind in config.eval.export if kind not in EXPORTS]:
+        raise ValueError(f"eval.export={unknown[0]} is unknown: choose {', '.join(EXPORTS)}")
     if "rollout.max_model_len" not in given:
         config.rollout.max_model_len = 0  # what the prompts and responses need
     return config
@@ -241,12 +246,19 @@ def identity(config: Config, evaluated: EvalSet, model_dir: Path) -> dict[str, A
 
 
 def write_results(config: Config, results: Sequence[SetResult]) -> None:
-    """``results.json`` in ``run.dir``."""
-    out = Path(config.run.dir)
-    document = {"model": model_location(config).name, "seed": config.seed, "sets": [r.as_json() for r in results]}
-    partial = out / "results.json.partial"
-    partial.write_text(json.dumps(document, indent=1), encoding="utf-8")
-    partial.replace(out / "results.json")
+    """``results.json``, ``results.md``, ``index.html`` with a page per set, and exports, in ``run.dir``."""
+    out, model = Path(config.run.dir), model_location(config).name
+    document = {"model": model, "seed": config.seed, "sets": [r.as_json() for r in results]}
+    for name, text in (
+        ("results.json", json.dumps(document, indent=1)),
+        ("results.md", markdown(model, results)),
+    ):
+        partial = out / f"{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(out / name)
+    for kind in config.eval.export:
+        export(kind, out, model, results)
+    print(f"results in {out}: results.json, results.md, {write_pages(out, model, results).name}", flush=True)
 
 
 def print_result(model: str, result: SetResult) -> None:

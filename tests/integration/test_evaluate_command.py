@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from megatron_ext.rl.types import Problem
+from recipes.data.evalsets import EvalSet
+from recipes.data.suites import Protocol
 from recipes.data.tasks import chain_problem
 from recipes.evaluate import evaluation_config, main
+from recipes.evaluation.export import EXPORTS, export
+from recipes.evaluation.report import markdown, write_pages
+from recipes.evaluation.results import SetResult, make_result
 from recipes.models.prepare import make_tiny_model
 
 
@@ -123,6 +130,7 @@ def test_weights_that_do_not_match_the_config_are_refused(tiny: Path, tmp_path: 
         (["data.eval_path={tmp}/a.jsonl", "eval.top_k=-1"], "eval.top_k=-1 must be at least 0"),
         (["data.eval_path={tmp}/a.jsonl", "eval.temperature=0"], "greedy responses are all the same; set n to 1"),
         (["data.eval_path={tmp}/a.jsonl", "rollout.max_model_len=4096"], "exceeds the model's"),
+        (["data.eval_path={tmp}/a.jsonl", "eval.export=[x]"], "eval.export=x is unknown: choose lm_eval, evalscope"),
         (["data.eval_path=3"], "data.eval_path=3 must be a file or a list of files"),
     ],
 )
@@ -134,6 +142,56 @@ def test_what_cannot_be_evaluated_is_refused(
     assert main([*common, *(word.format(tmp=tmp_path) for word in words)]) == 2
     said = capsys.readouterr().err
     assert message.format(tmp=tmp_path) in said and said.count("\n") == 1
+
+
+HOSTILE = "</pre><script>alert(1)</script> \ud800 {{ 7*7 }} \\boxed{1}"
+
+
+@pytest.fixture
+def result() -> SetResult:
+    sample = {"answer": "1", "correct": True, "score": 1.0, "status": "ok", "finish": "stop", "tokens": 3}
+    wrong = {**sample, "answer": None, "correct": False, "finish": "length", "status": "timeout"}
+    rows = [
+        {
+            "position": i,
+            "id": f"p{i}",
+            "problem": "<b>What?</b>",
+            "gold": "<1>",
+            "prompt_tokens": 5,
+            "samples": [{**sample, "text": HOSTILE}, {**(sample if i else wrong), "text": "x" * 50}],
+        }
+        for i in range(2)
+    ]
+    problems = [Problem(row["id"], row["problem"], row["gold"]) for row in rows]
+    dropped = Counter({"prompt too long": 3})
+    evaluated = EvalSet("set", Protocol(n=2, k=(1, 2)), problems, 5, dropped, "set.jsonl", "a note")
+    return make_result(evaluated, rows, seconds=1.0)
+
+
+def test_pages_escape_everything_and_say_what_was_counted(result: SetResult, tmp_path: Path) -> None:
+    index = write_pages(tmp_path, "model", [result])
+    page = (tmp_path / "set.html").read_text(encoding="utf-8")
+    assert "<script>alert" not in page and "<b>What" not in page and "{{ 7*7 }}" in page and "49" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; ? " in page, "half a surrogate pair does not end the report"
+    title = "2 of 5 problems, 3 dropped (prompt too long: 3), 2 samples each, 1 of 4 responses truncated, 1 not judged"
+    text = markdown("model", [result])
+    assert title in page and title in index.read_text() and title in text
+    assert "a note" in page and "a note" in text and "1 responses could not be judged" in text
+    assert "| avg@2 | 0.750 |" in text and "mixed (1)" in page and "http" not in page.replace("http-equiv", "")
+
+
+def test_exports_have_the_fields_that_the_harnesses_read(result: SetResult, tmp_path: Path) -> None:
+    for kind in EXPORTS:
+        export(kind, tmp_path, "model", [result])
+    document = json.loads((tmp_path / "lm_eval" / "results_all.json").read_text())
+    assert document["results"]["set"]["exact_match,avg"] == 0.75
+    assert document["results"]["set"]["exact_match_stderr,avg"] == pytest.approx(0.25)  # std 0.3536 over sqrt(2)
+    assert document["n-samples"]["set"] == {"original": 5, "effective": 2}
+    samples = [json.loads(line) for line in (tmp_path / "lm_eval" / "samples_set.jsonl").read_text().splitlines()]
+    assert [s["exact_match"] for s in samples] == [0.5, 1.0] and samples[0]["filtered_resps"] == ["1", None]
+    report = json.loads((tmp_path / "evalscope" / "reports" / "model" / "set.json").read_text())
+    assert report["name"] == "model@set" and report["score"] == 0.75
+    assert report["metrics"][0]["categories"][0]["subsets"] == [{"name": "default", "score": 0.75, "num": 2}]
 
 
 def test_suites_come_with_the_papers_protocols(tiny: Path, tmp_path: Path) -> None:
