@@ -199,6 +199,7 @@ class ParallelConfig:
 @dataclass
 class EvalConfig:
     every: int = 0  # rollout steps between evaluations, besides before and after; 0: only those two
+    best: str | None = None  # such as aime24/avg@32: the policy with the highest value so far is kept in run.dir/best
     suite: list[str] = field(default_factory=list)  # suites and benchmarks of recipes/data/suites.py, own protocols
     data_dir: str | None = None  # directory with the files of the suites' benchmarks
     problems: int = 128  # of each set of data.eval_path, or generated; suites are evaluated whole

@@ -77,7 +77,8 @@ def train(config: Config, model_dir: Path) -> None:
                 last = step + 1 == config.train.steps
                 if due_sets(config, step + 1):
                     with metrics.clock("eval"):
-                        run.evaluated(stream.evaluate(step + 1))
+                        run.evaluated(values := stream.evaluate(step + 1))
+                        state |= run.keep_best(learner, model_dir, values, step + 1, state.get("best"))
                 stopping = stream.agree(stop.requested or bool(run.watch.stalled))
                 # Before the checkpoint: killed in between, the step is done again; else its line would be lost.
                 run.log(metrics, samples, record)

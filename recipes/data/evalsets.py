@@ -72,6 +72,12 @@ def check_sets(config: Config) -> None:
             close = difflib.get_close_matches(name, names, n=1)
             hint = f" (did you mean {close[0]!r}?)" if close else ""
             raise ValueError(f"eval.sets.{name}: there is no such set{hint}; this run has {', '.join(names)}, or all")
+    if config.eval.best is not None:
+        known = [label for name, p in protocols(config).items() for label in metric_names(name, p)]
+        if config.eval.best not in known:
+            close = difflib.get_close_matches(config.eval.best, known, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ValueError(f"eval.best={config.eval.best} is not measured{hint}; choose {', '.join(known)}")
     if config.eval.suite:
         for name, (benchmark, _) in named_sets(config.eval.suite).items():
             _benchmark_file(config, benchmark, name)
@@ -97,6 +103,13 @@ def protocols(config: Config) -> dict[str, Protocol]:
     for name, (_, protocol) in named_sets(config.eval.suite).items():
         found[name] = _changed(config, name, protocol)
     return found or {config.data.name: _changed(config, config.data.name, own)}
+
+
+def metric_names(name: str, protocol: Protocol) -> list[str]:
+    """What an evaluation of a set reports, its intervals aside."""
+    ks = [k for k in protocol.k if k > 1]
+    labels = [f"avg@{protocol.n}", *(f"pass@{k}" for k in protocol.k), *(f"maj@{k}" for k in ks)]
+    return [f"{name}/{label}" for label in labels]
 
 
 def due_sets(config: Config, step: int) -> list[str]:

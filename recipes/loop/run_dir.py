@@ -197,25 +197,8 @@ class RunDir:
             ValueError: a weight is not finite; nothing is exported then.
         """
         progress.at("finish")
-        from conversion.megatron_to_hf import write_hf
-        from megatron_ext.learner import control
-        from megatron_ext.learner.model import DTYPES
-        from megatron_ext.learner.weights import nonfinite_parameters
-
-        if bad := nonfinite_parameters(learner.chunks):
-            raise ValueError(
-                f"{bad} weights of the policy are not finite after step {self.config.train.steps}, so it is not "
-                f"exported: lower optim.lr or optim.clip_grad, and go back to an earlier checkpoint of {self.path}"
-            )
-        tensors = learner.export()
         out = self.path / "hf"
-        if self._first:
-            card = export_card(self.config, self.config.train.steps, self.path)
-            dtype = DTYPES[self.config.model.dtype]
-            write_hf(out, learner.hf, model_dir, tensors, dtype, overwrite=True, card=card)
-        for _ in tensors:
-            pass
-        control.barrier()  # rank 0 may still write
+        self._export(learner, model_dir, out, self.config.train.steps)
         if self._first:
             self._display.stop()
             report = self._report()
@@ -224,7 +207,50 @@ class RunDir:
             minutes = (time.monotonic() - self._begin) / 60
             self.say(f"done in {minutes:.1f} min: report {report}, model {out}, metrics {self.path / 'metrics.jsonl'}")
 
+    def keep_best(
+        self,
+        learner: Learner,
+        model_dir: Path,
+        values: Mapping[str, float],
+        step: int,
+        best: Mapping[str, Any] | None,
+    ) -> dict[str, Any]:
+        """Export the policy to ``best/`` when ``eval.best`` is higher than it was; what to remember of that.
+
+        A collective: every rank has the same ``values`` of the evaluation after ``step``, and the same ``best`` so far.
+        """
+        metric = self.config.eval.best
+        if metric is None or metric not in values or (best is not None and values[metric] <= best["value"]):
+            return {}
+        found = {"metric": metric, "value": values[metric], "step": step}
+        self._export(learner, model_dir, self.path / "best", step)
+        if self._first:
+            (self.path / "best.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
+            self.say(f"best {metric} so far: {values[metric]:.3f} after step {step}, kept in {self.path / 'best'}")
+        return {"best": found}
+
     # --- inside ---------------------------------------------------------------------------------------------------
+
+    def _export(self, learner: Learner, model_dir: Path, out: Path, step: int) -> None:
+        """Write the policy as a Hugging Face directory. A collective. ValueError when a weight is not finite."""
+        from conversion.megatron_to_hf import write_hf
+        from megatron_ext.learner import control
+        from megatron_ext.learner.model import DTYPES
+        from megatron_ext.learner.weights import nonfinite_parameters
+
+        if bad := nonfinite_parameters(learner.chunks):
+            raise ValueError(
+                f"{bad} weights of the policy are not finite after step {step}, so it is not "
+                f"exported: lower optim.lr or optim.clip_grad, and go back to an earlier checkpoint of {self.path}"
+            )
+        tensors = learner.export()
+        if self._first:
+            card = export_card(self.config, step, self.path)
+            dtype = DTYPES[self.config.model.dtype]
+            write_hf(out, learner.hf, model_dir, tensors, dtype, overwrite=True, card=card)
+        for _ in tensors:
+            pass
+        control.barrier()  # rank 0 may still write
 
     def _report(self) -> Path:
         from recipes.reporting.page import write_report
