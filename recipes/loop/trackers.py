@@ -128,7 +128,13 @@ class Trackio:
         self.id = known or f"{config.run.name.replace('/', '-')}-{int(time.time())}"
         self._trackio = trackio
         self._run = trackio.init(
-            project=config.tracking.project, name=self.id, config=settings, resume="allow", embed=False
+            project=config.tracking.project,
+            name=self.id,
+            config=settings,
+            resume="allow",
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
         )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

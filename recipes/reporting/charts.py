@@ -10,7 +10,7 @@ import io
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -18,8 +18,19 @@ from matplotlib.figure import Figure
 from recipes.studies import prediction
 
 Series = dict[str, list[tuple[float, float]]]
-Chart = tuple[str, str, str]  # title, caption, svg
-Line = tuple[str, list[tuple[float, float]], tuple[list[tuple[float, float]], list[tuple[float, float]]]]
+Pairs = list[tuple[float, float]]  # (step, value)
+Line = tuple[str, Pairs, tuple[Pairs, Pairs]]  # label, values, ends of their intervals
+
+
+class Chart(NamedTuple):
+    """A chart as a picture, which needs no script, and the numbers from which the page's script draws it."""
+
+    title: str
+    caption: str
+    svg: str
+    lines: list[dict[str, Any]]  # label, run (its index), colour (its index), points; low and high where there are any
+    percent: bool = False
+
 
 COLOURS = 7  # series colours that the page defines: --s0 .. --s6, the last one grey
 _INK, _GRID = "#0a0b01", "#0a0b02"
@@ -55,6 +66,13 @@ _LINES: list[tuple[str, str, dict[str, str], bool]] = [
         "Share of response tokens whose ratio is below (low) or above (high) the clip range",
         {"low": "actor/pg_clipfrac_low", "high": "actor/pg_clipfrac_high"},
         True,
+    ),
+    (
+        "Entropy change in a step",
+        "Nats per token, on the step's own tokens. Predicted: first order, slope x learning rate x updates; measured: "
+        "where train.entropy_probe_every asks for it. Adam rescales gradients: compare signs and trends, not sizes.",
+        {"predicted": "theory/entropy_change_predicted", "measured": "theory/entropy_change_same_tokens"},
+        False,
     ),
     ("Gradient norm", "Before clipping", {"": "actor/grad_norm"}, False),
     ("Policy KL", "Estimated KL from the rollout policy to the updated one, nats", {"": "actor/ppo_kl"}, False),
@@ -197,9 +215,27 @@ def _evaluation_charts(runs: dict[str, Series], used: set[str]) -> list[Chart]:
     if any(low for lines in groups.values() for _, _, (low, _) in lines):
         caption += "; bars: 95 % interval"
     return [
-        (f"Held-out accuracy: {title}", caption, _draw(title, partial(_plot_evaluation, lines=lines)))
+        Chart(
+            f"Held-out accuracy: {title}",
+            caption,
+            _draw(title, partial(_plot_evaluation, lines=lines)),
+            [
+                _numbers(label, pairs, runs, colour, low, high)
+                for colour, (label, pairs, (low, high)) in enumerate(lines)
+            ],
+            True,
+        )
         for title, lines in groups.items()
     ]
+
+
+def _numbers(
+    label: str, pairs: Pairs, runs: dict[str, Series], colour: int, low: Pairs | None = None, high: Pairs | None = None
+) -> dict[str, Any]:
+    """A line for the page's script."""
+    run = list(runs).index(label) if len(runs) > 1 else 0
+    line = {"label": label, "run": run, "colour": colour % COLOURS, "points": pairs}
+    return line | ({"low": low, "high": high} if low and high and len(low) == len(high) == len(pairs) else {})
 
 
 def _plot_evaluation(axes: Any, lines: list[Line]) -> None:
@@ -211,8 +247,8 @@ def _plot_evaluation(axes: Any, lines: list[Line]) -> None:
     _finish(axes, "{x:g} %", len(lines))
 
 
-def _time_chart(series: Series) -> str:
-    """Stacked seconds per step of each phase; what the phases leave of the step is "other"."""
+def _time_chart(series: Series) -> tuple[str, dict[str, Pairs]]:
+    """Stacked seconds per step of each phase, and the numbers; what the phases leave of the step is "other"."""
     total = dict(series["timing_s/step"])
     steps = sorted(total)
     bands = {name: [dict(pairs).get(s, 0.0) for s in steps] for name, pairs in phases(series).items()}
@@ -232,7 +268,7 @@ def _time_chart(series: Series) -> str:
         _finish(axes, "{x:g} s", len(bands))
         axes.margins(x=0)
 
-    return _draw("time", plot)
+    return _draw("time", plot), {name: list(zip(steps, values, strict=True)) for name, values in bands.items()}
 
 
 def _prediction_chart(series: Series) -> Chart | None:
@@ -271,20 +307,25 @@ def main_charts(runs: dict[str, Series]) -> tuple[list[Chart], set[str]]:
         ]
         used.update(metric for _, metric, _ in lines)
         if len(runs) == 1 and lines:
-            charts.append((title, caption, _line_chart(title, [(label, pairs) for label, _, pairs in lines], percent)))
+            drawn = [(label, pairs) for label, _, pairs in lines]
+            numbers = [_numbers(label, pairs, runs, i) for i, (label, pairs) in enumerate(drawn)]
+            charts.append(Chart(title, caption, _line_chart(title, drawn, percent), numbers, percent))
             continue
         for label, metric in metrics.items():
             of_metric = [(name, pairs) for name, key, pairs in lines if key == metric]
             full = f"{title}, {label}" if label else title
             if of_metric:
-                charts.append((full, caption, _line_chart(full, of_metric, percent)))
+                numbers = [_numbers(name, pairs, runs, i) for i, (name, pairs) in enumerate(of_metric)]
+                charts.append(Chart(full, caption, _line_chart(full, of_metric, percent), numbers, percent))
     if len(runs) == 1:
         (series,) = runs.values()
         if chart := _prediction_chart(series):
             charts.append(chart)
         if "timing_s/step" in series:
             used.update(key for key in series if key.startswith("timing_s/"))
-            charts.append(("Where the time goes", "Seconds per step, stacked", _time_chart(series)))
+            svg, bands = _time_chart(series)
+            numbers = [_numbers(name, pairs, runs, i) for i, (name, pairs) in enumerate(bands.items())]
+            charts.append(Chart("Where the time goes", "Seconds per step", svg, numbers))
     return charts, used
 
 
@@ -295,5 +336,6 @@ def other_charts(runs: dict[str, Series], used: set[str]) -> list[Chart]:
     for metric in names:
         lines = [(name if len(runs) > 1 else "", series[metric]) for name, series in runs.items() if metric in series]
         if any(len({value for _, value in pairs}) > 1 for _, pairs in lines):
-            charts.append((metric, "", _line_chart(metric, lines)))
+            numbers = [_numbers(label, pairs, runs, i) for i, (label, pairs) in enumerate(lines)]
+            charts.append(Chart(metric, "", _line_chart(metric, lines), numbers))
     return charts

@@ -1,13 +1,17 @@
 """One page that says how a run went: `python -m recipes.report RUN_DIR [RUN_DIR ...]`.
 
 Reads what a run leaves behind (`metrics.jsonl`, `config.yaml`, `samples.jsonl`) and writes a self-contained
-`report.html`: no script, no request to anywhere, no absolute path, no secret. Several directories give an overlay of
-the runs. Model output is hostile text: the template escapes everything, control and bidirectional characters are made
-visible, and a Content-Security-Policy forbids whatever might slip through.
+`report.html`: no request to anywhere, no absolute path, no secret. Its charts are pictures that its script replaces by
+interactive ones. Several directories give an overlay of the runs. Model output is hostile text: the template escapes
+everything, the script sets it as text, control and bidirectional characters are made visible, and a
+Content-Security-Policy allows the page's own two scripts by their hashes and nothing else.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import math
 import os
 import re
@@ -20,9 +24,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from recipes.reporting import charts
-from recipes.reporting.runs import Run, load_run
+from recipes.reporting.runs import Run, axes_of, is_number, load_run
 
 SAMPLES_SHOWN = 6
+STEPS_SHOWN = 60  # steps whose samples can be chosen; evenly spread when a run has more
+POINTS = 1500  # of a line; a screen shows no more
+UPLOT = "uplot-1.6.32.min"  # chart library, MIT: uplot-LICENSE.txt
+_HERE = Path(__file__).parent
 TEXT_SHOWN = 1500  # characters of a completion
 EDGE = 5  # steps averaged for "start" and "end"
 _SECRET = re.compile(r"(^|[_-])(api_?key|secret|password|passwd|credentials?|token|auth)$", re.IGNORECASE)
@@ -128,15 +136,7 @@ def pick_samples(run: Run) -> list[dict[str, Any]]:
         for row in run.samples:
             if row.get("step") == step:
                 first.setdefault(str(row.get("prompt")), row)
-        rows = [
-            {
-                **{k: visible(row.get(k, "")) for k in ("prompt", "response", "gold")},
-                "reward": _signed(row.get("reward")),
-                "advantage": _signed(row.get("advantage")),
-                "good": isinstance(row.get("reward"), (int, float)) and row["reward"] > 0,
-            }
-            for row in list(first.values())[:SAMPLES_SHOWN]
-        ]
+        rows = [_sample(row) for row in list(first.values())[:SAMPLES_SHOWN]]
         out.append({"title": f"{title}: step {step}", "rows": rows})
     return out
 
@@ -145,14 +145,48 @@ def _signed(value: Any) -> str:
     return f"{value:+.2f}" if isinstance(value, (int, float)) else "–"
 
 
-def facts(config: dict[str, Any]) -> list[str]:
-    """The few settings that a reader wants beside the title, where the config has them."""
+def all_samples(run: Run) -> dict[int, list[dict[str, Any]]]:
+    """Samples by step, of at most STEPS_SHOWN steps."""
+    steps = sorted({int(row["step"]) for row in run.samples})
+    if len(steps) > STEPS_SHOWN:
+        steps = sorted({steps[round(i * (len(steps) - 1) / (STEPS_SHOWN - 1))] for i in range(STEPS_SHOWN)})
+    found: dict[int, list[dict[str, Any]]] = {step: [] for step in steps}
+    for row in run.samples:
+        if row["step"] in found and len(found[row["step"]]) < SAMPLES_SHOWN:
+            found[row["step"]].append(_sample(row) | _tokens(row))
+    return found
+
+
+def _sample(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **{k: visible(row.get(k, "")) for k in ("prompt", "response", "gold")},
+        "reward": _signed(row.get("reward")),
+        "advantage": _signed(row.get("advantage")),
+        "good": isinstance(row.get("reward"), (int, float)) and row["reward"] > 0,
+    }
+
+
+def _tokens(row: dict[str, Any]) -> dict[str, Any]:
+    """The response token by token with its entropies and log-probabilities, where the run wrote them."""
+    tokens, entropy, logp = (row.get(key) for key in ("tokens", "entropy", "logp"))
+    lists = [value for value in (tokens, entropy, logp) if isinstance(value, list)]
+    if len(lists) != 3 or len({len(value) for value in lists}) != 1:
+        return {}
+    if not all(is_number(value) for value in (*lists[1], *lists[2])):
+        return {}
+    return {"tokens": [visible(token) for token in lists[0]], "entropy": entropy, "logp": logp}
+
+
+def facts(config: dict[str, Any], engine: str = "") -> list[str]:
+    """The few settings that a reader wants beside the title, where the config has them, and the engine that ran."""
     keys = "loss.name model.path data.path optim.lr seed rollout.engine parallel.tp parallel.pp parallel.cp".split()
     out = []
     for dotted in keys:
         value: Any = config
         for part in dotted.split("."):
             value = value.get(part) if isinstance(value, dict) else None
+        if dotted == "rollout.engine" and engine:
+            value = visible(engine)
         if isinstance(value, (str, int, float)) and value != "":
             out.append(f"{dotted.removesuffix('.name').removesuffix('.path').split('.')[-1]} {value}")
     return out
@@ -167,34 +201,92 @@ def _unique_names(runs: list[Run]) -> None:
             run.name += f" ({seen[run.name]})"
 
 
-def render(runs: list[Run]) -> str:
-    """The page as one HTML string."""
+def render(runs: list[Run], *, live: bool = False) -> str:
+    """The page as one HTML string. ``live``: it asks its own server for new numbers."""
     _unique_names(runs)
     overlay = {run.name: run.series for run in runs}
     main, used = charts.main_charts(overlay)
+    others = charts.other_charts(overlay, used)
     configs = [scrub(run.config) for run in runs]
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    scripts = [(_HERE / name).read_text(encoding="utf-8") for name in (f"{UPLOT}.js", "report.js")]
     return environment.get_template("page.html.j2").render(
         title=" · ".join(run.name for run in runs),
+        live=live,
+        uplot_css=Markup((_HERE / f"{UPLOT}.css").read_text(encoding="utf-8")),
+        scripts=[Markup(script) for script in scripts],
+        digests=[base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts],
+        data=Markup(embedded(numbers(runs, [*main, *others]))),
         runs=[
             {
                 "name": run.name,
                 "index": i % charts.COLOURS,
                 "steps": run.steps(),
-                "facts": facts(config),
+                "facts": facts(config, run.engine),
                 "notes": run.notes,
                 "tiles": tiles(run),
                 "shares": time_shares(run),
                 "samples": pick_samples(run),
+                "browsable": bool(run.samples),
                 "config": yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
             }
             for i, (run, config) in enumerate(zip(runs, configs, strict=True))
         ],
-        charts=[(title, caption, Markup(svg)) for title, caption, svg in main],
-        others=[(title, caption, Markup(svg)) for title, caption, svg in charts.other_charts(overlay, used)],
+        differences=config_differences(configs) if len(runs) > 1 else [],
+        charts=[_figure(i, chart) for i, chart in enumerate(main)],
+        others=[_figure(len(main) + i, chart) for i, chart in enumerate(others)],
     )
+
+
+def numbers(runs: list[Run], drawn: list[charts.Chart]) -> dict[str, Any]:
+    """What the page's script draws: axes of every run, lines of every chart, samples by run and step."""
+    return {
+        "runs": [axes_of(run.series) for run in runs],
+        "charts": [{"title": c.title, "percent": c.percent, "lines": [_thinned(x) for x in c.lines]} for c in drawn],
+        "samples": [all_samples(run) for run in runs],
+    }
+
+
+def _thinned(line: dict[str, Any]) -> dict[str, Any]:
+    """At most POINTS points of a line, rounded. Each is of a real step: the script looks up its tokens and hours."""
+    size = -(-len(line["points"]) // POINTS)
+
+    def short(pairs: list[tuple[float, float]]) -> list[tuple[float, float]]:
+        return [(step, float(f"{value:.6g}")) for step, value in pairs[:: size or 1]]
+
+    return {key: short(value) if key in ("points", "low", "high") else value for key, value in line.items()}
+
+
+def embedded(value: Any) -> str:
+    """JSON that may stand inside a script element: no tag, comment or line separator can be read out of it."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _figure(index: int, chart: charts.Chart) -> dict[str, Any]:
+    unit = " %" if chart.percent else ""
+    ends = [
+        (line["label"], *(value * (100 if chart.percent else 1) for _, value in line["points"])) for line in chart.lines
+    ]
+    words = [f"{label + ': ' if label else ''}{number(v[0])}{unit} to {number(v[-1])}{unit}" for label, *v in ends if v]
+    return chart._asdict() | {"index": index, "svg": Markup(chart.svg), "summary": "; ".join(words)}
+
+
+def config_differences(configs: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    """(dotted key, value in each run) of all keys whose values are not the same everywhere."""
+
+    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+        out: dict[str, str] = {}
+        for key, value in values.items():
+            out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
+        return out
+
+    tables = [flat(config) for config in configs]
+    keys = dict.fromkeys(key for table in tables for key in table)
+    rows = [(key, [table.get(key, "–") for table in tables]) for key in keys if key not in ("run.dir", "run.name")]
+    return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
 def write_report(run_dir: Path, *others: Path, out: Path | None = None) -> Path:

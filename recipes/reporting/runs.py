@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ class Run:
     config: dict[str, Any]
     samples: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
+    engine: str = ""  # that generated the rollouts, as it said itself
 
     def values(self, key: str) -> list[float]:
         return [value for _, value in self.series.get(key, [])]
@@ -70,7 +71,30 @@ def series_of(rows: Iterable[dict[str, Any]]) -> Series:
             if key.startswith("val-before/"):
                 key, step = key.replace("val-before/", "val-core/", 1), step - 1
             table.setdefault(key, {})[step] = float(value)
-    return {key: sorted(pairs.items()) for key, pairs in table.items()}
+    return {key: sorted(pairs.items()) for key, pairs in table.items()} | _predicted(table)
+
+
+def _predicted(table: Mapping[str, Mapping[float, float]]) -> Series:
+    """First-order prediction of a step's entropy change: slope x learning rate x updates (see recipes.theory)."""
+    slope, rate, updates = (table.get(key, {}) for key in ("theory/entropy_slope", "actor/lr", "actor/updates"))
+    steps = sorted(slope.keys() & rate.keys() & updates.keys())
+    found = [(step, slope[step] * rate[step] * updates[step]) for step in steps]
+    return {"theory/entropy_change_predicted": found} if found else {}
+
+
+def axes_of(series: Series) -> dict[str, list[float]]:
+    """Of every step: its number, and the response tokens and hours from the start of the run to its end."""
+    steps = sorted({step for pairs in series.values() for step, _ in pairs})
+    length, count = dict(series.get("response_length/mean", [])), dict(series.get("rollout/samples", []))
+    seconds, extra = dict(series.get("timing_s/step", [])), dict(series.get("timing_s/eval", []))
+    tokens, hours = 0.0, 0.0
+    out: dict[str, list[float]] = {"step": steps, "tokens": [], "hours": []}
+    for step in steps:
+        tokens += length.get(step, 0.0) * count.get(step, 0.0)
+        hours += (seconds.get(step, 0.0) + extra.get(step, 0.0)) / 3600
+        out["tokens"].append(tokens)
+        out["hours"].append(hours)
+    return {name: values for name, values in out.items() if name == "step" or values[-1:] > [0.0]}
 
 
 def is_number(value: Any) -> bool:
@@ -112,6 +136,12 @@ def changed_settings(run_dir: Path) -> list[str]:
     return found
 
 
+def engine_of(run_dir: Path) -> str:
+    """The rollout engine that really ran, of the last start that used one."""
+    events = [e for a in attempt.attempts(run_dir) for e in attempt.events(a) if e.name == "engine"]
+    return str(events[-1].details.get("engine", "")) if events else ""
+
+
 def resumed_after(run_dir: Path) -> list[int]:
     """Steps after which later starts of the run continued."""
     starts = [e for a in attempt.attempts(run_dir) for e in attempt.events(a) if e.name == "started"]
@@ -140,4 +170,4 @@ def load_run(run_dir: Path) -> Run:
         notes.append(f"Interrupted, and continued after step {', '.join(map(str, resumed))}.")
     notes += [f"Settings changed in {line}" for line in changed_settings(run_dir)]
     samples = [row for row in samples if is_number(row.get("step"))]
-    return Run(run_dir.resolve().name, series_of(rows), read_config(run_dir), samples, notes)
+    return Run(run_dir.resolve().name, series_of(rows), read_config(run_dir), samples, notes, engine_of(run_dir))

