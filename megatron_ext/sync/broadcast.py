@@ -88,7 +88,7 @@ class BroadcastSync:
     # ---- staging ------------------------------------------------------------------------------------------------
 
     def begin(self, version: int) -> None:
-        spare = [bucket for bucket in self._buckets if bucket.numel() == self._bucket_bytes]
+        spare = self._buckets
         self.discard()
         self._spare = spare
 
@@ -96,10 +96,7 @@ class BroadcastSync:
         """Stage a copy of one tensor on the host."""
         entry = Entry(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
         if not self._fill or self._fill + entry.nbytes > self._bucket_bytes:
-            _, need = layout([entry])
-            fits = self._spare and need <= self._bucket_bytes
-            bucket = self._spare.pop() if fits else self._host_memory(max(self._bucket_bytes, need))
-            self._buckets.append(bucket)
+            self._buckets.append(self._take(max(self._bucket_bytes, layout([entry])[1])))
             self._entries.append([])
             self._fill = 0
         place = self._buckets[-1][self._fill : self._fill + entry.nbytes]
@@ -109,7 +106,11 @@ class BroadcastSync:
         self._fill += -(-entry.nbytes // ALIGN_BYTES) * ALIGN_BYTES
         return placed
 
-    def _host_memory(self, nbytes: int) -> Tensor:
+    def _take(self, nbytes: int) -> Tensor:
+        """Memory of the version before that is just large enough, or new: fresh pages cost more than the copy."""
+        fits = [index for index, bucket in enumerate(self._spare) if bucket.numel() >= nbytes]
+        if fits:
+            return self._spare.pop(min(fits, key=lambda index: self._spare[index].numel()))
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
 
     def seal(self, version: int, checksum: str) -> None:
