@@ -16,6 +16,7 @@ class RunConfig:
 
     name: str = "quickstart"  # used in titles and for the default directory
     dir: str = "runs/${run.name}"  # everything the run writes; starting again in the same directory resumes
+    group: Literal["none", "read", "write"] = "none"  # what the user's group may do in `dir` (0700, 0750, 0770)
     dry_run: bool = False  # print the plan and the resolved configuration, and stop
     peak_tflops: float | None = None  # of a learner's GPU, for MFU; None: its bfloat16 peak by name, none on a CPU
     report_every: int = 10  # rewrite report.html every so many steps; 0: only at the end

@@ -71,6 +71,7 @@ layout() { # RUN_ARGS, RANKS, SERVERS from the template's variables and sbatch's
 	SERVERS=$((SERVER_NODES * SERVERS_PER_NODE))
 	((SERVER_GPUS == 1 || gpus == 0)) || VLLM_ARGS+=(--tensor-parallel-size "$SERVER_GPUS")
 	[[ " $*" == *" recipe="* ]] && RUN_ARGS=("$@") || RUN_ARGS=("recipe=$RECIPE" "${ARGS[@]}" "$@")
+	RUN_ARGS=("${RUN_ARGS[@]//%a/${SLURM_ARRAY_TASK_ID:-0}}") # array jobs: run.dir=runs/name-%a seed=%a
 	RUN_ARGS+=("parallel.nproc=$RANKS" "rollout.num_servers=$((SERVERS ? SERVERS : 1))")
 	((gpus == 0 || taken + SERVERS_PER_NODE * SERVER_GPUS <= gpus)) ||
 		refuse "$taken ranks and $SERVERS_PER_NODE servers of $SERVER_GPUS need more than GPUS_PER_NODE=$gpus"
@@ -93,7 +94,8 @@ dry_run() {
 	grep '^#SBATCH' "$0"
 	echo "# steps:"
 	preflight_step; ((SERVERS == 0)) || server_step; learner_step 'rollout.urls=[http://...]'
-	"${HOST_PY[@]}" -m recipes.plan "${RUN_ARGS[@]}" "gpu_gib=${GPU_GIB:-80}"
+	"${HOST_PY[@]}" -m recipes.plan "${RUN_ARGS[@]}" "gpu_gib=${GPU_GIB:-80}" ||
+		echo "# memory and configuration: once the files that the error names are on this host"
 }
 
 # --- the life of a job ------------------------------------------------------------------------------------------------

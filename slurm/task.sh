@@ -23,15 +23,44 @@ requeue_orphan() { # with --no-kill, losing the node of the batch script leaves 
 	done
 }
 
+private_interface() { # with the address by which this node and the first one reach each other; "" when that is unclear
+	local address
+	address=$(getent ahostsv4 "$MASTER_ADDR" | awk '{print $1; exit}')
+	address=$(ip -o -4 route get "${address:-$MASTER_ADDR}" 2>/dev/null | sed -n 's/.* src \([0-9.]*\).*/\1/p')
+	ip -o -4 addr show 2>/dev/null | awk -v a="$address" '{split($4, x, "/"); if (a != "" && x[1] == a) {print $2; exit}}'
+}
+private_network() { # gloo's ports have no authentication: bind them to one private interface; data goes by InfiniBand
+	local interface=${GLOO_SOCKET_IFNAME:-$(private_interface)}
+	[[ $role != server ]] || interface=${SERVER_INTERFACE:-$interface}
+	[[ -z $interface || $interface == lo ]] || export GLOO_SOCKET_IFNAME=$interface
+	[[ -z ${GLOO_SOCKET_IFNAME:-} ]] || export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$GLOO_SOCKET_IFNAME}
+}
+local_caches() { # what Triton and torch compile: hundreds of processes on a shared file system wait for each other
+	local root=${CACHE_ROOT:-${TMPDIR:-/tmp}/gppo-cache-$(id -u)}
+	export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$root/triton} VLLM_CACHE_ROOT=${VLLM_CACHE_ROOT:-$root/vllm}
+	export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$root/inductor}
+}
+near_gpu() { # INDEX: NEAR becomes a taskset to the CPUs of this GPU's NUMA node, where both are known; NUMA_BIND=0: off
+	NEAR=()
+	local bus cpus all; IFS=, read -ra all <<<"${CUDA_VISIBLE_DEVICES:-}"
+	[[ ${NUMA_BIND:-1} == 1 && -n ${all[$1]:-} ]] || return 0
+	bus=$(nvidia-smi -i "${all[$1]}" --query-gpu=pci.bus_id --format=csv,noheader 2>/dev/null | head -n1)
+	bus=${bus,,}
+	cpus=$(cat "/sys/bus/pci/devices/${bus#0000}/local_cpulist" 2>/dev/null)
+	[[ -z $cpus ]] || ! taskset -c "$cpus" true 2>/dev/null || NEAR=(taskset -c "$cpus")
+}
+
+private_network; local_caches
 trap : TERM USR1 USR2 # the program decides when to end, and its status is still to be recorded
 case $role in
 	preflight) exec "${TASK_PY[@]}" -m recipes.cluster.preflight node "$ATTEMPT_DIR" ;;
 	server)
 		own_gpus $((FIRST_SERVER_GPU + SLURM_LOCALID * SERVER_GPUS)) "$SERVER_GPUS"
+		near_gpu 0
 		if ((SLURM_LOCALID == 0)); then requeue_orphan & watcher=$!; fi
 		name=server-$SLURM_PROCID; trap 'asked=1' TERM
 		while :; do # a supervisor that is killed is started again
-			"${TASK_PY[@]}" -m recipes.cluster.serve "$ATTEMPT_DIR" --toward "$MASTER_ADDR" \
+			"${NEAR[@]}" "${TASK_PY[@]}" -m recipes.cluster.serve "$ATTEMPT_DIR" --toward "$MASTER_ADDR" \
 				--interface "${SERVER_INTERFACE:-}" --start-s "${SERVER_START_S:-1800}" \
 				--hang-s "${SERVER_HANG_S:-300}" -- "$@"
 			code=$?
@@ -48,7 +77,8 @@ case $role in
 		export TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$ATTEMPT_DIR/flight/rank
 		export TORCH_NCCL_DEBUG_INFO_PIPE_FILE=${TMPDIR:-/tmp}/gppo-$SLURM_JOB_ID-flight-
 		export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$RANKS_PER_NODE
-		"${TASK_PY[@]}" -m "$PROGRAM" "$@"
+		near_gpu "$SLURM_LOCALID"
+		"${NEAR[@]}" "${TASK_PY[@]}" -m "$PROGRAM" "$@"
 		code=$? name=learner-rank$SLURM_PROCID ;;
 esac
 event "$name" ended ", \"code\": $code"

@@ -8,13 +8,39 @@ heartbeat (`megatron_ext.progress`), not by a time limit.
 
 from __future__ import annotations
 
+import os
+import socket
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 WAIT = timedelta(days=14)  # in milliseconds it fits into 31 bits
 _made: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None  # the default group, and the control group beside it
+
+
+def rendezvous(timeout_s: float) -> dict[str, Any]:
+    """Arguments of `init_process_group`: where the ranks of the environment's MASTER_ADDR and MASTER_PORT meet.
+
+    torch would let rank 0 listen on every interface, without authentication; here it listens on MASTER_ADDR alone.
+    Under torchrun, whose agent has a store of its own, on its terms: {}.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not os.environ.get("MASTER_PORT"):
+        return {}
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    limit = timedelta(seconds=timeout_s)
+    if rank:
+        store = dist.TCPStore(host, port, world, False, limit)
+    else:
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((socket.gethostbyname(host), port))
+            listener.listen(world)
+            descriptor = listener.detach()
+        store = dist.TCPStore(host, port, world, True, limit, wait_for_workers=False, master_listen_fd=descriptor)
+    return {"store": store, "rank": rank, "world_size": world}
 
 
 def group() -> dist.ProcessGroup:

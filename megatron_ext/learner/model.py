@@ -88,7 +88,8 @@ def distributed(
         if ON_GPU:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         if "WORLD_SIZE" in os.environ and not alone:
-            torch.distributed.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+            limit, where = timedelta(seconds=timeout_s), control.rendezvous(timeout_s)
+            torch.distributed.init_process_group(backend, timeout=limit, **where)
         else:  # a single process needs no port
             store = torch.distributed.HashStore()
             torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)

@@ -72,6 +72,11 @@ def _look(root: Path) -> dict[str, Any]:
             found["pointer"] = latest.name if latest else None
         except ValueError as error:
             found["error"], found["pointer"] = str(error), "what the pointer names"
+        if len(found["checkpoints"]) == 1 and found["pointer"] is None:
+            # The first one of a run, which was killed before it wrote the pointer.
+            (found["pointer"],) = found["checkpoints"]
+            print(f"{root}: there is no pointer yet, continuing from {found['pointer']}", flush=True)
+            checkpoint.point_to(root, found["pointer"])
         if found["checkpoints"] and found["pointer"] is None:
             found["error"] = f"{root / checkpoint.LATEST} is missing, although there are checkpoints"
             found["pointer"] = "what the pointer named"

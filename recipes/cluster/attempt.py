@@ -36,6 +36,19 @@ class Event:
     details: dict[str, Any] = field(default_factory=dict)
 
 
+MODES = {"none": 0o700, "read": 0o750, "write": 0o770}  # by ``run.group``
+
+
+def make_run_dir(run_dir: Path, group: str) -> None:
+    """Make a run's directory, which holds prompts, responses and weights; one that exists keeps its permissions."""
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(mode=0o700)
+    except FileExistsError:
+        return
+    run_dir.chmod(MODES[group])  # whatever the umask
+
+
 def attempts(run_dir: Path) -> list[Path]:
     """Directories of all attempts, oldest first."""
     found = [path for path in (run_dir / LOGS).glob("attempt_*") if path.name[8:].isdigit()]

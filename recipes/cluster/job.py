@@ -113,6 +113,7 @@ def begin(words: Sequence[str]) -> dict[str, str | int]:
     model_dir = model_location(config)
     prepare_model(config, model_dir)
     check_model(config, model_dir)
+    attempt.make_run_dir(run_dir, config.run.group)
     directory = attempt.claim_attempt(
         run_dir,
         job=job,

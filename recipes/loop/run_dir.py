@@ -19,7 +19,7 @@ from megatron_ext import progress
 from megatron_ext.rl.types import Sample
 from recipes.checks.resume import Changes, check_changes, check_replay, differences, shown
 from recipes.cluster import heartbeat, lock
-from recipes.cluster.attempt import FINISHED, LATEST, LOGS, STOP, VARIABLE, own_attempt, write_finished
+from recipes.cluster.attempt import FINISHED, LATEST, LOGS, STOP, VARIABLE, make_run_dir, own_attempt, write_finished
 from recipes.cluster.attempt import record as record_event
 from recipes.loop import journal
 from recipes.loop.display import Display
@@ -65,7 +65,8 @@ class RunDir:
         replay = self.config.rollout.replay
         if replay is not None and Path(replay).resolve() == self.path.resolve():
             raise ValueError(f"rollout.replay={replay} is this run's own directory; set run.dir to another one")
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        make_run_dir(self.path, self.config.run.group)
+        self.checkpoints.mkdir(exist_ok=True)
         self._lock = lock.take(self.path)
         try:
             self._enter()

@@ -196,3 +196,51 @@ def test_a_signal_ends_the_run_with_a_checkpoint(model: Path, tmp_path: Path) ->
 
 def _rollouts(run: Path) -> list[dict[str, Any]]:
     return [record for record in journal(run) if record["kind"] == "rollouts"]
+
+
+def at_a_call(number: int) -> None:
+    """Dies at call ``number`` of those that change the file system, counted from the start of the first save."""
+    import shutil
+
+    from megatron_ext.learner.checkpoint import Saver
+
+    save, seen = Saver.save, [0]
+
+    def counted(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seen[0] += 1
+            if seen[0] == number:
+                _die()
+            return function(*args, **kwargs)
+
+        return call
+
+    def saving(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for module, names in ((os, ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir")), (shutil, ("rmtree",))):
+            for name in names:
+                setattr(module, name, counted(getattr(module, name)))
+        Saver.save = save  # type: ignore[method-assign]
+        return save(self, *args, **kwargs)
+
+    Saver.save = saving  # type: ignore[method-assign]
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_places_of_a_save(model: Path, tmp_path: Path) -> None:
+    """Each start goes on from the newest checkpoint and dies within the next save, or a little behind it."""
+    run, log = tmp_path / "run", tmp_path / "run.log"
+    words = arguments(model, run, *SETTINGS, "train.save_every=1", "train.keep_checkpoints=1", "train.steps=24")
+    trials = 0
+    for number in range(1, 200, 2):
+        if (code := _run(words, log, partial(at_a_call, number))) == 0:
+            break
+        assert code == -signal.SIGKILL, log.read_text()
+        trials += 1
+    else:
+        raise AssertionError("never finished")
+    print(f"{trials} kills within saves, all resumed")
+    assert trials >= 20 or metrics(run)[-1]["step"] == 24
+    assert [row["step"] for row in metrics(run)] == list(range(1, 25))
+    replay = tmp_path / "replay"
+    _finish(arguments(model, replay, *SETTINGS, "train.steps=24", f"rollout.replay={run}"), tmp_path / "replay.log")
+    assert_same_run(run, replay)

@@ -172,3 +172,14 @@ def test_a_requested_stop_is_shown_with_its_step(
     assert "stopped at step 1 with a checkpoint; the same command continues" in capsys.readouterr().out
     assert status.main([str(tmp_path)]) == 0
     assert "stopped (at step 1)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("group, mode", [("none", 0o700), ("read", 0o750), ("write", 0o770)])
+def test_a_new_directory_is_private_unless_the_group_is_let_in(
+    group: str, mode: int, model: Path, tmp_path: Path
+) -> None:
+    with RunDir(config(model, tmp_path / "run", f"run.group={group}")):
+        assert (tmp_path / "run").stat().st_mode & 0o777 == mode
+    (tmp_path / "run").chmod(0o755)
+    with RunDir(config(model, tmp_path / "run", f"run.group={group}")):
+        assert (tmp_path / "run").stat().st_mode & 0o777 == 0o755, "the user's own choice is kept"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_ext.learner.learner import Learner
+from megatron_ext.learner.learner import Learner, NotFinite
 from recipes.launch import launch
 from recipes.train import train
 
@@ -26,6 +26,8 @@ def faulty(original: Any) -> Any:
             if KIND == "stuck":  # alive, its heartbeat too, but it never joins the others again
                 while True:
                     time.sleep(0.1)
+            if KIND == "nan":
+                raise NotFinite("gradient")
             if KIND == "oom":
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
             if KIND == "assert":
