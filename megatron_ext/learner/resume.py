@@ -74,9 +74,10 @@ def _look(root: Path) -> dict[str, Any]:
             found["error"], found["pointer"] = str(error), "what the pointer names"
         if len(found["checkpoints"]) == 1 and found["pointer"] is None:
             # The first one of a run, which was killed before it wrote the pointer.
-            (found["pointer"],) = found["checkpoints"]
-            print(f"{root}: there is no pointer yet, continuing from {found['pointer']}", flush=True)
-            checkpoint.point_to(root, found["pointer"])
+            (only,) = found["checkpoints"]
+            print(f"{root}: there is no pointer yet, continuing from {only}", flush=True)
+            checkpoint.point_to(root, only)
+            found["pointer"] = only
         if found["checkpoints"] and found["pointer"] is None:
             found["error"] = f"{root / checkpoint.LATEST} is missing, although there are checkpoints"
             found["pointer"] = "what the pointer named"
