@@ -29,6 +29,7 @@ import torch
 
 from benchmarks.learner_memory import make_model, peak_beyond
 
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 256}
 SIZES = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "vocab_size": 8192}
 
 
@@ -86,6 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoint_memory", description=__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
     parser.add_argument("--params", type=float, default=7.6e9)
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the program out")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--inside", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -96,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     rows = []
     with tempfile.TemporaryDirectory() as place:
-        make_model(Path(place) / "model", **SIZES)
+        make_model(Path(place) / "model", **(TINY if args.tiny else SIZES))
         for ranks in args.ranks:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
             inside = [*command, "-m", "benchmarks.checkpoint_memory", "--inside", place]

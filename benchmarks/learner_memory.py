@@ -47,7 +47,7 @@ SETTINGS: dict[str, tuple[str, int]] = {
 }
 BASE = (
     f"train.micro_batch_tokens={TOKENS} data.max_prompt_tokens=2 rollout.max_tokens=127 rollout.max_model_len=130 "
-    "train.steps=1 rollout.n=1 eval.k=[1] eval.n=1"
+    "train.steps=1 rollout.n=1 advantage.name=reinforce_pp eval.k=[1] eval.n=1"
 )
 
 

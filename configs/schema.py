@@ -128,6 +128,7 @@ class TrainConfig:
     positive_nll_coef: float = 0.0  # adds coef x the mean over all tokens of correct responses of -log p to each step
     tis_cap: float | None = None  # truncated importance weight min(exp(old - rollout), cap); None: off
     loss_chunk_tokens: int = 0  # logits of so many tokens are in memory at once; 0: chosen by the device
+    keep_logits_gib: float = 0.25  # a micro-batch's logits up to this size are kept for backward, not made twice
     entropy_probe_every: int = 0  # steps between measurements of the entropy change on the same tokens; 0: never
     save_every: int = 20  # rollout steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import hypothesis
@@ -10,6 +11,9 @@ import pytest
 
 # Two cores are shared by every process a test starts; must precede the first import of torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Without a GPU Triton's kernels run in its interpreter; must precede the first import of triton.
+if shutil.which("nvidia-smi") is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A busy machine is not a defect: no property test has a deadline.
 hypothesis.settings.register_profile("no deadline", deadline=None)

@@ -1,17 +1,21 @@
-"""Hidden states and output weights -> vocabulary statistics, without the logits ever being there whole.
+"""Hidden states and output weights -> vocabulary statistics, in blocks of logits.
 
-The (T, V) logits are computed in blocks of columns, forward and again in backward. Blocks of columns rather than of
-tokens: each block's part of the weight gradient is then one matrix product in the weight's own precision. Blocks of
-tokens would have to add up V x H numbers again and again, under bfloat16 in a float32 copy of the output layer.
+The (T, V) logits are computed in blocks of columns, forward and again in backward, unless they are small enough to be
+kept in between (``keep_bytes``), which saves one of four matrix products. On a GPU what lies between the products is
+done by the kernels of `triton_head`. Blocks of columns rather than of tokens: each block's part of the weight gradient
+is then one matrix product in the weight's own precision. Blocks of tokens would have to add up V x H numbers again and
+again, under bfloat16 in a float32 copy of the output layer.
 
-Pure: torch only. Shape legend: T tokens, H hidden size, V rows of the local output layer (a whole vocabulary, or this
-rank's slice of one), B columns of a block.
+Pure: torch, and Triton beside a GPU. Shape legend: T tokens, H hidden size, V rows of the local output layer (a whole
+vocabulary, or this rank's slice of one), B columns of a block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -42,6 +46,7 @@ def linear_vocab_statistics(
     *,
     shard: VocabShard | None = None,
     chunk_tokens: int = 0,
+    keep_bytes: int = 0,
 ) -> TokenStats:
     """`vocab_statistics` of ``hidden @ weight.T``, differentiable through ``logp`` and ``entropy`` to both factors.
 
@@ -56,6 +61,7 @@ def linear_vocab_statistics(
         shard: this rank's slice; None if the weight is the whole vocabulary without padding.
         chunk_tokens: workspace, as the number of tokens whose logits would fill it; 0 chooses. Affects speed and
             memory only.
+        keep_bytes: logits of at most so many bytes are kept from forward to backward. Affects speed and memory only.
 
     Returns:
         TokenStats as `vocab_statistics` does, float64 if the factors are, else float32.
@@ -77,7 +83,8 @@ def linear_vocab_statistics(
         raise ValueError(f"hidden states {hidden_TH.dtype}, weight {weight_VH.dtype}: pass one floating dtype")
     shard = checked_shard(shard, weight_VH.shape[0], chunk_tokens)
     columns = block_columns(hidden_TH.shape[0], shard.size, chunk_tokens, hidden_TH.device)
-    return TokenStats(*_LinearVocabStatistics.apply(hidden_TH, weight_VH, targets_T, shard, columns))
+    keep = hidden_TH.shape[0] * shard.size * hidden_TH.element_size() <= keep_bytes
+    return TokenStats(*_LinearVocabStatistics.apply(hidden_TH, weight_VH, targets_T, shard, columns, keep))
 
 
 def block_columns(tokens: int, size: int, chunk_tokens: int, device: torch.device) -> int:
@@ -94,19 +101,33 @@ def block_elements(chunk_tokens: int, size: int, *, gpu: bool) -> int:
 class _LinearVocabStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, shard: VocabShard, columns: int
+        ctx: Any,
+        hidden_TH: Tensor,
+        weight_VH: Tensor,
+        targets_T: Tensor,
+        shard: VocabShard,
+        columns: int,
+        keep: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         dtype, device = torch.promote_types(hidden_TH.dtype, torch.float32), hidden_TH.device
         max_T = torch.full(targets_T.shape, float("-inf"), dtype=dtype, device=device)
         sums_5T = torch.zeros(5, len(targets_T), dtype=dtype, device=device)
         target_T, owned_T = torch.zeros_like(max_T), torch.zeros_like(max_T)
+        fused = _fused(hidden_TH)
+        keep = keep and any(ctx.needs_input_grad[:2])
+        ctx.logits = hidden_TH.new_empty(len(targets_T), shard.size) if keep else None
         for weight_BH, block in _blocks(weight_VH, shard, columns):
-            logits_TB = hidden_TH @ weight_BH.T
-            max_T, sums_5T = merge(max_T, sums_5T, *local_sums(logits_TB, _rows(logits_TB)))
-            for total_T, part_T in zip(
-                (target_T, owned_T), local_targets(logits_TB, targets_T, block, dtype), strict=True
-            ):
-                total_T += part_T
+            first = block.start - shard.start
+            room = ctx.logits[:, first : first + block.size] if keep else None
+            logits_TB = torch.mm(hidden_TH, weight_BH.T, out=room)
+            if fused is not None:
+                fused.add_sums(logits_TB, targets_T, block.start, max_T, sums_5T, target_T, owned_T)
+            else:
+                max_T, sums_5T = merge(max_T, sums_5T, *local_sums(logits_TB, _rows(logits_TB)))
+                for total_T, part_T in zip(
+                    (target_T, owned_T), local_targets(logits_TB, targets_T, block, dtype), strict=True
+                ):
+                    total_T += part_T
             del logits_TB  # before the next block is made: there is never more than one
         stats, top_T, log_z_T = combine(max_T, sums_5T, target_T, owned_T, shard)
 
@@ -120,32 +141,62 @@ class _LinearVocabStatistics(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, grad_logp_T: Tensor | None, grad_entropy_T: Tensor | None, *_: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         if grad_logp_T is None and grad_entropy_T is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         hidden_TH, weight_VH, targets_T, top_T, log_z_T, entropy_T = ctx.saved_tensors
         if grad_logp_T is None:
             grad_logp_T = torch.zeros_like(log_z_T)
+        # Without an entropy term its gradient is 0 everywhere. Asking a GPU would make the host wait, and its kernel,
+        # which is bound by memory, gains nothing.
+        if grad_entropy_T is not None and grad_entropy_T.device.type == "cpu" and not bool(grad_entropy_T.any()):
+            grad_entropy_T = None
         incoming = (top_T, log_z_T, entropy_T, grad_logp_T, grad_entropy_T)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        grad_hidden_TH = torch.zeros_like(hidden_TH, dtype=log_z_T.dtype) if wants_hidden else None
         grad_weight_VH = torch.empty_like(weight_VH) if wants_weight else None
         if grad_weight_VH is not None:
             grad_weight_VH[ctx.shard.size :] = 0
-        first = 0
+        kept, ctx.logits = ctx.logits, None  # its gradient replaces it, so a second backward makes it again
+        fused = _fused(hidden_TH)
+        grad_hidden_TH = None
+        if wants_hidden and kept is None:
+            grad_hidden_TH = torch.zeros_like(hidden_TH, dtype=log_z_T.dtype)
         for weight_BH, block in _blocks(weight_VH, ctx.shard, ctx.columns):
-            grad_TB = hidden_TH @ weight_BH.T  # the logits, which their gradient then replaces
-            write_gradient(grad_TB, grad_TB, targets_T, block, incoming, _rows(grad_TB))
+            first = block.start - ctx.shard.start
+            rows = slice(first, first + block.size)
+            grad_TB = hidden_TH @ weight_BH.T if kept is None else kept[:, rows]  # logits, until their gradient
+            if fused is not None:
+                fused.write_gradient(grad_TB, grad_TB, targets_T, block.start, incoming)
+            else:
+                write_gradient(grad_TB, grad_TB, targets_T, block, incoming, _rows(grad_TB))
             if grad_hidden_TH is not None:
                 if grad_hidden_TH.dtype == grad_TB.dtype:
                     grad_hidden_TH.addmm_(grad_TB, weight_BH)
                 else:
                     grad_hidden_TH += grad_TB @ weight_BH
             if grad_weight_VH is not None:
-                torch.mm(grad_TB.T, hidden_TH, out=grad_weight_VH[first : first + block.size])
-            first += block.size
+                torch.mm(grad_TB.T, hidden_TH, out=grad_weight_VH[rows])
             del grad_TB
-        return None if grad_hidden_TH is None else grad_hidden_TH.to(hidden_TH), grad_weight_VH, None, None, None
+        if wants_hidden and kept is not None:  # one product, which adds up in float32 inside
+            grad_hidden_TH = kept @ weight_VH[: ctx.shard.size]
+        return None if grad_hidden_TH is None else grad_hidden_TH.to(hidden_TH), grad_weight_VH, None, None, None, None
+
+
+def _fused(tensor: Tensor) -> ModuleType | None:
+    """The Triton kernels, where they run."""
+    kernels = _triton_kernels()
+    return kernels if kernels is not None and kernels.supports(tensor) else None
+
+
+@cache
+def _triton_kernels() -> ModuleType | None:
+    if not torch.cuda.is_available():
+        return None  # importing Triton takes a second
+    try:
+        from megatron_ext.kernels import triton_head
+    except ImportError:
+        return None
+    return triton_head
 
 
 def _blocks(weight_VH: Tensor, shard: VocabShard, columns: int) -> Iterator[tuple[Tensor, VocabShard]]:

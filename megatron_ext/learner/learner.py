@@ -34,6 +34,7 @@ from megatron_ext.learner.policy_head import put_hidden_states
 from megatron_ext.learner.reference import Reference
 from megatron_ext.learner.step import (
     DIAGNOSTIC,
+    Head,
     MicroBatch,
     TrainBatch,
     make_micro_batch,
@@ -291,7 +292,12 @@ class Learner(Trainable):
         super().__init__(config, model_dir, total_updates=total_updates)
         put_hidden_states(self.chunks)
         padded = conversion.padded_vocab(self.hf.vocab_size, config.parallel.tp)
-        self.shard = tensor_parallel_shard(self.hf.vocab_size, padded)
+        train = config.train
+        self.head = Head(
+            tensor_parallel_shard(self.hf.vocab_size, padded),
+            chunk_tokens=train.loss_chunk_tokens,
+            keep_bytes=int(train.keep_logits_gib * 2**30),
+        )
         self.reference: Reference | None = None
         if config.reference.kl_coef:
             directory = Path(config.reference.path or model_dir)
@@ -337,14 +343,11 @@ class Learner(Trainable):
         return weights.export_hf(self.hf, self.chunks, explicit_lm_head=explicit_lm_head)
 
     def _statistics_step(self, iterator: Iterator[MicroBatch], model: Any) -> Any:
-        chunk = self.config.train.loss_chunk_tokens
-        return statistics_step(iterator, model, device=self.device, shard=self.shard, chunk_tokens=chunk)
+        return statistics_step(iterator, model, device=self.device, head=self.head)
 
     def _training_step(self, iterator: Iterator[MicroBatch], model: Any, **kwargs: Any) -> Any:
-        chunk, reference = self.config.train.loss_chunk_tokens, self.config.reference
-        return training_step(
-            iterator, model, device=self.device, shard=self.shard, chunk_tokens=chunk, reference=reference, **kwargs
-        )
+        reference = self.config.reference
+        return training_step(iterator, model, device=self.device, head=self.head, reference=reference, **kwargs)
 
 
 def _noting_progress(step: Callable[..., Any], total: int) -> Callable[..., Any]:

@@ -97,7 +97,16 @@ def forward(model: Any, mb: MicroBatch, device: torch.device) -> Tensor:
     )
 
 
-def _statistics(hidden: Tensor, model: Any, mb: MicroBatch, shard: VocabShard | None, chunk_tokens: int) -> TokenStats:
+@dataclass(frozen=True, slots=True)
+class Head:
+    """How this rank computes vocabulary statistics; see `megatron_ext.kernels.linear_vocab_statistics`."""
+
+    shard: VocabShard | None = None  # this rank's slice of the vocabulary; None: all of it
+    chunk_tokens: int = 0
+    keep_bytes: int = 0
+
+
+def _statistics(hidden: Tensor, model: Any, mb: MicroBatch, head: Head) -> TokenStats:
     """Vocabulary statistics of the response tokens only: the prompt's logits are never made, the others in chunks.
 
     (R,) of the whole micro-batch, although this rank has the hidden states (1, local tokens, h) of its own tokens only.
@@ -105,7 +114,12 @@ def _statistics(hidden: Tensor, model: Any, mb: MicroBatch, shard: VocabShard | 
     mask = mb.packed.response_mask_T[mb.local_T].to(hidden.device)
     targets_R = mb.packed.targets_T[mb.local_T].to(hidden.device)[mask]
     stats = linear_vocab_statistics(
-        hidden[0][mask], output_weight(model), targets_R, shard=shard, chunk_tokens=chunk_tokens
+        hidden[0][mask],
+        output_weight(model),
+        targets_R,
+        shard=head.shard,
+        chunk_tokens=head.chunk_tokens,
+        keep_bytes=head.keep_bytes,
     )
     rows = torch.stack([stats.logp, stats.entropy, stats.sum_p2, stats.sum_p2_logp], dim=1)
     logp, entropy, sum_p2, sum_p2_logp = whole_micro_batch(rows, mask, mb).unbind(1)
@@ -119,13 +133,13 @@ def whole_micro_batch(rows: Tensor, mask: Tensor, mb: MicroBatch) -> Tensor:
 
 
 def statistics_step(
-    iterator: Iterator[MicroBatch], model: Any, *, device: torch.device, shard: VocabShard | None, chunk_tokens: int
+    iterator: Iterator[MicroBatch], model: Any, *, device: torch.device, head: Head
 ) -> tuple[Tensor, Callable[..., Any]]:
     """Megatron ``forward_step_func`` of the statistics pass; yields (flat indices, (4, R)) per micro-batch."""
     mb = next(iterator)
 
     def collect(output: Tensor) -> tuple[Tensor, Tensor, Any]:
-        stats = _statistics(output, model, mb, shard, chunk_tokens)
+        stats = _statistics(output, model, mb, head)
         rows = torch.stack([stats.logp, stats.entropy, stats.sum_p2, stats.sum_p2_logp])
         return output.new_zeros(()), torch.zeros((), dtype=torch.int), (mb.flat_R, rows)
 
@@ -140,8 +154,7 @@ def training_step(
     loss: PolicyLoss,
     selection_inside: Callable[[LossInputs], Tensor] | None,
     device: torch.device,
-    shard: VocabShard | None,
-    chunk_tokens: int,
+    head: Head,
     reference: ReferenceConfig,
 ) -> tuple[Tensor, Callable[..., Any]]:
     """Megatron ``forward_step_func`` of an optimizer step.
@@ -154,7 +167,7 @@ def training_step(
     mb = next(iterator)
 
     def objective(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        stats = _statistics(output, model, mb, shard, chunk_tokens)
+        stats = _statistics(output, model, mb, head)
         flat = mb.flat_R
 
         def at(x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ eval.temperature eval.top_k train.save_every train.loss_chunk_tokens train.entro
 optim.min_lr optim.weight_decay optim.clip_grad optim.warmup_steps critic.lr critic.clip_grad critic.warmup_steps
 reference.kl_coef run.report_every train.positive_nll_coef train.stop_after_silent_steps advantage.max_refills
 advantage.overlong_buffer advantage.overlong_factor rollout.max_staleness model.warm_start.max_steps
-model.warm_start.min_steps
+model.warm_start.min_steps train.keep_logits_gib
 """
 _ABOVE_0 = """
 optim.eps train.tis_cap rollout.temperature rollout.timeout_s rollout.update_timeout_s rollout.start_timeout_s

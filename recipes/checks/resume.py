@@ -27,7 +27,7 @@ run resume logging tracking model.cache_dir model.recompute train.save_every tra
 train.stop_after_silent_steps train.async_save train.threads train.loss_chunk_tokens optim.offload reward.workers
 reward.memory_mb rollout.num_servers rollout.urls rollout.weight_sync rollout.sync_dir rollout.colocated
 rollout.gpu_memory_utilization rollout.server_gpus rollout.extra_args rollout.max_num_seqs rollout.timeout_s
-rollout.update_timeout_s rollout.start_timeout_s rollout.probe_s rollout.revive_timeout_s
+rollout.update_timeout_s rollout.start_timeout_s rollout.probe_s rollout.revive_timeout_s train.keep_logits_gib
 """
 RECORDED = """
 eval parallel train.nonfinite train.nonfinite_in_a_row train.steps train.micro_batch_tokens train.entropy_probe_every

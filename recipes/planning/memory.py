@@ -199,9 +199,10 @@ def head_memory(config: Config, hf: conversion.HFConfig, tokens: float) -> float
     norm = h * (2 * b if layer_kind(config) == "transformer_engine" else 2 * accumulated + b)
     whole = tokens * conversion.padded_vocab(hf.vocab_size, p.tp) / p.tp
     block = min(whole, block_elements(config.train.loss_chunk_tokens, hf.vocab_size // p.tp, gpu=_on_gpu(config)))
-    per_logit = b + (2 * accumulated if _on_gpu(config) else 0)  # a CPU looks at few rows at a time
+    if whole * b <= config.train.keep_logits_gib * 2**30:
+        block = whole
     rows = tokens * h * (2 * b + accumulated)  # under tensor parallelism every rank has all of them
-    return tokens * norm / (p.tp if p.sp else 1) + rows + block * per_logit + vocabulary_parameters(hf, p) * b
+    return tokens * norm / (p.tp if p.sp else 1) + rows + block * b + vocabulary_parameters(hf, p) * b
 
 
 def _on_gpu(config: Config) -> bool:

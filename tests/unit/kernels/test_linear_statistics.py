@@ -39,16 +39,26 @@ def gradients(stats: TokenStats, leaves: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad((weight_T * stats.logp - 0.3 * weight_T.square() * stats.entropy).sum(), leaves)
 
 
+@pytest.mark.parametrize("keep_bytes", [0, 10**9])
 @pytest.mark.parametrize("chunk_tokens", [0, 1, 2, 5, 11, 400])
 @pytest.mark.parametrize("vocab", [1, 2, 37, 1000])
-def test_values_and_gradients_equal_those_through_whole_logits(vocab: int, chunk_tokens: int) -> None:
+def test_values_and_gradients_equal_those_through_whole_logits(vocab: int, chunk_tokens: int, keep_bytes: int) -> None:
     hidden, weight, targets = case(vocab)
-    got = linear_vocab_statistics(hidden, weight, targets, chunk_tokens=chunk_tokens)
+    got = linear_vocab_statistics(hidden, weight, targets, chunk_tokens=chunk_tokens, keep_bytes=keep_bytes)
     expected = textbook(hidden, weight, targets)
     for name in FIELDS:
         torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=1e-12, atol=1e-13)
     for mine, theirs in zip(gradients(got, [hidden, weight]), gradients(expected, [hidden, weight]), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-12)
+
+
+def test_kept_logits_are_used_once() -> None:
+    """Their gradient replaces them; a second backward makes them again."""
+    hidden, weight, targets = case(37)
+    got = linear_vocab_statistics(hidden, weight, targets, keep_bytes=11 * 37 * 8)
+    first, second = (torch.autograd.grad(got.logp.sum(), [hidden, weight], retain_graph=True) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
 def test_a_block_holds_what_the_workspace_allows() -> None:
@@ -109,11 +119,12 @@ def test_a_nan_is_not_hidden() -> None:
         assert stats.logp.isnan().nonzero().tolist() == stats.entropy.isnan().nonzero().tolist() == [[4]]
 
 
+@pytest.mark.parametrize("keep_bytes", [0, 10**9])
 @pytest.mark.parametrize("chunk_tokens", [0, 2])
-def test_bfloat16_products_and_float32_statistics(chunk_tokens: int) -> None:
+def test_bfloat16_products_and_float32_statistics(chunk_tokens: int, keep_bytes: int) -> None:
     """Against the exact statistics of the rounded logits; the gradient is that of a bfloat16 output layer."""
     hidden, weight, targets = case(300, dtype=torch.bfloat16)
-    got = linear_vocab_statistics(hidden, weight, targets, chunk_tokens=chunk_tokens)
+    got = linear_vocab_statistics(hidden, weight, targets, chunk_tokens=chunk_tokens, keep_bytes=keep_bytes)
     logits = (hidden @ weight.T).detach().requires_grad_()
     expected = vocab_statistics(logits.double(), targets)
     for name in FIELDS:
