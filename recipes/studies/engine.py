@@ -8,7 +8,7 @@ Shapes: S seeds, B responses, N tokens of a seed's (mini-)batch, K contexts, V c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,11 +107,12 @@ _warm: dict[tuple[int, ...], list[Tensor]] = {}
 
 @dataclass
 class _Batch:
-    """Rollouts of one step. Per token (S, B, 7): context, choice, old_logp, keep, kl_coef, entropy_coef, advantage."""
+    """Rollouts of one step; every field per token, (S, B, 7)."""
 
     context: Tensor
     choice: Tensor
     old_logp: Tensor
+    old_entropy: Tensor
     advantage: Tensor
     keep: Tensor
     kl_coef: Tensor
@@ -241,7 +242,8 @@ class _Training:
                 )
                 keep[i] = out.keep.view(shape[1:])
                 kl_coef[i], entropy_coef[i] = out.kl_coef.view(shape[1:]), out.entropy_coef.view(shape[1:])
-        return _Batch(context, choice, old, advantage, keep, kl_coef, entropy_coef)
+        old_entropy = _entropy(logp).gather(1, context.flatten(1)).view(shape)
+        return _Batch(context, choice, old, old_entropy, advantage, keep, kl_coef, entropy_coef)
 
     def _update(self, mini: _Batch, losses: list[tuple[Loss, Tensor]]) -> dict[str, Tensor]:
         """One optimizer step of every seed; its metrics, (S,) each."""
@@ -258,6 +260,7 @@ class _Training:
             mask=torch.ones_like(logp, dtype=torch.bool),
             seq_ids=(torch.arange(s * mini.choice.shape[1]).view(s, -1, 1).expand(mini.choice.shape)).flatten(1),
             entropy=-(p * all_logp).sum(-1),
+            old_entropy=mini.old_entropy.flatten(1),
         )
         gradient, low, high = _per_token(losses, x)
         keep = mini.keep.flatten(1) & self.selection.inside(x)
@@ -285,14 +288,24 @@ class _Training:
 def _per_token(losses: list[tuple[Loss, Tensor]], x: LossInputs) -> tuple[Tensor, Tensor, Tensor]:
     """(F A with F the gradient weight, clipped below, clipped above), (S, N) each."""
     pull, low, high = torch.empty_like(x.logp), torch.empty_like(x.mask), torch.empty_like(x.mask)
-    for loss, of in losses:
-        names = ("logp", "old_logp", "advantages", "mask", "seq_ids", "entropy")
+    ratio = (x.logp - x.old_logp).clamp(max=40.0).exp()
+    for loss, of in [each for pair in losses for each in _fitted(*pair, ratio, x.advantages)]:
+        names = ("logp", "old_logp", "advantages", "mask", "seq_ids", "entropy", "old_entropy")
         part = LossInputs(*(getattr(x, name)[of].flatten() for name in names))
         out = loss(part)
         pull[of] = out.gradient.view(len(of), -1)
         low[of] = (out.below & (part.advantages < 0)).view(len(of), -1)
         high[of] = (out.above & (part.advantages > 0)).view(len(of), -1)
     return pull, low, high
+
+
+def _fitted(loss: Loss, of: Tensor, ratio: Tensor, advantages: Tensor) -> Iterator[tuple[Loss, Tensor]]:
+    """The loss, or one per seed where its parameters are chosen from the mini-batch."""
+    if not loss.fits:
+        yield loss, of
+        return
+    for seed in of:
+        yield loss.fit(ratio[seed], advantages[seed]), seed[None]
 
 
 def log_softmax(logits: Tensor) -> Tensor:

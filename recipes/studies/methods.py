@@ -64,6 +64,11 @@ LOSSES: dict[str, Method] = {
     "entropy target 0.6": Method(
         loss=_ce(0.5, 1.0), schedule={"name": "entropy_target", "curve": "constant", "start": 0.6}
     ),
+    "ASPO": Method(loss=_loss("aspo")),
+    "BAPO": Method(loss=_loss("bapo")),
+    "DCPO": Method(loss=_loss("dcpo")),
+    "GMPO": Method(loss=_loss("gmpo")),
+    "ERC (0.95, 1.05)": _select("entropy_ratio"),
     "Clip_B 2.5": _select("clip_b", mu_low=2.5),
     "Clip_B 1": _select("clip_b", mu_low=1.0),
     "Clip_V 2": _select("clip_v", mu_low=2.0, mu_high=2.0),

@@ -49,7 +49,10 @@ def short_warm_start(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("level", "name"),
-    [*[("L1", n) for n in ("GRPO", "CE-GPPO (1, 0.5)", "OD", "Clip_B 1", "KL-Cov", "unlikely 0.25")], ("L2", "GRPO")],
+    [
+        *[("L1", n) for n in ("GRPO", "CE-GPPO (1, 0.5)", "OD", "Clip_B 1", "KL-Cov", "unlikely 0.25", "BAPO")],
+        ("L2", "GRPO"),
+    ],
 )
 def test_a_seed_does_not_depend_on_its_neighbours(name: str, level: str, short_warm_start: None) -> None:
     setting = replace(SMALL, level=level, lr=0.05 if level == "L1" else 0.001)
