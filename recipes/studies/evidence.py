@@ -14,7 +14,7 @@ from recipes.studies import figures, prediction, report, results
 from recipes.studies.claims import CLAIMS, FULL, decide
 from recipes.studies.methods import BASELINE
 from recipes.studies.results import Row
-from recipes.studies.statistics import Interval, paired
+from recipes.studies.statistics import Interval, holm, paired
 from recipes.studies.summary import by_setting, direction, summarise, values
 
 FIGURES = Path("docs/figures")
@@ -121,18 +121,19 @@ def targets_table(read: Results) -> str:
 
 
 def equal_reward_table(read: Results) -> str:
-    """Entropy and pass@8 where accuracy first reaches 0.6, paired with GRPO."""
+    """Entropy and pass@8 where accuracy first reaches 0.6, paired with GRPO; Holm's correction over a setting."""
     rows = []
     for setting in ("16 updates", "L2, 16 updates"):
         methods = by_setting(read("losses")).get(setting, {})
         base = {metric: values(methods.get(BASELINE, []), metric) for metric in ("entropy_at_equal", "pass_at_equal")}
-        for name, found in methods.items():
-            mine = {metric: values(found, metric) for metric in base}
-            shared = mine["pass_at_equal"].keys() & base["pass_at_equal"].keys()
-            if name == BASELINE or len(shared) < 8:
-                continue
-            entropy, _ = paired(mine["entropy_at_equal"], base["entropy_at_equal"])
-            passed, p = paired(mine["pass_at_equal"], base["pass_at_equal"])
+        found = []
+        for name, runs in methods.items():
+            mine = {metric: values(runs, metric) for metric in base}
+            if name != BASELINE and len(mine["pass_at_equal"].keys() & base["pass_at_equal"].keys()) >= 8:
+                entropy, _ = paired(mine["entropy_at_equal"], base["entropy_at_equal"])
+                found.append((name, entropy, *paired(mine["pass_at_equal"], base["pass_at_equal"])))
+        corrected = holm([p for *_, p in found])
+        for (name, entropy, passed, _), p in zip(found, corrected, strict=True):
             if abs(entropy.mean) > 0.03:
                 cells = [_level(setting), name, signed(entropy), f"{passed:+.4f}", str(passed.n), direction(passed, p)]
                 rows.append(cells)
