@@ -126,7 +126,11 @@ class TrainConfig:
     nonfinite: Literal["stop", "skip"] = "stop"  # a batch whose loss, gradient, reward or log-prob is not finite
     nonfinite_in_a_row: int = 3  # with "skip": so many batches one after the other end the run
     positive_nll_coef: float = 0.0  # adds coef x the mean over all tokens of correct responses of -log p to each step
-    tis_cap: float | None = None  # truncated importance weight min(exp(old - rollout), cap); None: off
+    tis_cap: float | None = None  # upper bound on rho = p_learner / p_rollout, by which tokens are weighted; None: off
+    tis_floor: float = 0.0  # lower bound on rho
+    tis_level: Literal["token", "sequence", "geometric"] = "token"  # rho per token, response, or its mean
+    tis_mode: Literal["truncate", "mask"] = "truncate"  # out of bounds: rho is clamped, or the tokens leave the batch
+    tis_veto: float = 0.0  # responses that hold a token of rho below it leave the batch; 0: off
     loss_chunk_tokens: int = 0  # logits of so many tokens are in memory at once; 0: chosen by the device
     keep_logits_gib: float = 0.25  # a micro-batch's logits up to this size are kept for backward, not made twice
     entropy_probe_every: int = 0  # steps between measurements of the entropy change on the same tokens; 0: never

@@ -25,7 +25,6 @@ from megatron_ext.learner.critic import Critic
 from megatron_ext.learner.learner import Learner
 from megatron_ext.learner.model import distributed
 from megatron_ext.learner.resume import resume
-from megatron_ext.rl.aggregation import mismatch_weights
 from megatron_ext.rl.losses import build_loss
 from megatron_ext.rl.schedules import Controller, build_controller
 from megatron_ext.rl.selection import Selection, build_selection
@@ -33,7 +32,15 @@ from megatron_ext.rl.types import Sample
 from recipes.data.evalsets import due_sets
 from recipes.launch import launch
 from recipes.loop.advantages import assign_advantages, update_critic
-from recipes.loop.batch import aggregation_weights, fit_loss, make_batch, positive_nll_weights, select, split
+from recipes.loop.batch import (
+    aggregation_weights,
+    correct_mismatch,
+    fit_loss,
+    make_batch,
+    positive_nll_weights,
+    select,
+    split,
+)
 from recipes.loop.metrics import StepMetrics
 from recipes.loop.nonfinite import Guard
 from recipes.loop.run_dir import RunDir
@@ -125,8 +132,7 @@ def train_step(
         return controller_state
     batch.old_entropy = stats.entropy
     batch.old_logp = stats.logp if config.train.old_logprobs == "learner" else rollout_logp
-    if config.train.tis_cap is not None:
-        batch.is_weight = mismatch_weights(stats.logp, rollout_logp, cap=config.train.tis_cap)
+    correct_mismatch(config, batch, stats, rollout_logp, metrics)
     # A replay may follow other settings, and then its later weights are not those that wrote the rollouts.
     limit = config.rollout.agreement_limit if step == 0 or config.rollout.replay is None else float("inf")
     metrics.agreement(samples, rollout_logp, stats, version=step, limit=limit)

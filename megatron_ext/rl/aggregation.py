@@ -61,15 +61,3 @@ def sequence_weights(
         check_number("max_tokens", max_tokens, 1)
         weights = torch.ones_like(lengths) / (sequences * max_tokens)
     return torch.where(included, weights, torch.zeros_like(weights))
-
-
-def mismatch_weights(old_logp_T: Tensor, rollout_logp_T: Tensor, *, cap: float = 2.0) -> Tensor:
-    """Truncated importance weight min(exp(old - rollout), cap), detached, (T,): multiplies the per-token loss.
-
-    Corrects for the rollout engine's probabilities differing from the learner's before the update (Yao et al. 2025).
-
-    Raises:
-        ValueError: cap is not positive.
-    """
-    check_number("train.tis_cap", cap, 0, exclusive=True)
-    return torch.exp((old_logp_T - rollout_logp_T).detach()).clamp(max=cap)

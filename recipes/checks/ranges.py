@@ -19,7 +19,8 @@ model.warm_start.check_every model.warm_start.check_problems
 _AT_LEAST_0 = """
 eval.temperature eval.top_k train.save_every train.loss_chunk_tokens train.entropy_probe_every eval.every optim.lr
 optim.min_lr optim.weight_decay optim.clip_grad optim.warmup_steps critic.lr critic.clip_grad critic.warmup_steps
-reference.kl_coef run.report_every train.positive_nll_coef train.stop_after_silent_steps advantage.max_refills
+reference.kl_coef run.report_every train.positive_nll_coef train.tis_floor train.tis_veto
+train.stop_after_silent_steps advantage.max_refills
 advantage.overlong_buffer advantage.overlong_factor rollout.max_staleness model.warm_start.max_steps
 model.warm_start.min_steps train.keep_logits_gib
 """

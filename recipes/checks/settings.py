@@ -81,6 +81,18 @@ def _check_algorithm(c: Config) -> None:
             buffer=c.advantage.overlong_buffer,
             factor=c.advantage.overlong_factor,
         )
+    if c.train.tis_cap is None and (
+        c.train.tis_floor or c.train.tis_level != "token" or c.train.tis_mode != "truncate"
+    ):
+        raise ValueError(
+            f"train.tis_level={c.train.tis_level}, train.tis_mode={c.train.tis_mode}, train.tis_floor="
+            f"{c.train.tis_floor} have no effect: set train.tis_cap, their upper bound"
+        )
+    if max(c.train.tis_floor, c.train.tis_veto) > 1:
+        raise ValueError(
+            f"train.tis_floor={c.train.tis_floor}, train.tis_veto={c.train.tis_veto} must be at most 1: both are lower "
+            "bounds on a ratio that is 1 without any mismatch"
+        )
     if c.loss["name"] == "pg" and c.rollout.max_staleness and c.train.tis_cap is None:
         raise ValueError(
             f"rollout.max_staleness={c.rollout.max_staleness} with loss.name=pg: that loss has no importance ratio, so "

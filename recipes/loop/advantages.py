@@ -90,13 +90,12 @@ def _gae(config: Config, critic: Critic, rewards_B: Tensor, batch: TrainBatch, m
 def update_critic(critic: Critic, targets: Targets, batch: TrainBatch, mini: Sequence[int]) -> dict[str, float]:
     """One optimizer step of the critic on a mini-batch; its metrics."""
     index = torch.tensor(list(mini))
-    lengths_B, starts = batch.offsets.diff(), batch.offsets[:-1]
+    lengths_B = torch.zeros(len(batch.responses), dtype=torch.long).index_add_(0, batch.seq_ids, batch.mask.long())
     weights_B = torch.zeros(len(lengths_B), dtype=torch.float64)
     weights_B[index] = sequence_weights(
         "token_mean",
         lengths_B[index],
         index,  # prompt groups play no part in this mean
         max_tokens=int(lengths_B.max()),
-        include_B=batch.mask[starts[index]],  # a sample is filtered as a whole
     )
     return critic.update(batch, mini, weights_B, targets.returns_T, targets.values_T)

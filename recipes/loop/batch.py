@@ -9,6 +9,7 @@ import torch
 from configs.schema import Config
 from megatron_ext.learner.learner import Learner
 from megatron_ext.learner.step import TrainBatch
+from megatron_ext.rl import mismatch
 from megatron_ext.rl.aggregation import sequence_weights
 from megatron_ext.rl.losses import Loss
 from megatron_ext.rl.selection import Selection, SelectionInputs
@@ -35,6 +36,26 @@ def make_batch(config: Config, samples: list[Sample]) -> tuple[TrainBatch, torch
         is_weight=torch.ones_like(zeros),
     )
     return batch, torch.tensor([s.group for s in samples]), include_B
+
+
+def correct_mismatch(
+    config: Config, batch: TrainBatch, stats: TokenStats, rollout_logp_T: torch.Tensor, metrics: StepMetrics
+) -> None:
+    """Weights against the engine's probabilities, written into the batch; dropped tokens leave its mask."""
+    train = config.train
+    correction = mismatch.correct(
+        stats.logp,
+        rollout_logp_T,
+        batch.seq_ids,
+        batch.mask,
+        high=train.tis_cap,
+        low=train.tis_floor,
+        level=train.tis_level,
+        mode=train.tis_mode,
+        veto=train.tis_veto,
+    )
+    batch.is_weight, batch.mask = correction.weight, correction.keep
+    metrics.add(correction.metrics)
 
 
 def select(
@@ -114,7 +135,7 @@ def aggregation_weights(
     mini: Sequence[int],
 ) -> torch.Tensor:
     """(B,) float64 weight of each sample's tokens, with the denominator of the whole mini-batch; 0 outside it."""
-    counts = batch.keep if selection.renormalise else torch.ones_like(batch.keep)
+    counts = batch.keep if selection.renormalise else batch.mask
     lengths_B = torch.zeros(len(groups_B), dtype=torch.long).index_add_(0, batch.seq_ids, counts.long())
     index = torch.tensor(list(mini))
     weights_B = torch.zeros(len(groups_B), dtype=torch.float64)

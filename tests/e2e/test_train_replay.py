@@ -140,6 +140,7 @@ VARIANTS = [
     "advantage.overlong=filter",
     "advantage.overlong=penalty",
     "train.tis_cap=2",
+    "train.tis_cap=1.2 train.tis_floor=0.8 train.tis_mode=mask train.tis_level=geometric train.tis_veto=0.0001",
     "train.positive_nll_coef=0.1 loss=bapo selection=clip_b selection.also=[{name:entropy_ratio}]",
     "train.old_logprobs=rollout",
     "train.epochs=2",

@@ -84,6 +84,8 @@ def paper(tmp_path: Path) -> list[str]:
         ("rollout.n=0", ["rollout.n=0", "at least 1"]),
         ("rollout.n=1", ["rollout.n=1", "advantage.name=grpo", "2 or more"]),
         ("rollout.n=1 advantage.name=reinforce_pp advantage.params.baseline=group", ["rollout.n=1"]),
+        ("train.tis_mode=mask", ["train.tis_mode=mask", "no effect", "train.tis_cap"]),
+        ("train.tis_cap=2 train.tis_floor=1.5", ["train.tis_floor=1.5", "at most 1"]),
         ("train.tis_cap=0", ["train.tis_cap=0.0", "above 0"]),
         ("train.tis_cap=nan", ["train.tis_cap=nan", "finite"]),
         ("advantage.overlong=penalty advantage.overlong_buffer=25", ["advantage.overlong_buffer=25", "[1, 24]"]),

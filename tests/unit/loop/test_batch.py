@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from configs.schema import Config
 from megatron_ext.rl.selection import build_selection
-from megatron_ext.rl.types import Rollout, Sample
-from recipes.loop.batch import aggregation_weights, make_batch, positive_nll_weights, split
+from megatron_ext.rl.types import Rollout, Sample, TokenStats
+from recipes.loop.batch import aggregation_weights, correct_mismatch, make_batch, positive_nll_weights, split
+from recipes.loop.metrics import StepMetrics
 
 
 def sample(group: int, length: int, *, correct: bool = False, reason: str = "stop") -> Sample:
@@ -64,3 +65,20 @@ def test_the_nll_is_a_mean_over_correct_tokens_of_the_mini_batch(overlong: str) 
         expected = [0.1 / total if i in chosen else 0.0 for i in batch.seq_ids.tolist()]
         assert weights.tolist() == pytest.approx(expected)
     assert positive_nll_weights(0.1, samples, batch, [1]).tolist() == [0.0] * 14  # nothing correct: no term
+
+
+def test_tokens_that_mismatch_leave_the_denominators() -> None:
+    """Two responses of 3 and 5 tokens, one token of each masked away: the mean is over 6."""
+    config = Config()
+    config.train.tis_cap, config.train.tis_mode = 2.0, "mask"
+    samples = [sample(0, 3), sample(0, 5)]
+    batch, groups_B, include_B = make_batch(config, samples)
+    stats = TokenStats(*(torch.full((8,), -1.0) for _ in range(4)))
+    rollout_logp = stats.logp.clone()
+    rollout_logp[[1, 4]] -= 2.0
+    metrics = StepMetrics(1)
+    correct_mismatch(config, batch, stats, rollout_logp, metrics)
+    assert batch.mask.tolist() == [True, False, True, True, False, True, True, True]
+    weights_B = aggregation_weights(config, build_selection("none"), batch, groups_B, include_B, [0, 1])
+    assert weights_B.tolist() == pytest.approx([1 / 6, 1 / 6])
+    assert metrics.result({})["mismatch/out_of_bounds_frac"] == 2 / 8

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ext.rl.aggregation import AGGREGATIONS, mismatch_weights, sequence_weights
+from megatron_ext.rl.aggregation import AGGREGATIONS, sequence_weights
 from megatron_ext.rl.losses import LOSSES, build_loss
 from megatron_ext.rl.losses.kl import kl_to_reference
 from megatron_ext.rl.types import LossInputs
@@ -87,14 +87,6 @@ def test_gradient_does_not_depend_on_the_micro_batches(name: str, aggregation: s
     assert whole.abs().max() > 0
     for cuts in ([[0], [1], [2], [3], [4]], [[3, 0], [4, 1, 2]]):
         torch.testing.assert_close(gradient(name, aggregation, cuts), whole, rtol=1e-12, atol=1e-16)
-
-
-def test_mismatch_weights_are_truncated_and_detached() -> None:
-    old = torch.tensor([-1.0, -1.0, -3.0], dtype=torch.float64, requires_grad=True)
-    weights = mismatch_weights(old, torch.tensor([-1.0, -2.0, -1.0], dtype=torch.float64))
-    assert weights.tolist() == pytest.approx([1.0, 2.0, 0.1353352832366127]) and not weights.requires_grad
-    with pytest.raises(ValueError, match="train.tis_cap=0"):
-        mismatch_weights(old, old, cap=0)
 
 
 def test_kl_estimators_on_an_enumerated_distribution() -> None:
