@@ -105,11 +105,14 @@ def follow_torchrun() -> None:
 
 def relaunch(processes: int, argv: Sequence[str]) -> None:
     """Replace this process by torchrun with as many learner processes on this machine."""
+    from torch.distributed.launcher.api import LaunchConfig
+
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Ctrl-C reaches every process of the terminal. The ranks stop after their step; torchrun, which would kill them
     # within 30 s, must not hear of it.
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGHUP,SIGQUIT"
+    if "signals_to_handle" in LaunchConfig.__dataclass_fields__:  # not before torch 2.9
+        command += ["--signals-to-handle", "SIGTERM,SIGHUP,SIGQUIT"]
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stdout.flush()
     os.execv(sys.executable, [*command, "-m", "recipes.train", *argv])

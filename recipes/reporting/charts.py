@@ -28,7 +28,9 @@ class Chart(NamedTuple):
     title: str
     caption: str
     svg: str
-    lines: list[dict[str, Any]]  # label, run (its index), colour (its index), points; low and high where there are any
+    lines: list[
+        dict[str, Any]
+    ]  # label, run (its index), colour (its index), points; low and high; none: a picture only
     percent: bool = False
 
 
@@ -287,7 +289,7 @@ def _prediction_chart(series: Series) -> Chart | None:
 
     probed = "theory/entropy_change_same_tokens" in series
     caption = f"Measured ({'same tokens' if probed else 'to the next batch'}) over predicted, a point per step: {found}"
-    return "Entropy change, predicted and measured", caption, _draw("prediction", plot)
+    return Chart("Entropy change, predicted and measured", caption, _draw("prediction", plot), [])
 
 
 def main_charts(runs: dict[str, Series]) -> tuple[list[Chart], set[str]]:

@@ -26,6 +26,7 @@
 
   function plot(figure) {
     const chart = page.charts[figure.dataset.chart];
+    if (!chart.lines.length) return; // it has no step axis: the picture stays
     const unit = chart.percent ? " %" : "", scale = chart.percent ? 100 : 1;
     const tables = [], series = [{ label: AXES[settings.axis] }], bands = [];
     const number = v => v == null ? "–" : String(+v.toPrecision(4)) + unit;

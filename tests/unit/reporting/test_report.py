@@ -348,7 +348,7 @@ def test_the_predicted_entropy_change_stands_beside_the_measured_one(tmp_path: P
         "actor/updates": 4,
         "theory/entropy_change_same_tokens": -0.07,
     }
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": s} | row) + "\n" for s in (1, 2)))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": s} | row) + "\n" for s in range(1, 9)))
     html, _ = page_of(tmp_path)
     (chart,) = [chart for chart in numbers_of(html)["charts"] if chart["title"] == "Entropy change in a step"]
     assert [(line["label"], line["points"][0][1]) for line in chart["lines"]] == [
