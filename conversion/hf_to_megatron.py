@@ -6,6 +6,8 @@ The result is in Megatron's `dist_checkpointing` format and loads at any TP, PP,
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,13 +17,14 @@ from conversion.adapter import Adapter, MergedReader
 from conversion.config import HFConfig
 from conversion.hf_files import copy_side_files
 from conversion.locate import RELEASE, require
-from conversion.mapping import HF_OUTPUT, hf_shapes, unconsumed
+from conversion.mapping import HF_OUTPUT, hf_parts, hf_shapes, unconsumed
 from conversion.megatron_args import beyond_gpt_model, megatron_lm_flags
 from conversion.megatron_reader import HF_FILES
-from conversion.megatron_writer import Progress, Reader, write_megatron
+from conversion.megatron_writer import Progress, Reader, Written, finish_megatron, write_share
 from conversion.parse import read_config
 from conversion.pickled import open_hf
 from conversion.publish import TRACKER, check_manifest, published, require_space, write_manifest
+from conversion.together import ALONE, Team, add_team, team_of
 from conversion.values import Values
 
 LAYOUTS = ("flat", "megatron-lm")
@@ -60,6 +63,7 @@ def convert(
     check_finite: bool = False,
     layout: str = "flat",
     adapter: str | Path | None = None,
+    team: Team = ALONE,
     progress: Progress = lambda count: None,
 ) -> str:
     """Write `out` completely or not at all; a sentence on what was found in the numbers.
@@ -70,6 +74,7 @@ def convert(
         allow_pickle: read `pytorch_model.bin` where there are no safetensors.
         check_finite: NaN and infinite numbers are an error.
         adapter: directory of a PEFT LoRA adapter to merge into the weights.
+        team: this process's place among several that share the work; rank 0 publishes.
         layout: "flat", `out` is the checkpoint; "megatron-lm", `out` is what Megatron-LM takes as `--load`.
 
     Raises:
@@ -85,14 +90,39 @@ def convert(
             lora = Adapter(adapter)
             lora.check(hf_shapes(hf))
             reader = MergedReader(base, lora)
-        with published(out, overwrite, [hf_dir, *([adapter] if adapter else [])]) as partial:
-            require_space(partial, total_bytes(hf, reader, dtype))
+        sources = [hf_dir, *([adapter] if adapter else [])]
+        with published(out, overwrite, sources) if team.rank == 0 else nullcontext(None) as own:
+            partial = own or team.join(out)
             checkpoint = partial if layout == "flat" else partial / RELEASE
+
+            def write(progress: Progress) -> tuple[Written, str]:
+                written = write_share(
+                    hf,
+                    reader,
+                    checkpoint,
+                    dtype=dtype,
+                    threads=threads,
+                    values=values,
+                    progress=progress,
+                    rank=team.rank,
+                    world=team.world,
+                )
+                return written, reader.check_rest(part for name in written.names for part in hf_parts(hf, name))
+
+            if own is None:
+                with team.at_work(partial) as alive:
+                    written, checked = write(lambda count: (progress(count), alive(count)))
+                    team.report(partial, {**asdict(written), "nonfinite": values.nonfinite})
+                return f"{checked}; {values.report()}"
+            require_space(partial, total_bytes(hf, reader, dtype))
             checkpoint.mkdir(exist_ok=True)
-            segments = write_megatron(
-                hf, reader, checkpoint, dtype=dtype, threads=threads, values=values, progress=progress
-            )
-            checked = reader.check_rest(hf_shapes(hf))
+            team.open(partial)
+            written, checked = write(progress)
+            reports = team.collect(partial)
+            for report in reports:
+                values.nonfinite.update(report["nonfinite"])
+            shares = [written, *(Written.from_json(report) for report in reports)]
+            segments = finish_megatron(hf, reader, checkpoint, dtype, shares)
             copy_side_files(hf_dir, checkpoint / HF_FILES)
             if layout != "flat":
                 (partial / TRACKER).write_text(RELEASE, encoding="utf-8")
@@ -122,6 +152,7 @@ def main() -> int:
     parser.add_argument("--allow-pickle", action="store_true", help="read *.bin weights, with weights_only=True")
     parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter of PEFT to merge into the weights")
     parser.add_argument("--layout", choices=LAYOUTS, default="flat", help="megatron-lm: with its tracker file")
+    add_team(parser)
     cli.add_common(parser)
     args = parser.parse_args()
     dtype = cli.DTYPES.get(args.dtype)
@@ -141,6 +172,7 @@ def main() -> int:
             check_finite=args.check_finite,
             layout=args.layout,
             adapter=args.adapter,
+            team=team_of(args),
             progress=advance,
         )
     print(report)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -42,7 +43,7 @@ from conversion.hf_files import PIECE_BYTES, WRITEBACK_BYTES, HFReader, start_wr
 from conversion.mapping import hf_parts, import_rows, megatron_names, megatron_shape, row_unit
 from conversion.megatron_args import megatron_lm_arguments
 from conversion.megatron_keys import extra_state_keys, own_slots
-from conversion.parallel import for_each
+from conversion.parallel import for_each, share
 from conversion.pickled import PickledReader
 from conversion.values import Values
 
@@ -164,6 +165,9 @@ class _IndexWriter(dcp.FileSystemWriter):
         return StorageMeta()
 
 
+_FIRST = "__0_0.distcp"
+
+
 class _Importer:
     """Writes pieces into one file per thread."""
 
@@ -173,20 +177,20 @@ class _Importer:
         self.results: list[WriteResult] = []
         self.segments: dict[str, dict[int, str]] = {}
 
-    def write(self, pieces: list[_Piece], threads: int) -> None:
-        """All pieces; the first error of any thread stops the others."""
+    def write(self, shares: list[list[_Piece]], rank: int) -> None:
+        """A thread and a file for each share; the first error of any thread stops the others."""
+        files = [f"__{rank}_{number}.distcp" for number in range(len(shares))]
         try:
-            for_each(self._write_file, enumerate(_share(pieces, threads)), threads)
+            for_each(self._write_file, zip(files, shares, strict=True), len(shares))
         except BaseException:
             self._stop.set()
             raise
 
-    def _write_file(self, numbered: tuple[int, list[_Piece]]) -> None:
-        number, pieces = numbered
-        name = f"__{number}_0.distcp"
+    def _write_file(self, named: tuple[str, list[_Piece]]) -> None:
+        name, pieces = named
         file, results = _File(self._out / name), []
         try:
-            extra = self._extra_states(file, name) if number == 0 else []
+            extra = self._extra_states(file, name) if name == _FIRST else []
             for piece in pieces:
                 if self._stop.is_set():
                     break
@@ -233,22 +237,28 @@ def _result(index: MetadataIndex, file: str, start: int, end: int) -> WriteResul
     return WriteResult(index, end - start, _StorageInfo(file, start, end - start))
 
 
-def _share(pieces: list[_Piece], threads: int) -> list[list[_Piece]]:
-    """Divide the pieces among threads, each tensor whole: its source is then read in order and can be checked.
-
-    All threads read near the same place of the source.
-    """
-    shares: list[list[_Piece]] = [[] for _ in range(threads)]
-    sizes = [0] * threads
-    for _, group in itertools.groupby(pieces, key=lambda piece: piece.name):
-        tensor = list(group)
-        smallest = sizes.index(min(sizes))
-        shares[smallest] += tensor
-        sizes[smallest] += sum(piece.sizes.numel() * piece.dtype.itemsize for piece in tensor)
-    return shares
+def _share(pieces: list[_Piece], count: int) -> list[list[_Piece]]:
+    """Divide the pieces into lists, each tensor whole: its source is then read in order and can be checked."""
+    tensors = [list(group) for _, group in itertools.groupby(pieces, key=lambda piece: piece.name)]
+    sizes = [sum(piece.sizes.numel() * piece.dtype.itemsize for piece in tensor) for tensor in tensors]
+    return [[piece for tensor in part for piece in tensor] for part in share(tensors, sizes, count)]
 
 
-def write_megatron(
+@dataclass
+class Written:
+    """What one process has written, as JSON can carry it."""
+
+    places: list[tuple[str, list[int] | None, str, int, int]]  # key, offsets, file, where it begins, its length
+    segments: dict[str, dict[int, str]]  # checksums by file and by where a stretch begins
+    names: list[str]  # Megatron parameters
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Written:
+        segments = {file: {int(at): text for at, text in found.items()} for file, found in content["segments"].items()}
+        return cls([tuple(place) for place in content["places"]], segments, content["names"])
+
+
+def write_share(
     hf: HFConfig,
     reader: Reader,
     out: Path,
@@ -257,17 +267,45 @@ def write_megatron(
     threads: int,
     values: Values,
     progress: Progress,
-) -> dict[str, dict[int, str]]:
-    """Write a Hugging Face checkpoint as a Megatron one into an empty directory; checksums of segments by file name.
+    rank: int = 0,
+    world: int = 1,
+) -> Written:
+    """Write one rank's tensors of a Hugging Face checkpoint into a directory, a file per thread.
 
     The vocabulary is stored without padding, so any tensor-parallel size can load it.
     """
-    pieces, metadata = _plan(hf, reader, dtype)
+    pieces, _ = _plan(hf, reader, dtype)
+    mine = _share(_share(pieces, world)[rank], threads)
     importer = _Importer(hf, reader, out, values, progress)
-    importer.write(pieces, threads)
-    _IndexWriter(out).finish(metadata, [importer.results])
+    importer.write(mine, rank)
+    places = [
+        (r.index.fqn, None if r.index.offset is None else list(r.index.offset), s.relative_path, s.offset, s.length)
+        for r in importer.results
+        for s in [r.storage_data]
+    ]
+    names = list(dict.fromkeys(piece.name for part in mine for piece in part))
+    return Written(places, importer.segments, names)
+
+
+def finish_megatron(
+    hf: HFConfig, reader: Reader, out: Path, dtype: torch.dtype | None, shares: list[Written]
+) -> dict[str, dict[int, str]]:
+    """The index of what all ranks have written; checksums of segments by file name. ValueError when a piece lacks."""
+    pieces, metadata = _plan(hf, reader, dtype)
+    results = [
+        WriteResult(
+            MetadataIndex(key, None if at is None else torch.Size(at)), length, _StorageInfo(file, start, length)
+        )
+        for written in shares
+        for key, at, file, start, length in written.places
+    ]
+    if missing := {piece.index for piece in pieces} - {result.index for result in results}:
+        raise ValueError(
+            f"{len(missing)} pieces were not written, the first is one of {sorted(missing, key=str)[0].fqn}"
+        )
+    _IndexWriter(out).finish(metadata, [results])
     # Without a version Megatron-LM takes a checkpoint for one of 2019 and looks for query, key and value to reorder.
     common = {"args": argparse.Namespace(**megatron_lm_arguments(hf)), "checkpoint_version": 3.0, "iteration": 0}
     torch.save(common, out / "common.pt")
     (out / "metadata.json").write_text(json.dumps(FORMAT), encoding="utf-8")
-    return importer.segments
+    return {file: found for written in shares for file, found in written.segments.items()}

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 Item = TypeVar("Item")
+
+
+def share(items: Sequence[Item], sizes: Sequence[int], count: int) -> list[list[Item]]:
+    """Divide items into `count` lists of about the same total size, in order: neighbours are worked on together."""
+    shares: list[list[Item]] = [[] for _ in range(count)]
+    totals = [0] * count
+    for item, size in zip(items, sizes, strict=True):
+        smallest = totals.index(min(totals))
+        shares[smallest].append(item)
+        totals[smallest] += size
+    return shares
 
 
 def for_each(function: Callable[[Item], object], items: Iterable[Item], threads: int) -> None:
