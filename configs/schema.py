@@ -73,7 +73,7 @@ class RewardConfig:
     name: str = "final_answer"  # the verifier; "package.module:function" is one of your own
     terms: list[Any] = field(default_factory=list)  # several, instead of `name`: [{name: math, weight: 1.0}, ...]
     workers: int = 1
-    timeout_s: float = 1.5  # CPU seconds per response, then its process is killed; 5 times as long on the clock
+    timeout_s: float = 1.5  # CPU seconds per response, then its process is killed; 10 times as long on the clock
     memory_mb: int = 2048  # address-space limit of a worker
     failure_score: float = 0.0  # what a response gets whose verification timed out or crashed
     params: dict[str, Any] = field(default_factory=dict)  # further parameters of the chosen verifier

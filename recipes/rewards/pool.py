@@ -30,7 +30,7 @@ from recipes.rewards.types import CRASH, INVALID, OK, TIMEOUT, RewardItem, Rewar
 from recipes.rewards.verifiers import make_verifier
 
 STARTUP_TIMEOUT_S = 120.0  # importing a computer algebra system on a busy machine takes seconds
-CLOCK_FACTOR = 5.0
+CLOCK_FACTOR = 10.0
 MAX_ANSWER_BYTES = 4096
 _STATUSES = (OK, TIMEOUT, CRASH, INVALID)
 

@@ -48,9 +48,9 @@ class Sampling:
             raise ValueError(f"top_k={self.top_k}: give a number of tokens, or 0 for all")
         if (self.temperature, self.top_p, self.top_k) != (1.0, 1.0, 0) and not self.allow_off_policy_sampling:
             raise ValueError(
-                f"temperature={self.temperature}, top_p={self.top_p}: sampling for training needs temperature 1 and "
-                "top_p 1, else rollouts come from another distribution than the learner's; set both to 1, or pass "
-                "allow_off_policy_sampling (evaluation, or training with mismatch correction)"
+                f"temperature={self.temperature}, top_p={self.top_p}, top_k={self.top_k}: sampling for training needs "
+                "temperature 1, top_p 1 and no top_k, else rollouts come from another distribution than the learner's; "
+                "set both to 1, or pass allow_off_policy_sampling (evaluation, or training with mismatch correction)"
             )
 
 

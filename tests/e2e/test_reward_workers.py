@@ -119,4 +119,4 @@ def test_accuracy_on_collected_cases() -> None:
     fooled = [row for r, row in zip(results, rows, strict=True) if r.correct and not (row["equal"] or row["policy"])]
     print(f"plain {sum(plain)}/{len(plain)}, policy {sum(policy)}/{len(policy)}, {dict(pool.counts)}")
     assert not fooled, "a wrong answer rewarded teaches the policy to cheat"
-    assert sum(plain) / len(plain) > 0.95
+    assert sum(plain) / len(plain) >= 0.99

@@ -102,6 +102,16 @@ def test_hung_and_crashed_workers_are_replaced_and_counted(pool: RewardPool) -> 
     assert time.monotonic() - started < 20
 
 
+def test_a_response_that_spins_costs_a_fork_and_not_a_worker(pool: RewardPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recipes.rewards.pool.CLOCK_FACTOR", 200.0)  # however busy the machine
+    pool._slots = pool._slots[:1]
+    scores(pool, "good")
+    worker = pool._slots[0]
+    results = scores(pool, "hang", "good", "exit", "good")
+    assert [result.status for result in results] == ["timeout", "ok", "crash", "ok"]
+    assert pool._slots[0] is worker, "the process that loaded the libraries goes on"
+
+
 def test_a_worker_worn_out_by_others_does_not_cost_a_sample_its_score(pool: RewardPool) -> None:
     # The warm-up item counts as served: the first text finds a worker that served one, the second one that served two.
     pool._slots = pool._slots[:1]

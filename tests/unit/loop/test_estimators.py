@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipes.loop.estimators import avg_at_k, bootstrap_interval, pass_at_k, summarise
+from recipes.loop.estimators import avg_at_k, bootstrap_interval, maj_at_k, pass_at_k, seed_interval, summarise
 
 
 @pytest.mark.parametrize(
@@ -92,3 +92,47 @@ def test_summarise() -> None:
         summarise([[True], [True, False]], [1])
     with pytest.raises(ValueError, match="same number"):
         summarise([], [1])
+
+
+@pytest.mark.parametrize(
+    ("correct", "answers", "value"),
+    [
+        ([True, False, False], ["1", "2", "3"], 1 / 3),  # a tie of three
+        ([True, True, False], ["1", "1.0", "2"], 1.0),  # right answers vote together, however they are written
+        ([True, False, False], ["1", "2", "2"], 0.0),
+        ([True, False, False], ["1", None, None], 1.0),  # no answer, no vote
+        ([False, False, False], [None, None, None], 0.0),
+        ([True, False, True, False], ["1", "2", "1", "2"], 0.5),
+    ],
+)
+def test_majority_of_all_samples(correct: list[bool], answers: list[str | None], value: float) -> None:
+    assert maj_at_k(correct, answers, len(correct)) == pytest.approx(value)
+
+
+def test_majority_of_some_samples_agrees_with_all_subsets() -> None:
+    correct, answers = [True, True, False, False, False, False], ["a", "a", "b", "b", "c", None]
+    subsets = list(combinations(range(6), 3))
+    exact = sum(maj_at_k([correct[i] for i in s], [answers[i] for i in s], 3) for s in subsets) / len(subsets)
+    assert maj_at_k(correct, answers, 3) == pytest.approx(exact, abs=0.07)  # 400 draws: 3 standard errors
+    assert maj_at_k(correct, answers, 1) == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match="undefined"):
+        maj_at_k(correct, answers, 7)
+
+
+def test_seed_interval_covers_another_run_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    truth, n, covered = rng.random(40), 8, 0
+    for trial in range(200):
+        low, high = seed_interval(rng.binomial(n, truth).tolist(), n, 1, seed=trial, resamples=300)
+        covered += low <= truth.mean() <= high
+    assert covered / 200 > 0.9
+    assert seed_interval([0, 8], 8, 1) == (0.5, 0.5), "always and never do not vary"
+
+
+def test_summary_with_answers_has_majorities_and_both_intervals() -> None:
+    outcomes = [[True, True, False, False], [False] * 4]
+    summary = summarise(outcomes, [1, 2, 4], answers=[["1", "1", "2", "3"], ["5", "5", None, "6"]])
+    assert list(summary) == ["avg@4", "pass@1", "pass@2", "pass@4", "maj@2", "maj@4"]
+    assert summary["maj@4"].mean == 0.5 and summary["pass@4"].seed_low is None
+    low, high = summary["avg@4"].seed_low, summary["avg@4"].seed_high
+    assert low is not None and high is not None and low <= 0.25 <= high
