@@ -30,7 +30,7 @@ def test_a_probe_measures_the_same_tokens() -> None:
     found = prediction.agreement(pairs)
     assert found is not None
     assert (found.correlation, found.slope, found.same_sign) == (pytest.approx(1), pytest.approx(0.7), 1.0)
-    titles = [title for title, _, _ in main_charts({"run": SERIES | probed})[0]]
+    titles = [chart.title for chart in main_charts({"run": SERIES | probed})[0]]
     assert "Entropy change, predicted and measured" in titles
 
 
