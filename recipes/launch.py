@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -48,6 +49,10 @@ For example
 NOT_FINITE = 5  # exit status; a job that ends with it is not requeued: the same batch would come again
 
 
+# What torch says when a disk is full while it writes an archive.
+TORN_WRITE = re.compile(r"unexpected pos \d+ vs \d+|PytorchStreamWriter failed|file write failed")
+
+
 def launch(train: Callable[[Config, Path], None], argv: Sequence[str] | None = None) -> int:
     """Run ``train`` with the configuration of the command line; the exit status. User errors are one line on stderr."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -90,6 +95,11 @@ def launch(train: Callable[[Config, Path], None], argv: Sequence[str] | None = N
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return NOT_FINITE
+    except RuntimeError as error:
+        if not TORN_WRITE.search(str(error)):
+            raise
+        print(f"error: a file could not be written whole: free space for run.dir={config.run.dir}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; start again with the same run.dir to continue from the last checkpoint", file=sys.stderr)
         return 130

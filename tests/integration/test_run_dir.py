@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -183,3 +184,15 @@ def test_a_new_directory_is_private_unless_the_group_is_let_in(
     (tmp_path / "run").chmod(0o755)
     with RunDir(config(model, tmp_path / "run", f"run.group={group}")):
         assert (tmp_path / "run").stat().st_mode & 0o777 == 0o755, "the user's own choice is kept"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_exported(model: Path, tmp_path: Path, value: float) -> None:
+    policy = torch.nn.Linear(2, 2)
+    with torch.no_grad():
+        policy.weight[0, 1] = value
+    with pytest.raises(ValueError, match="1 weights of the policy are not finite after step 9, so it is not exported"):
+        with RunDir(config(model, tmp_path)) as run:
+            run.begin(9)
+            run.finish(SimpleNamespace(chunks=[policy]), model)  # type: ignore[arg-type]
+    assert not (tmp_path / "hf").exists() and not (tmp_path / "finished.json").exists()
