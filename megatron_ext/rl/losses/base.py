@@ -91,41 +91,40 @@ class Loss(ABC):
         _check_shapes(x)
         dtype = torch.promote_types(x.logp.dtype, torch.float32)
         logp = x.logp.to(dtype)
+        # On a CPU it is cheap to know that nothing is masked; on a GPU asking would wait for it.
+        mask = None if x.mask.device.type == "cpu" and bool(x.mask.all()) else x.mask
         fixed = LossInputs(
-            logp=_clean(logp, x.mask, dtype),
-            old_logp=_clean(x.old_logp, x.mask, dtype),
-            advantages=_clean(x.advantages, x.mask, dtype),
+            logp=_clean(logp, mask, dtype),
+            old_logp=_clean(x.old_logp, mask, dtype),
+            advantages=_clean(x.advantages, mask, dtype),
             mask=x.mask,
             seq_ids=x.seq_ids,
-            entropy=None if x.entropy is None else _clean(x.entropy, x.mask, dtype),
-            old_entropy=None if x.old_entropy is None else _clean(x.old_entropy, x.mask, dtype),
+            entropy=None if x.entropy is None else _clean(x.entropy, mask, dtype),
+            old_entropy=None if x.old_entropy is None else _clean(x.old_entropy, mask, dtype),
         )
         log_ratio = fixed.logp - fixed.old_logp
         cap = max_log_ratio(dtype)
-        ratio = log_ratio.clamp(max=cap).exp()
+        ratio = log_ratio.clamp(max=cap).exp_()
         t = self.terms(fixed, ratio)
-        zero = torch.zeros((), dtype=dtype, device=logp.device)
-        gradient = torch.where(x.mask, t.gradient, zero)
-        loss: Tensor = _WithGradient.apply(logp, torch.where(x.mask, -t.value, zero), -gradient)
+        gradient = _clean(t.gradient, mask, dtype)
+        loss: Tensor = _WithGradient.apply(logp, -_clean(t.value, mask, dtype), gradient)
         if t.entropy_gradient is not None and x.entropy is not None:
-            slope = torch.where(x.mask, t.entropy_gradient, zero)
-            loss = _WithGradient.apply(x.entropy.to(dtype), loss, -slope)
+            loss = _WithGradient.apply(x.entropy.to(dtype), loss, _clean(t.entropy_gradient, mask, dtype))
         none = torch.zeros_like(x.mask)
-        per_token = {
-            "pg_clipfrac_low": none,
-            "pg_clipfrac_high": none,
-            "pg_clipfrac_dual": none,
-            "ppo_kl": -log_ratio,
-            "ratio_mean": ratio,
-            "ratio_overflow": log_ratio > cap,
-            **t.metrics,
+        count = x.mask.sum().clamp(min=1)
+        zero = torch.zeros((), dtype=dtype, device=logp.device)
+        means = {
+            **dict.fromkeys(("pg_clipfrac_low", "pg_clipfrac_high", "pg_clipfrac_dual"), zero),
+            "ppo_kl": -_mean(log_ratio, mask, count, dtype),
+            "ratio_mean": _mean(ratio, mask, count, dtype),
+            "ratio_overflow": _mean(log_ratio > cap, mask, count, dtype),
         }
         return LossOutputs(
             loss=loss,
             gradient=gradient,
-            below=none if t.below is None else t.below & x.mask,
-            above=none if t.above is None else t.above & x.mask,
-            metrics={name: masked_mean(v.to(dtype), x.mask) for name, v in per_token.items()},
+            below=none if t.below is None else _clean(t.below, mask, torch.bool),
+            above=none if t.above is None else _clean(t.above, mask, torch.bool),
+            metrics=means | {name: _mean(v, mask, count, dtype) for name, v in t.metrics.items()},
         )
 
 
@@ -150,7 +149,7 @@ class DifferentiableLoss(Loss):
 
 
 class _WithGradient(torch.autograd.Function):
-    """``value``, whose derivative with respect to ``x`` is ``slope``; added to what ``value`` itself depends on."""
+    """``value``, whose derivative with respect to ``x`` is -``slope``; added to what ``value`` itself depends on."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
@@ -160,7 +159,7 @@ class _WithGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (slope,) = ctx.saved_tensors
-        return grads[0] * slope, grads[0], None
+        return -(grads[0] * slope), grads[0], None
 
 
 def max_log_ratio(dtype: torch.dtype) -> float:
@@ -173,22 +172,29 @@ def max_log_ratio(dtype: torch.dtype) -> float:
     return 0.5 * math.log(torch.finfo(dtype).max)
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the tokens of the mask, 0 for an empty mask; scalar."""
-    return torch.where(mask, values, torch.zeros_like(values)).sum() / mask.sum().clamp(min=1)
-
-
 def segment_sum(values: Tensor, seq_ids: Tensor) -> Tensor:
     """(T,): for every token the sum of ``values`` over its sequence. Sequences are whole in it, in any order."""
-    _, index = torch.unique(seq_ids, return_inverse=True)
-    totals = values.new_zeros(values.numel()).index_add(0, index, values)
-    return totals[index]
+    index, count = seq_ids, 0
+    if seq_ids.numel() and seq_ids.device.type == "cpu":
+        low, high = (int(v) for v in seq_ids.aminmax())
+        count = high + 1 if low >= 0 and high < 4 * seq_ids.numel() + 1024 else 0
+    if not count:  # any ids, or a device that would have to be waited for
+        index = torch.unique(seq_ids, return_inverse=True)[1]
+        count = values.numel()
+    return values.new_zeros(count).index_add_(0, index, values)[index]
 
 
-def _clean(values: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Detached, cast, and 0 outside the mask: padding may hold NaN, and NaN * 0 is NaN."""
+def _mean(values: Tensor, mask: Tensor | None, count: Tensor, dtype: torch.dtype) -> Tensor:
+    """Mean over the ``count`` tokens of the mask (None: all), 0 for an empty one; scalar."""
+    if values.dtype == torch.bool:
+        return torch.count_nonzero(values if mask is None else values & mask).to(dtype) / count
+    return _clean(values, mask, dtype).sum() / count
+
+
+def _clean(values: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Detached, cast, and 0 outside the mask (None: all): padding may hold NaN, and NaN * 0 is NaN."""
     values = values.detach().to(dtype)
-    return torch.where(mask, values, torch.zeros_like(values))
+    return values if mask is None else torch.where(mask, values, torch.zeros_like(values))
 
 
 def _check_shapes(x: LossInputs) -> None:

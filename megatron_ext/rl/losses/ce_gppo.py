@@ -57,12 +57,15 @@ class CeGppo(Loss):
     def terms(self, x: LossInputs, ratio: Tensor) -> Terms:
         ppo = clipped_terms(x.advantages, ratio, 1 - self.eps_low, 1 + self.eps_high, self.dual_clip)
         left, right = ppo.metrics["pg_clipfrac_low"], ppo.metrics["pg_clipfrac_high"]
-        stop_left = left & (ratio < (self.ratio_stop_low or 0.0))
-        stop_right = right & (ratio > (math.inf if self.ratio_stop_high is None else self.ratio_stop_high))
         gradient = torch.where(left, self.beta1 * (1 - self.eps_low) * x.advantages, ppo.gradient)
         if self.eps_high < math.inf:  # otherwise nothing is on the right, and 0 * inf is NaN
             gradient = torch.where(right, self.beta2 * (1 + self.eps_high) * x.advantages, gradient)
-        gradient = torch.where(stop_left | stop_right, torch.zeros_like(gradient), gradient)
+        stops = {}
+        if self.ratio_stop_low is not None:
+            stops["ratio_stop_frac_low"] = left & (ratio < self.ratio_stop_low)
+        if self.ratio_stop_high is not None:
+            stops["ratio_stop_frac_high"] = right & (ratio > self.ratio_stop_high)
+        for stopped in stops.values():
+            gradient = gradient.masked_fill(stopped, 0.0)
         value = torch.where(left | right, gradient, ppo.value)
-        stops = {"ratio_stop_frac_low": stop_left, "ratio_stop_frac_high": stop_right}
         return replace(ppo, value=value, gradient=gradient, metrics={**ppo.metrics, **stops})

@@ -64,15 +64,22 @@ def clipped_terms(
 ) -> Terms:
     """PPO's closed forms for absolute bounds on r, which may differ per token. Shapes (T,)."""
     below, above = ratio < ratio_min, ratio > ratio_max
-    low, high = (advantages < 0) & below, (advantages > 0) & above
-    dual = (advantages < 0) & (ratio > (math.inf if dual_clip is None else dual_clip))
-    bounded = torch.where(low, ratio_min, torch.where(high, ratio_max, ratio))
+    negative = advantages < 0
+    low, high = negative & below, (advantages > 0) & above
+    objective = ratio * advantages
+    stopped = low | high
+    # The pessimistic side of the clip, without a pass for each bound: min(r A, clip(r) A).
+    bounded = ratio.clamp(ratio_min, ratio_max)  # type: ignore[arg-type]  # two numbers or two tensors
+    value = torch.where(stopped, bounded * advantages, objective)
+    dual = torch.zeros_like(low)
     if dual_clip is not None:
-        bounded = torch.where(dual, dual_clip, bounded)
+        dual = negative & (ratio > dual_clip)
+        stopped, value = stopped | dual, torch.where(dual, dual_clip * advantages, value)
     return Terms(
-        value=bounded * advantages,
-        gradient=torch.where(low | high | dual, torch.zeros_like(ratio), ratio) * advantages,
+        value=value,
+        gradient=objective.masked_fill(stopped, 0.0),
         below=below,
         above=above,
-        metrics={"pg_clipfrac_low": low, "pg_clipfrac_high": high, "pg_clipfrac_dual": dual},
+        metrics={"pg_clipfrac_low": low, "pg_clipfrac_high": high}
+        | ({} if dual_clip is None else {"pg_clipfrac_dual": dual}),
     )
