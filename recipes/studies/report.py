@@ -151,7 +151,9 @@ def leaderboard(rows: list[Row], left: str = "16 updates", right: str = "64 upda
     settings = by_setting(rows)
     mild = {s.method: s for s in summarise(settings[left])}
     many = {s.method: s for s in summarise(settings[right])}
-    order = sorted((m for m in mild if m != BASELINE), key=lambda m: mild[m].differences["final_entropy"][0].mean)
+    order = sorted(
+        (m for m in mild if m != BASELINE and m in many), key=lambda m: mild[m].differences["final_entropy"][0].mean
+    )
     result, axes = figures.figure(11.0, 0.23 * len(order) + 1.6, 1, 3, sharey=True)
     entropy, accuracy, stable = axes[0]
     for y, name in enumerate(order):
