@@ -71,7 +71,7 @@ def leaderboard_table(read: Results) -> str:
     settings = by_setting(read("losses"))
     mild, many = ({s.method: s for s in summarise(settings[name])} for name in ("16 updates", "64 updates"))
     rows = []
-    for name in sorted(mild.keys() & many.keys(), key=lambda m: -many[m].means["avg_at_k"].mean):
+    for name in sorted((m for m in mild if m in many), key=lambda m: -many[m].means["avg_at_k"].mean):
         a, b = mild[name], many[name]
         d = a.differences.get("final_entropy")
         rows.append(
