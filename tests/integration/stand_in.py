@@ -40,7 +40,7 @@ class StandIn:
         self.paused = ""
         self.close_kept = False  # end a connection at its second generation, before the answer
         self.closed = 0
-        self._used: set[int] = set()
+        self._used: set[asyncio.BaseTransport] = set()
         self._resumed, self._cut_off = asyncio.Event(), asyncio.Event()
         self._ready = threading.Event()
         self._loop = asyncio.new_event_loop()
@@ -118,11 +118,10 @@ class StandIn:
             return web.json_response({"success": self.cache_reset})
         if path == "/inference/v1/generate":
             if self.close_kept and request.transport is not None:
-                if id(request.transport) in self._used:
+                if request.transport in self._used:
                     self.closed += 1
-                    self._used.discard(id(request.transport))
                     request.transport.close()
-                self._used.add(id(request.transport))
+                self._used.add(request.transport)
             return await self._generate(body)
         return web.json_response({})
 

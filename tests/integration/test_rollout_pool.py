@@ -205,10 +205,11 @@ def test_a_connection_that_the_server_has_closed_is_no_fault(pool: VLLMPool, sta
     """Connections are used again, and a server may close one at the moment at which it is used."""
     for server in stand_ins:
         server.close_kept = True
-    rollouts = pool.generate(prompts(16), n=2, sampling=Sampling(5), seeds=range(16))
-    again = pool.generate(prompts(16), n=2, sampling=Sampling(5), seeds=range(16))
-    assert len(rollouts) == len(again) == 32
-    assert sum(server.closed for server in stand_ins) > 0
+    for _ in range(20):  # a busy machine may let connections grow too old
+        assert len(pool.generate(prompts(16), n=2, sampling=Sampling(5), seeds=range(16))) == 32
+        if sum(server.closed for server in stand_ins) > 4:
+            break
+    assert sum(server.closed for server in stand_ins) > 4
     assert pool.counters["server_failures"] == pool.counters["retries"] == 0
 
 
