@@ -47,6 +47,8 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # float64: reference runs
     cache_dir: str = "cache"  # generated and downloaded models
     recompute: bool = False  # recompute activations of every layer in backward
+    # With `recompute`: only these parts of a layer, of "mlp", "moe", "core_attn"; empty: whole layers
+    recompute_modules: list[str] = field(default_factory=list)
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"  # auto: the last in bfloat16 on a GPU
     fp8: Literal["e4m3", "hybrid"] | None = None  # matrix products in FP8; hybrid: gradients in e5m2; null: in `dtype`
     fp8_recipe: Literal["blockwise", "tensorwise", "delayed", "mxfp8"] = "blockwise"  # scaling; see docs/gpu.md
@@ -184,6 +186,8 @@ class OptimConfig:
     decay: Literal["constant", "linear", "cosine"] = "constant"  # to `min_lr` at the last step
     min_lr: float = 0.0
     distributed: bool = False  # Megatron's distributed optimizer (state sharded over data-parallel ranks)
+    overlap_grad_reduce: bool = False  # reduce gradients bucket by bucket while backward goes on
+    bucket_parameters: int | None = None  # parameters of a bucket; None: Megatron's choice, 40 million or more
     offload: bool = False  # optimizer state on the host outside optimizer steps, gradients freed outside updates
 
 

@@ -118,8 +118,16 @@ def savings(config: Config, hf: conversion.HFConfig) -> list[tuple[str, float]]:
 
 def _alternatives(config: Config, hf: conversion.HFConfig) -> list[tuple[str, Config]]:
     p, batch = config.parallel, batch_plan(config)
+    part = "moe" if hf.experts else "mlp"
     options: list[tuple[str, Config]] = [
-        ("model.recompute=true", replace(config, model=replace(config.model, recompute=True))),
+        (
+            f"model.recompute=true model.recompute_modules=[{part}]",
+            replace(config, model=replace(config.model, recompute=True, recompute_modules=[part])),
+        ),
+        (
+            "model.recompute=true",
+            replace(config, model=replace(config.model, recompute=True, recompute_modules=[])),
+        ),
         ("model.dtype=bfloat16", replace(config, model=replace(config.model, dtype="bfloat16"))),
         (
             f"train.micro_batch_tokens={batch.longest}",

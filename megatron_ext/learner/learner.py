@@ -80,7 +80,7 @@ class Trainable:
             self.hf,
             parallel,
             config.model,
-            distributed_optimizer=optim.distributed,
+            optim=optim,
             value_head=value_head,
         )
         weights.import_hf(self.hf, model_dir, self.chunks, skip=(WEIGHT,) if value_head else ())
@@ -191,8 +191,8 @@ class Trainable:
         finite = torch.ones(1, device=self.device)
         for chunk in self.chunks:
             for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
-                for part in buffer.grad_data.split(1 << 24):  # bounds what `isfinite` allocates
-                    finite *= torch.isfinite(part).all()
+                if buffer.grad_data.numel():  # the largest is read off in one pass that allocates nothing
+                    finite *= torch.isfinite(torch.linalg.vector_norm(buffer.grad_data, torch.inf))
         torch.distributed.all_reduce(finite, op=torch.distributed.ReduceOp.MIN)
         if not bool(finite):
             raise NotFinite("gradient")

@@ -12,7 +12,7 @@ import argparse
 import torch
 from torch import Tensor
 
-from configs.schema import ModelConfig, ParallelConfig
+from configs.schema import ModelConfig, OptimConfig, ParallelConfig
 from conversion import cli
 from conversion.mapping import megatron_shape
 from conversion.sharding import shard
@@ -51,7 +51,7 @@ def _from_megatron(source: MegatronSource, prompts: list[Tensor]) -> Tensor:
     parallel, hf = ParallelConfig(), source.hf
     with learner.distributed(parallel, seed=0), learner.on_device():
         with torch.inference_mode(False), torch.enable_grad():  # Megatron's wrapper registers hooks on gradients
-            chunks = learner.build_chunks(hf, parallel, ModelConfig(dtype="float32"), distributed_optimizer=False)
+            chunks = learner.build_chunks(hf, parallel, ModelConfig(dtype="float32"), optim=OptimConfig())
         device = learner.device()
         with torch.inference_mode(False), torch.no_grad():
             for name, parameter in named_parameters(chunks).items():

@@ -183,6 +183,8 @@ def transformer_config(hf: conversion.HFConfig, parallel: ParallelConfig, model:
     recomputation: dict[str, Any] = {}
     if model.recompute:
         recomputation = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        if model.recompute_modules:
+            recomputation = {"recompute_granularity": "selective", "recompute_modules": list(model.recompute_modules)}
     if needs_own_modules(hf):
         model = _without_transformer_engine(model, hf)
     kernels = transformer_engine_settings(model, moe=hf.experts is not None)
@@ -230,7 +232,7 @@ def build_chunks(
     parallel: ParallelConfig,
     model_config: ModelConfig,
     *,
-    distributed_optimizer: bool,
+    optim: OptimConfig,
     value_head: bool = False,
 ) -> list[DistributedDataParallel]:
     """The model chunks of this rank (one per virtual pipeline stage), uninitialised, wrapped in Megatron's DDP.
@@ -260,9 +262,10 @@ def build_chunks(
             model = model.to(device())
             chunks.append(Float16Module(config, model) if config.bf16 else model)
         ddp = DistributedDataParallelConfig(
-            use_distributed_optimizer=distributed_optimizer,
+            use_distributed_optimizer=optim.distributed,
             grad_reduce_in_fp32=config.bf16,
-            overlap_grad_reduce=False,
+            overlap_grad_reduce=optim.overlap_grad_reduce,
+            bucket_size=optim.bucket_parameters,
             check_for_nan_in_grad=False,  # the optimizer step reports it
         )
         wrapped = [DistributedDataParallel(config, ddp, c, disable_bucketing=i > 0) for i, c in enumerate(chunks)]

@@ -22,7 +22,7 @@ optim.min_lr optim.weight_decay optim.clip_grad optim.warmup_steps critic.lr cri
 reference.kl_coef run.report_every train.positive_nll_coef train.tis_floor train.tis_veto
 train.stop_after_silent_steps advantage.max_refills
 advantage.overlong_buffer advantage.overlong_factor rollout.max_staleness model.warm_start.max_steps
-model.warm_start.min_steps train.keep_logits_gib
+model.warm_start.min_steps train.keep_logits_gib optim.bucket_parameters
 """
 _ABOVE_0 = """
 optim.eps train.tis_cap rollout.temperature rollout.timeout_s rollout.update_timeout_s rollout.start_timeout_s

@@ -39,6 +39,7 @@ def check(config: Config, *, data: bool = True) -> None:
     _check_algorithm(config)
     _check_sizes(config)
     _check_layout(config)
+    _check_learner(config)
     fp8.check_settings(config)
     rollout.check_settings(config)
     _check_files(config)
@@ -153,6 +154,23 @@ def _check_refills(c: Config) -> None:
     for key, value in unused.items():
         if value and not c.advantage.drop_uniform_groups:
             raise ValueError(f"{key}={value} has no effect: set advantage.drop_uniform_groups=true or unset it")
+
+
+RECOMPUTED = ("mlp", "moe", "core_attn")  # parts of a layer that can be run again alone
+
+
+def _check_learner(c: Config) -> None:
+    if unknown := [name for name in c.model.recompute_modules if name not in RECOMPUTED]:
+        raise ValueError(f"model.recompute_modules={unknown[0]} is unknown; choose among {', '.join(RECOMPUTED)}")
+    if c.model.recompute_modules and not c.model.recompute:
+        raise ValueError(
+            f"model.recompute_modules={c.model.recompute_modules} has no effect: set model.recompute=true or unset it"
+        )
+    if c.optim.bucket_parameters is not None and not c.optim.overlap_grad_reduce:
+        raise ValueError(
+            f"optim.bucket_parameters={c.optim.bucket_parameters} has no effect: set optim.overlap_grad_reduce=true or "
+            "unset it"
+        )
 
 
 def _check_layout(c: Config) -> None:

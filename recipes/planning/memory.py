@@ -173,6 +173,19 @@ def layer_activations(config: Config, hf: conversion.HFConfig) -> float:
     return norms / (p.tp if p.sp else 1) + wide / p.tp
 
 
+def recomputed_activations(config: Config, hf: conversion.HFConfig) -> float:
+    """Bytes per token of one layer that are not kept under ``model.recompute_modules``, but made again in backward.
+
+    The MLP (or the experts) is run again from its input, which is kept anyway. Attention keeps no scores, so running
+    it again saves its softmax only.
+    """
+    if {"mlp", "moe"} & set(config.model.recompute_modules):
+        b = ITEM_BYTES[config.model.dtype]
+        per_number = 2 * b + (1 if config.model.fp8 else b) if layer_kind(config) == "transformer_engine" else 5 * b
+        return _mlp(hf, per_number) / config.parallel.tp
+    return 0.0
+
+
 def _mlp(hf: conversion.HFConfig, per_number: float) -> float:
     width = hf.experts.ffn_hidden_size * hf.experts.top_k if hf.experts else hf.ffn_hidden_size
     return width * per_number
@@ -227,7 +240,10 @@ def learner_memory(config: Config, hf: conversion.HFConfig) -> Memory:
     layers, per_layer = hf.num_layers / p.pp, layer_activations(config, hf)
     interleaving = 1 + (p.pp - 1) / (p.pp * p.vpp) if p.vpp > 1 else 1.0
     kept, once = layers * per_layer, 0.0
-    if config.model.recompute:
+    if config.model.recompute and config.model.recompute_modules:
+        once = recomputed_activations(config, hf)
+        kept -= layers * once
+    elif config.model.recompute:
         kept, once = layers * hf.hidden_size * ITEM_BYTES[config.model.dtype] / (p.tp if p.sp else 1), per_layer
     stages = []
     for last, in_flight in ((False, p.pp * interleaving), (True, interleaving)):

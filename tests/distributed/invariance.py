@@ -54,6 +54,8 @@ class Variant:
     other: str = ""  # a model besides the dense one and the mixture of experts
     tokens: int = 16  # token budget of a micro-batch
     recompute: bool = False
+    modules: tuple[str, ...] = ()  # with recompute
+    overlap: bool = False  # of gradient reduction, in buckets of a few parameters
     chunk: int = 0  # train.loss_chunk_tokens
     order: tuple[int, ...] = tuple(range(len(cases.LENGTHS)))
 
@@ -84,11 +86,11 @@ VARIANTS = (
     _variant("one, all at once, chunked, shuffled", tokens=1 << 16, chunk=5, order=SHUFFLED),
     _variant("one-moe, all at once, shuffled", tokens=1 << 16, order=SHUFFLED, moe=True),
     _variant("tp2", 2, {"tp": 2}),
-    _variant("tp2 sp", 2, TP2_SP, recompute=True),
+    _variant("tp2 sp", 2, TP2_SP, recompute=True, modules=("mlp",)),
     _variant("pp2", 2, {"pp": 2}),
     _variant("pp2 vpp2", 2, {"pp": 2, "vpp": 2}),
     _variant("cp2", 2, {"cp": 2}),
-    _variant("dp2", 2),
+    _variant("dp2", 2, overlap=True),
     _variant("dp2 distributed optimizer", 2, sharded=True),
     _variant("ep2", 2, {"ep": 2}, moe=True),
     _variant("tp2 sp ep2", 2, {**TP2_SP, "ep": 2}, moe=True),
@@ -100,16 +102,16 @@ VARIANTS = (
     _variant("tp2 sp cp2", 4, {**TP2_SP, "cp": 2}, tokens=40, chunk=3),
     _variant("tp2 pp2", 4, {"tp": 2, "pp": 2}, tokens=24),
     _variant("pp2 cp2", 4, {"pp": 2, "cp": 2}, tokens=24, recompute=True),
-    _variant("pp2 vpp2 dp2", 4, {"pp": 2, "vpp": 2}, order=SHUFFLED),
+    _variant("pp2 vpp2 dp2", 4, {"pp": 2, "vpp": 2}, order=SHUFFLED, overlap=True),
     _variant("tp2 dp2 distributed optimizer", 4, {"tp": 2}, sharded=True),
     _variant("cp2 ep2", 4, {"cp": 2, "ep": 2}, moe=True, tokens=40, order=SHUFFLED),
-    _variant("pp2 ep2", 4, {"pp": 2, "ep": 2}, moe=True, tokens=24, recompute=True),
+    _variant("pp2 ep2", 4, {"pp": 2, "ep": 2}, moe=True, tokens=24, recompute=True, modules=("moe",)),
     _variant("dp4 ep2 distributed optimizer", 4, {"ep": 2}, moe=True, sharded=True),
     _variant("tp2 pp2 cp2", 8, {"tp": 2, "pp": 2, "cp": 2}, tokens=40),
     _variant("tp2 sp pp2 vpp2 cp2", 8, {**TP2_SP, "pp": 2, "vpp": 2, "cp": 2}, tokens=40, recompute=True),
-    _variant("cp2 dp4", 8, {"cp": 2}, tokens=80),
+    _variant("cp2 dp4", 8, {"cp": 2}, tokens=80, overlap=True),
     _variant("tp2 sp cp2 dp2 distributed optimizer", 8, {**TP2_SP, "cp": 2}, tokens=80, sharded=True),
-    _variant("tp2 sp cp2 dp2 ep4", 8, {**TP2_SP, "cp": 2, "ep": 4}, moe=True, tokens=80),
+    _variant("tp2 sp cp2 dp2 ep4", 8, {**TP2_SP, "cp": 2, "ep": 4}, moe=True, tokens=80, overlap=True),
     _variant("tp2 sp pp2 dp2 ep2", 8, {**TP2_SP, "pp": 2, "ep": 2}, moe=True, tokens=24),
 )
 
@@ -170,6 +172,8 @@ def _learner(variant: Variant, model_dir: Path, dtype: str, optimizer: str) -> L
         optim.lr, optim.betas, optim.weight_decay = ADAM_LR, [0.9, 0.95], 0.1
     config = cases.make_config(variant.layout, dtype, optim, micro_batch_tokens=variant.tokens)
     config.model.recompute, config.train.loss_chunk_tokens = variant.recompute, variant.chunk
+    config.model.recompute_modules = list(variant.modules)
+    config.optim.overlap_grad_reduce, config.optim.bucket_parameters = variant.overlap, 500
     return Learner(config, model_dir, total_updates=100)
 
 

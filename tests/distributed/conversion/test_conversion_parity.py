@@ -186,14 +186,14 @@ def _check(case: str, layout: str, parallel: dict[str, int], root: Path, save: b
     """Largest difference of a logit on this rank (0 where there are none); saves the model afterwards if asked."""
     from megatron.core import dist_checkpointing
 
-    from configs.schema import ModelConfig, ParallelConfig
+    from configs.schema import ModelConfig, OptimConfig, ParallelConfig
     from megatron_ext.learner import model as learner
 
     config = ParallelConfig(**parallel)
     hf = conversion.read_config(root / case / "hf")
     expected = load_file(root / case / "expected.safetensors")
     with learner.distributed(config, seed=1), learner.on_device():
-        chunks = learner.build_chunks(hf, config, ModelConfig(dtype="float32"), distributed_optimizer=False)
+        chunks = learner.build_chunks(hf, config, ModelConfig(dtype="float32"), optim=OptimConfig())
         with torch.no_grad():
             for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
                 parameter.fill_(torch.nan)  # nothing may survive that was not in the checkpoint

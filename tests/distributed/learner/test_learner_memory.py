@@ -19,6 +19,7 @@ SETTINGS = {
     "base": ("", 1),
     "whole logits": ("train.loss_chunk_tokens=100000", 1),
     "recompute": ("model.recompute=true", 1),
+    "recompute the MLP": ("model.recompute=true model.recompute_modules=[mlp]", 1),
     "tp 2": ("parallel.tp=2", 2),
     "tp 2, sp": ("parallel.tp=2 parallel.sp=true", 2),
     "pp 2": ("parallel.pp=2", 2),
