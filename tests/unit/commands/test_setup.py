@@ -174,3 +174,47 @@ def test_make_lists_its_targets() -> None:
     result = subprocess.run(["make", "-s", "help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
     for target in ("make train", "make test", "make doctor"):
         assert target in result.stdout
+
+
+def test_files_travel_in_pieces_and_damage_is_seen(tmp_path: Path) -> None:
+    whole = bytes(range(256)) * 10
+    (tmp_path / "a-1.whl").write_bytes(whole)
+    setup_env.split_file(tmp_path / "a-1.whl", 1000)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a-1.whl.000", "a-1.whl.001", "a-1.whl.002", "a-1.whl.pieces"]
+    assert (setup_env.join_pieces(tmp_path) / "a-1.whl").read_bytes() == whole
+    (tmp_path / "a-1.whl.001").write_bytes(b"x" * 1000)
+    with pytest.raises(SystemExit, match="damaged: transfer them again"):
+        setup_env.join_pieces(tmp_path)
+    (tmp_path / "a-1.whl.001").unlink()
+    with pytest.raises(SystemExit, match="a-1.whl.001 is missing"):
+        setup_env.join_pieces(tmp_path)
+
+
+def test_a_wheelhouse_is_all_that_pip_sees(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the torch that is there, and Transformer Engine compiled against it."""
+    (repo / "constraints" / "gpu.txt").write_text(
+        'transformer-engine==2.20.2; python_version >= "3.12"\n'
+        'transformer-engine-torch==2.11.0; python_version < "3.12"\n'
+    )
+    (repo / "wheels").mkdir()
+    (repo / "wheels" / "numpy-1.whl").touch()
+    pip = FakePip(monkeypatch)
+    seen: list[dict[str, str]] = []
+    run = pip.run
+    monkeypatch.setattr(subprocess, "run", lambda c, **k: (seen.append(k.get("env") or {}), run(c, **k))[1])
+    words = ["--wheelhouse", str(repo / "wheels"), "--gpu", "--system-torch", "--venv", str(repo / "env")]
+    setup_env.main(words)
+    assert not pip.has("torch==2.13.0") and pip.has("constraints/base.txt") and pip.has("--no-build-isolation -e .")
+    assert pip.has("transformer-engine-torch==2.11.0"), "the venv has Python 3.11"
+    installs = [env for env in seen if "PIP_NO_INDEX" in env]
+    assert len(installs) == len(pip.installed) and all(str(repo / "wheels") in e["PIP_FIND_LINKS"] for e in installs)
+    assert any(env.get("NVTE_FRAMEWORK") == "pytorch" for env in installs)
+    setup_env.main(["--venv", str(repo / "env")])
+    assert len(installs) == len(pip.installed), "make finds the environment up to date"
+
+
+@pytest.mark.parametrize("words", [["--collect"], ["--gpu"], ["--system-torch"]])
+def test_what_needs_a_wheelhouse_says_so(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        setup_env.main(words)
+    assert "need --wheelhouse DIR" in capsys.readouterr().err

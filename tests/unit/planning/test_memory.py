@@ -107,6 +107,19 @@ def test_recomputation_keeps_inputs_and_one_layer(base: Config) -> None:
     assert got.activations == TOKENS * 2 * 128 * 4 and got.momentary == moment(TOKENS * LAYER)
 
 
+def test_recomputing_the_mlp_keeps_the_rest_of_every_layer(base: Config) -> None:
+    got = memory.learner_memory(change(base, "model", recompute=True, recompute_modules=["mlp"]), TINY)
+    assert got.activations == TOKENS * 2 * (LAYER - MLP) and got.momentary == moment(TOKENS * MLP)
+
+
+def test_a_background_checkpoint_is_on_the_host(base: Config) -> None:
+    """Each of four ranks copies its quarter of the state and of the weights."""
+    four = change(change(base, "optim", distributed=True), "parallel", nproc=4)
+    got = memory.learner_memory(change(four, "train", async_save=True), TINY)
+    assert memory.learner_memory(four, TINY).host == 0
+    assert got.host == (8 + 4) * memory.parameter_count(TINY) / 4
+
+
 def test_tensor_and_sequence_parallelism_cut_activations(base: Config) -> None:
     """Norms, sines and cosines are whole on every tensor-parallel rank; sequence parallelism cuts the norms."""
     tp2, sp = change(base, "parallel", tp=2), change(base, "parallel", tp=2, sp=True)
