@@ -21,8 +21,9 @@ class FusedAdam(torch.optim.Optimizer):
         *,
         bias_correction: bool = True,
         adam_w_mode: bool,
+        capturable: bool = False,  # Megatron-Core 0.19 names it
     ) -> None:
-        assert adam_w_mode
+        assert adam_w_mode and not capturable
         defaults = {"lr": lr, "bias_correction": bias_correction, "betas": betas, "eps": eps}
         super().__init__(params, {**defaults, "weight_decay": weight_decay})
 

@@ -143,9 +143,19 @@ class GroupedLinear(TransformerEngineBaseModule):
 
 class RMSNorm(TransformerEngineBaseModule):
     def __init__(
-        self, hidden_size: int, eps: float, *, sequence_parallel: bool, params_dtype: torch.dtype, device: Any, **_: Any
+        self,
+        normalized_shape: int | None = None,  # Megatron-Core 0.19 says this, 0.16 ``hidden_size``
+        eps: float = 1e-5,
+        *,
+        hidden_size: int | None = None,
+        sequence_parallel: bool,
+        params_dtype: torch.dtype,
+        device: Any,
+        **_: Any,
     ) -> None:
         super().__init__()
+        hidden_size = normalized_shape if hidden_size is None else hidden_size
+        assert hidden_size is not None
         self.eps = eps
         self.weight = _parameter(hidden_size, dtype=params_dtype, device=device)
         self.weight.sequence_parallel = sequence_parallel
