@@ -2,7 +2,7 @@
 
 Tensors: ``rewards_B`` one score per sampled response, ``groups_B`` int64, equal for responses to the same prompt
 (any ids, any order). Everything is computed and returned in float64; group sizes may differ.
-Sources: P2 (CE-GPPO) eq. 2, P3 (Clip-Low/Clip-High) app. C, P4 (entropy dynamics) app. E.4, and as stated below.
+Sources: CE-GPPO eq. 2, Clip-Low/High app. C, Entropy Dynamics app. E.4, and as stated below.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def _centred(rewards_B: Tensor, groups_B: Tensor) -> Tensor:
 def grpo(rewards_B: Tensor, groups_B: Tensor, *, delta: float = 1e-6, unbiased: bool = True) -> Tensor:
     """(R - mean) / (std + delta) within the group; sample standard deviation, or population with unbiased=False.
 
-    P0 sec. 2.1 prints delta, P2 eq. 2 and P4 omit it; none says which standard deviation.
+    Flexible Entropy Control sec. 2.1 prints delta, CE-GPPO eq. 2 and Entropy Dynamics omit it; none says which
+    standard deviation.
     """
     check_number("advantage.params.delta", delta, 0)
     index, size = _group_index(groups_B)
@@ -63,7 +64,7 @@ def grpo(rewards_B: Tensor, groups_B: Tensor, *, delta: float = 1e-6, unbiased: 
 
 
 def dr_grpo(rewards_B: Tensor, groups_B: Tensor) -> Tensor:
-    """R - group mean. Source: Liu et al. 2025 (Dr. GRPO); used by P3."""
+    """R - group mean. Source: Liu et al. 2025 (Dr. GRPO); used by Clip-Low/High."""
     return _centred(rewards_B, groups_B)
 
 
@@ -141,7 +142,7 @@ def unlikely(rewards_B: Tensor, groups_B: Tensor, seq_logp_B: Tensor, *, beta_ra
 def soft_overlong_penalty(lengths_B: Tensor, *, max_tokens: int, buffer: int, factor: float = 1.0) -> Tensor:
     """Added to the reward: 0 up to max_tokens - buffer, falling linearly to -factor at max_tokens and beyond, (B,).
 
-    Source: Yu et al. 2025 (DAPO) eq. 13; P3 uses factor 1.0. ``lengths_B`` in response tokens.
+    Source: Yu et al. 2025 (DAPO) eq. 13; Clip-Low/High uses factor 1.0. ``lengths_B`` in response tokens.
 
     Raises:
         ValueError: unless 0 < buffer <= max_tokens and factor >= 0.
@@ -155,7 +156,7 @@ def soft_overlong_penalty(lengths_B: Tensor, *, max_tokens: int, buffer: int, fa
 def gae(
     rewards_T: Tensor, values_T: Tensor, seq_ids_T: Tensor, *, gamma: float = 1.0, lam: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation over ragged flat tokens (Schulman et al. 2016; P4 app. E.4).
+    """Generalised advantage estimation over ragged flat tokens (Schulman et al. 2016; Entropy Dynamics app. E.4).
 
     A_t = sum_l (gamma lam)^l delta_{t+l} with delta_t = r_t + gamma V_{t+1} - V_t; the value after the last token is 0.
 

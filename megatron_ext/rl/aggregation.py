@@ -2,7 +2,7 @@
 
 The objective of an optimizer step is sum_i w_i sum_t loss_it over its B sequences, so its gradient is the same for any
 micro-batching, packing or layout. Computed once, on the host, from the lengths of *all* sequences of the step.
-Sources: P2 (CE-GPPO) eq. 3-4, P4 (entropy dynamics) eq. 1, Liu et al. 2025 (Dr. GRPO) for ``constant``.
+Sources: CE-GPPO eq. 3-4, Entropy Dynamics eq. 1, Liu et al. 2025 (Dr. GRPO) for ``constant``.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ def sequence_weights(
     """w_i of every sequence, float64 (B,). With L_i its length, B and M the numbers of included sequences and groups:
 
     - ``token_mean``: 1 / sum_j L_j
-    - ``seq_mean_token_mean``: 1 / (B L_i). P2 eq. 3 for groups of equal size; unequal groups count by their sequences.
-    - ``group_token_mean``: 1 / (M sum_{j in group of i} L_j), P2 eq. 4 and P4 eq. 1
+    - ``seq_mean_token_mean``: 1 / (B L_i). CE-GPPO eq. 3 for groups of equal size; unequal groups count by their
+      sequences.
+    - ``group_token_mean``: 1 / (M sum_{j in group of i} L_j), CE-GPPO eq. 4 and Entropy Dynamics eq. 1
     - ``seq_mean_token_sum``: 1 / B
     - ``constant``: 1 / (B max_tokens)
 

@@ -1,9 +1,10 @@
 """Diagnostics of a batch: what an optimizer step does to the entropy, and where its gradient comes from.
 
 Pure: torch only, no gradient flows through anything here. Shape (T,): tokens, flat, in any packing. Entropies in nats.
-Papers: P0 Flexible Entropy Control, P2 CE-GPPO, P3 Clip-Low/Clip-High, P4 entropy dynamics (Clip_B / Clip_V).
+Papers: Flexible Entropy Control, CE-GPPO, Clip-Low/High, Entropy Dynamics (Clip_B / Clip_V).
 
-Notation: ``S = p (H + log p)`` of the token taken (P3 calls it Q), ``D = S - E_p[S]``, ``r = pi_theta / pi_old``.
+Notation: ``S = p (H + log p)`` of the token taken (Clip-Low/High calls it Q), ``D = S - E_p[S]``, ``r = pi_theta /
+pi_old``.
 
 `diagnostic_sums` returns additive float64 scalars, including their denominators: add them over micro-batches, ranks
 and updates, then call `diagnostics` once.
@@ -22,18 +23,24 @@ QUADRANTS = ("PA_HP", "PA_LP", "NA_HP", "NA_LP")
 
 
 def discriminant(stats: TokenStats) -> Tensor:
-    """S = p (H + log p) of the token taken, float64 (T,). P4 thm 1: raising its logit by eps changes H by -eps S."""
+    """S = p (H + log p) of the token taken, float64 (T,).
+
+    Entropy Dynamics thm 1: raising its logit by eps changes H by -eps S.
+    """
     logp = stats.logp.double()
     return logp.exp() * (stats.entropy.double() + logp)
 
 
 def expected_discriminant(stats: TokenStats) -> Tensor:
-    """E_p[S] = sum_v p_v^2 (H + log p_v) = H sum p^2 + sum p^2 log p, float64 (T,). P4 theorem 2."""
+    """E_p[S] = sum_v p_v^2 (H + log p_v) = H sum p^2 + sum p^2 log p, float64 (T,). Entropy Dynamics theorem 2."""
     return stats.entropy.double() * stats.sum_p2.double() + stats.sum_p2_logp.double()
 
 
 def centred_discriminant(stats: TokenStats) -> Tensor:
-    """D = S - E_p[S], float64 (T,). P4 thm 2: a step eta along the gradient of log p changes H by -eta D."""
+    """D = S - E_p[S], float64 (T,).
+
+    Entropy Dynamics thm 2: a step eta along the gradient of log p changes H by -eta D.
+    """
     return discriminant(stats) - expected_discriminant(stats)
 
 
@@ -43,9 +50,10 @@ def score_norm(stats: TokenStats) -> Tensor:
 
 
 def region_masks(logp: Tensor, ratio: Tensor, advantages: Tensor) -> dict[str, Tensor]:
-    """E1 to E4 of P0 section 3, bool (T,).
+    """E1 to E4 of Flexible Entropy Control section 3, bool (T,).
 
-    E1/E2 = A > 0, 1 < r < 1.3, p > 0.7 / p <= 0.3; E3/E4 = A < 0, 0.7 < r < 1 and the same p. P0 also writes p < 0.3
+    E1/E2 = A > 0, 1 < r < 1.3, p > 0.7 / p <= 0.3; E3/E4 = A < 0, 0.7 < r < 1 and the same p. Flexible Entropy
+    Control also writes p < 0.3
     for the low side; its figure 2 has p <= 0.3.
     """
     prob = logp.exp()
@@ -56,9 +64,9 @@ def region_masks(logp: Tensor, ratio: Tensor, advantages: Tensor) -> dict[str, T
 
 
 def quadrant_masks(logp: Tensor, advantages: Tensor, hp_threshold: float = 0.5) -> dict[str, Tensor]:
-    """P2 figure 1: positive (PA) or negative (NA) advantage x high (HP) or low (LP) probability.
+    """CE-GPPO figure 1: positive (PA) or negative (NA) advantage x high (HP) or low (LP) probability.
 
-    A token is HP above ``hp_threshold``. P2 gives no number; 0.5 is ours.
+    A token is HP above ``hp_threshold``. CE-GPPO gives no number; 0.5 is ours.
     """
     high = logp.exp() > hp_threshold
     positive, negative = advantages > 0, advantages < 0
@@ -108,14 +116,18 @@ def diagnostics(sums: dict[str, Tensor], *, updates: int = 1) -> dict[str, Tenso
       penalties and its entropy bonus add (the latter from the sampled token alone, so unbiased but noisy). Times the
       learning rate it is the first-order change of the mean entropy in one update of plain gradient descent on
       independent logits. Under Adam its sign and its correlation mean something, its size does not.
-    * ``entropy_slope_unclipped``: -Cov(A, r D) over all tokens, P4 cor. 4.1. It does not know the loss: clipping,
+    * ``entropy_slope_unclipped``: -Cov(A, r D) over all tokens, Entropy Dynamics cor. 4.1. It does not know the loss:
+      clipping,
       preserved gradients and token selection do not change it.
     * ``tokens/<region>``, ``grad/<region>``: share of response tokens, and of gradient mass |d objective / d logp|
-      ||e_y - p||, in P0's E1..E4 and in P2's positive/negative advantage x high/low probability. A token that a bound
+      ||e_y - p||, in Flexible Entropy Control's E1..E4 and in CE-GPPO's positive/negative advantage x high/low
+      probability. A token that a bound
       or a selection drops has no mass.
-    * ``q_gap_low``, ``q_gap_high``: E[Q] - E[Q|X] and E[Q] - E[Q|Y] (P3 eq. 7), expectations under pi_theta: X and Y
+    * ``q_gap_low``, ``q_gap_high``: E[Q] - E[Q|X] and E[Q] - E[Q|Y] (Clip-Low/High eq. 7), expectations under
+      pi_theta: X and Y
       are the tokens below and above the loss's own bounds, weighted by r, each against E_p[S] of its own state.
-    * ``clip_low_term``, ``clip_high_term``: p_k and q_k times these (P3 theorem 1): the mean over all tokens.
+    * ``clip_low_term``, ``clip_high_term``: p_k and q_k times these (Clip-Low/High theorem 1): the mean over all
+      tokens.
     """
     n = sums["tokens"]
     mean = {name: ratio_or_zero(sums[name], n) for name in ("a", "rd", "ard", "low_gap", "high_gap")}

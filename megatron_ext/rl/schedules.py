@@ -5,7 +5,7 @@ state, ``loss_params`` says which parameters `build_loss` gets at this step. The
 nothing else is remembered. Within rollout step k: ``state = observe(state, ...)``, then
 ``build_loss(name, **{**config, **loss_params(state, ...)})``.
 
-Sources: P2 (CE-GPPO) fig. 4 for schedules of beta; P0 (Flexible Entropy Control) sec. 4.2 for OD (ID and DID need the
+Sources: CE-GPPO fig. 4 for schedules of beta; Flexible Entropy Control sec. 4.2 for OD (ID and DID need the
 step only and live in the loss `dynamic_clip`); Skywork-OR1 (He et al. 2025, arXiv:2505.22312) for
 ``adaptive_entropy_bonus``, by its code. Closed loops on the entropy came before ``entropy_target``: soft actor-critic's
 temperature (Haarnoja et al. 2018, arXiv:1812.05905), Skywork-OR1's coefficient, and the PI control of EntroPIC (2025,
@@ -66,7 +66,7 @@ class NoSchedule(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class Piecewise(Schedule):
-    """Piecewise-constant parameters over rollout steps. P2 fig. 4: beta1 0 -> 0.5 at step 585, beta2 1."""
+    """Piecewise-constant parameters over rollout steps. CE-GPPO fig. 4: beta1 0 -> 0.5 at step 585, beta2 1."""
 
     points: Mapping[str, Curve] = field(default_factory=lambda: {"beta1": [[0, 0.0], [585, 0.5]]})
     """Loss parameter -> [[step, value], ...]: the value from that step on; the first step is 0."""
@@ -120,7 +120,8 @@ class EntropyTarget(Schedule):
 
     curve: Literal["constant", "linear", "cosine", "id", "did", "od"] = "constant"
     """constant | linear | cosine (start to end) | id (start, peak, end) | did (start, end, peak, end) | od: falls to
-    ``end``, then up to the envelope end + (start - end)(1 - k/T), and so on (P0's hysteresis, as a target)."""
+    ``end``, then up to the envelope end + (start - end)(1 - k/T), and so on (Flexible Entropy Control's hysteresis,
+    as a target)."""
     start: float = 1.0
     end: float = 1.0
     peak: float = 1.2

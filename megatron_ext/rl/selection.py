@@ -6,7 +6,7 @@ Whatever looks at the whole batch does so over the *global* batch, through an in
 with the weights in force before the update; the set is the same for any micro-batching or layout. "Batch" is the
 rollout batch, selected once before its first update, or with ``per_update`` each mini-batch. Standard deviations are
 population ones.
-Sources: P4 (entropy dynamics) alg. 1-2 and sec. 4.2, 5.2; P0 (Flexible Entropy Control) sec. 3; P2 (CE-GPPO) sec. 5.5;
+Sources: Entropy Dynamics alg. 1-2 and sec. 4.2, 5.2; Flexible Entropy Control sec. 3; CE-GPPO sec. 5.5;
 Cui et al. 2025 (Clip-Cov, KL-Cov); Wang et al. 2025b (forking tokens); He et al. 2025 (unlikely).
 """
 
@@ -134,7 +134,8 @@ def _of_sign(advantages: Tensor, tokens: str) -> Tensor:
 class ClipB(Selection):
     """Drop outliers of S: keep iff -mu_low sigma <= S - S_mean <= mu_high sigma, statistics over all response tokens.
 
-    P4 alg. 1. mu = 2.5, on the lower side of negative tokens only, is the authors' public code; P4 gives no number.
+    Entropy Dynamics alg. 1. mu = 2.5, on the lower side of negative tokens only, is the authors' public code; Entropy
+    Dynamics gives no number.
     """
 
     statistics: ClassVar[tuple[str, ...]] = ("logp", "entropy")
@@ -166,7 +167,8 @@ class ClipB(Selection):
 class ClipV(ClipB):
     """Drop outliers of D = S - E_p[S]: keep iff -mu_low sigma' <= D <= mu_high sigma', sigma' = std of D.
 
-    P4 alg. 2. Its eq. 16 subtracts E_p[S] from D once more: a slip. D is not centred by its batch mean, which is 0 in
+    Entropy Dynamics alg. 2. Its eq. 16 subtracts E_p[S] from D once more: a slip. D is not centred by its batch mean,
+    which is 0 in
     expectation (cor. 2). mu 2.0 and 8.5 are in the authors' public code; two-sided as alg. 2 is written.
     """
 
@@ -254,7 +256,7 @@ class KlCov(Selection):
 
 @dataclass(frozen=True, kw_only=True)
 class Forking(Selection):
-    """Only the max(floor(frac N), 1) tokens of highest entropy train. Wang et al. 2025b; P4 sec. 4.2."""
+    """Only the max(floor(frac N), 1) tokens of highest entropy train. Wang et al. 2025b; Entropy Dynamics sec. 4.2."""
 
     statistics = ("entropy",)
 
@@ -272,10 +274,13 @@ class Forking(Selection):
 class Region(Selection):
     """Ablations: drop or keep a region of tokens that is said to raise or lower entropy.
 
-    ``e1`` .. ``e4`` (P0 sec. 3), on the ratio and p of the current forward: e1/e2 have A > 0, 1 < r < 1.3 and p > 0.7 /
+    ``e1`` .. ``e4`` (Flexible Entropy Control sec. 3), on the ratio and p of the current forward: e1/e2 have A > 0, 1
+    < r < 1.3 and p > 0.7 /
     p <= 0.3; e3/e4 have A < 0, 0.7 < r < 1 and the same p. ``drop`` drops the region; ``keep`` drops the *other three*:
-    tokens of no region train normally either way. P0 runs this in the trust region 0.7 < r < 1.3 (eps 0.3).
-    ``s_positive``, ``s_negative`` (P4 fig. 1): S > 0 or S < 0 among the tokens whose advantage has the sign
+    tokens of no region train normally either way. Flexible Entropy Control runs this in the trust region 0.7 < r <
+    1.3 (eps 0.3).
+    ``s_positive``, ``s_negative`` (Entropy Dynamics fig. 1): S > 0 or S < 0 among the tokens whose advantage has the
+    sign
     ``advantage``; ``drop`` drops these, ``keep`` drops all others of that sign. The other sign trains normally.
     """
 
@@ -328,7 +333,7 @@ class EntropyRatio(Selection):
 
 @dataclass(frozen=True, kw_only=True)
 class EntropyBonus(Selection):
-    """Subtract coef * H from every token's loss. P2 sec. 5.5: 0.001 still collapses there, 0.003 explodes."""
+    """Subtract coef * H from every token's loss. CE-GPPO sec. 5.5: 0.001 still collapses there, 0.003 explodes."""
 
     coef: float = 0.001
 

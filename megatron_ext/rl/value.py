@@ -1,6 +1,6 @@
 """What a critic adds to policy-gradient training: its loss, its targets, and how its advantages are scaled.
 
-Tensors are flat over response tokens, (T,), in sample order. Source: P4 (entropy dynamics) app. E.4, which prints the
+Tensors are flat over response tokens, (T,), in sample order. Source: Entropy Dynamics app. E.4, which prints the
 recursion of GAE (`advantages.gae`) and nothing else; what is ours is said where it is.
 """
 
@@ -41,7 +41,8 @@ def last_token_rewards(rewards_B: Tensor, offsets: Tensor) -> Tensor:
 def whiten(advantages_T: Tensor, mask_T: Tensor, *, delta: float = 1e-8) -> Tensor:
     """(A - mean) / (std + delta) with mean and population std over the masked tokens of the batch; 0 elsewhere.
 
-    Ours: P4 does not say whether advantages are scaled; public PPO recipes for language models whiten them so.
+    Ours: Entropy Dynamics does not say whether advantages are scaled; public PPO recipes for language models whiten
+    them so.
     """
     chosen = advantages_T[mask_T]
     if not chosen.numel():
@@ -57,7 +58,7 @@ def value_loss(
 
     L = 1/2 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2). Where the second term is the larger one, V has left
     the interval towards R, the bound is a constant, and the token has no gradient. The factor 1/2 and the maximum are
-    those of Schulman et al.'s PPO implementation; P4 prints no value loss.
+    those of Schulman et al.'s PPO implementation; Entropy Dynamics prints no value loss.
 
     Args:
         values_T: V, differentiable. ``returns_T``, ``old_values_T`` are constants.

@@ -1,4 +1,4 @@
-"""CE-GPPO: PPO that keeps a bounded gradient outside the clipping interval. Source: P2 (CE-GPPO) eq. 8-10.
+"""CE-GPPO: PPO that keeps a bounded gradient outside the clipping interval. Source: CE-GPPO eq. 8-10.
 
 Resolutions. beta1 belongs to the LEFT branch (A < 0, r < 1-eps_low), beta2 to the RIGHT one (A > 0, r > 1+eps_high):
 eq. 8 and sec. 5.1 say so; the sentence of sec. 3.2 that pairs beta1 with positive-advantage tokens is a slip.

@@ -1,4 +1,4 @@
-"""CISPO: REINFORCE with a clipped, stop-gradient importance weight. Source: MiniMax-M1 2025; P2 (CE-GPPO) sec. 5.4.
+"""CISPO: REINFORCE with a clipped, stop-gradient importance weight. Source: MiniMax-M1 2025; CE-GPPO sec. 5.4.
 
 Public codes differ in the bound: here [1-eps_low, 1+eps_high], both sides, both signs of A (as verl, slime, NeMo-RL).
 """

@@ -1,12 +1,14 @@
-"""Dynamic clipping with the ID, DID and OD schedules. Source: P0 (Flexible Entropy Control) sec. 4.
+"""Dynamic clipping with the ID, DID and OD schedules. Source: Flexible Entropy Control sec. 4.
 
 PPO whose offsets depend on the token's current probability p (detached, no gradient through a bound):
 upper H(p) = alpha_high p + b_high, lower M(p) = alpha_low p + b_low, in place of the constant eps.
 
-Resolutions. P0's printed phase-II lower bound, (1+lambda) M - lambda eps, runs from M to eps, against its own text
+Resolutions. Flexible Entropy Control's printed phase-II lower bound, (1+lambda) M - lambda eps, runs from M to eps,
+against its own text
 and figures ("progressively transform the lower clipping threshold from eps_std to M(p)"): ``lower_ramp=text`` (default)
 runs from eps to M, ``printed`` is the formula as printed. The step k = phase_ratio * T belongs to phase I.
-P0 app. E.3 (static thresholds in the same schedules) is alpha_high = alpha_low = 0, b_high = b_low = 0.28.
+Flexible Entropy Control app. E.3 (static thresholds in the same schedules) is alpha_high = alpha_low = 0, b_high =
+b_low = 0.28.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ class DynamicClip(Loss):
     entropy_floor: float = 0.2
     """od: H_min as a share of the first batch's entropy."""
     initial_state: Literal[0, 1] = 0
-    """od: s before the first switch (P0 does not say): 0 suppress, 1 boost."""
+    """od: s before the first switch (Flexible Entropy Control does not say): 0 suppress, 1 boost."""
     dual_clip: float | None = None
     """As in PPO: gradient 0 where A < 0 and r > dual_clip; None is off."""
     step: int | None = None
@@ -131,7 +133,10 @@ class DynamicClip(Loss):
 
 
 def hysteresis(previous: int, entropy: float, low: float, high: float) -> int:
-    """OD's state (P0 sec. 4.2): 1 (boost) when H <= low, 0 (suppress) when H > high, else as before."""
+    """OD's state (Flexible Entropy Control sec.
+
+    4.2): 1 (boost) when H <= low, 0 (suppress) when H > high, else as before.
+    """
     if entropy <= low:
         return 1
     return 0 if entropy > high else previous

@@ -1,4 +1,4 @@
-"""GSPO: PPO's clip on the length-normalised sequence ratio. Source: Zheng et al. 2025; P2 (CE-GPPO) app. A.1."""
+"""GSPO: PPO's clip on the length-normalised sequence ratio. Source: Zheng et al. 2025; CE-GPPO app. A.1."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""REINFORCE. Source: P3 (Clip-Low/Clip-High) eq. 2."""
+"""REINFORCE. Source: Clip-Low/High eq. 2."""
 
 from __future__ import annotations
 

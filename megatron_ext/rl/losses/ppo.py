@@ -1,6 +1,6 @@
 """PPO's clipped surrogate, which is also GRPO, DAPO (clip-higher) and Clip-Lower, by its two bounds.
 
-Sources: P2 (CE-GPPO) eq. 1-4; P3 (Clip-Low/Clip-High) sec. 3.2; dual clip: Ye et al. 2020, arXiv:1912.09729.
+Sources: CE-GPPO eq. 1-4; Clip-Low/High sec. 3.2; dual clip: Ye et al. 2020, arXiv:1912.09729.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Ppo(Loss):
     At a bound the gradient is kept (the comparisons are strict), as autograd through clamp and min has it.
     """
 
-    # P3 (Clip-Low/Clip-High): theorem 1.
+    # Clip-Low/High: theorem 1.
     actuators = MappingProxyType({"eps_high": Actuator(+1, (0.1, 0.4)), "eps_low": Actuator(-1, (0.1, 0.3))})
 
     eps_low: float = 0.2

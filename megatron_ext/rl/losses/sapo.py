@@ -1,4 +1,7 @@
-"""SAPO: a smooth gate in place of the clip. Source: Gao et al. 2025, arXiv:2511.20347 (cited by P0)."""
+"""SAPO: a smooth gate in place of the clip.
+
+Source: Gao et al. 2025, arXiv:2511.20347 (cited by Flexible Entropy Control).
+"""
 
 from __future__ import annotations
 
