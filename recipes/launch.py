@@ -107,22 +107,16 @@ def launch(train: Callable[[Config, Path], None], argv: Sequence[str] | None = N
 
 
 def follow_torchrun() -> None:
-    """A rank: die with torchrun, however it ends, and hear Ctrl-C although torchrun does not."""
+    """A rank: die with torchrun, however it ends."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def relaunch(processes: int, argv: Sequence[str]) -> None:
-    """Replace this process by torchrun with as many learner processes on this machine."""
-    from torch.distributed.launcher.api import LaunchConfig
+    """Replace this process by torchrun with as many learner processes on this machine.
 
+    torchrun hands Ctrl-C on to the ranks, and kills those that are not done with their step and checkpoint in 30 s.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # Ctrl-C reaches every process of the terminal. The ranks stop after their step; torchrun, which would kill them
-    # within 30 s, must not hear of it.
-    if "signals_to_handle" in LaunchConfig.__dataclass_fields__:  # not before torch 2.9
-        command += ["--signals-to-handle", "SIGTERM,SIGHUP,SIGQUIT"]
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stdout.flush()
     os.execv(sys.executable, [*command, "-m", "recipes.train", *argv])
