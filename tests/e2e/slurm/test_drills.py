@@ -111,6 +111,19 @@ def test_a_batch_that_is_not_finite_is_not_requeued(site: Site) -> None:
 
 
 @pytest.mark.slow
+def test_a_second_job_is_refused_and_touches_nothing(site: Site) -> None:
+    job = site.submit("first", *LOCAL, "train.steps=100000")
+    job.until("step 5", lambda: steps(job.run) >= 5)
+    second = site.submit("first", *LOCAL, "train.steps=100000", options=(f"--output={job.out}.second",))
+    assert second.until_ended() == ("FAILED", "2") and second.show("Restarts") == "0"
+    said = Path(f"{job.out}.second").read_text()
+    assert f"run.dir={job.run} is in use by " in said and f"lurm job {job.number}" in said, said
+    assert len(attempts(job.run)) == 1 and (job.run / "logs/latest").resolve() == attempts(job.run)[0]
+    site.cluster.ask("scancel", job.number)
+    assert job.until_ended()[0] == "CANCELLED"
+
+
+@pytest.mark.slow
 def test_a_server_that_gives_up_is_not_waited_for(site: Site) -> None:
     """A stub in place of vLLM's supervisor: one of two serves, one gives up; the job goes on with the other."""
     stub = site.folder / "supervisor"
