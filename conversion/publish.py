@@ -56,14 +56,14 @@ def published(out: str | Path, overwrite: bool = False, sources: Iterable[str | 
     new = working_directory(target)
     work, old = new.parent, new.with_name("old")
     if target.exists():
-        _require_replaceable(target, overwrite)
+        require_replaceable(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = _lock_directory(work)
     try:
         if old.exists() and not target.exists():
             old.rename(target)  # a replacement was interrupted between its two renames
         if target.exists():
-            _require_replaceable(target, overwrite)
+            require_replaceable(target, overwrite)
         for leftover in (new, old):
             if leftover.exists():
                 shutil.rmtree(leftover)
@@ -71,7 +71,7 @@ def published(out: str | Path, overwrite: bool = False, sources: Iterable[str | 
         yield new
         _sync_tree(new)
         if target.exists():
-            _require_replaceable(target, overwrite)  # it may have changed, or appeared, in the meantime
+            require_replaceable(target, overwrite)  # it may have changed, or appeared, in the meantime
             _replace(new, target, old)
         elif not _rename(new, target, _NOREPLACE):
             new.rename(target)
@@ -104,7 +104,7 @@ def _target(out: str | Path, sources: Iterable[str | Path]) -> Path:
     return target
 
 
-def _require_replaceable(directory: Path, overwrite: bool) -> None:
+def require_replaceable(directory: Path, overwrite: bool) -> None:
     """ValueError unless it may go: a checkpoint that this project wrote, as its manifest says, and nothing else."""
     if not directory.is_dir():
         raise ValueError(f"{directory} exists and is not a directory: choose another name")

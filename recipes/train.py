@@ -67,7 +67,7 @@ def train(config: Config, model_dir: Path) -> None:
         saver = checkpoint.Saver(
             run.checkpoints, keep=config.train.keep_checkpoints, background=config.train.async_save
         )
-        run.begin(state["step"])
+        run.begin(state["step"], learner.hf.vocab_size)
         guard = Guard(config, run.path)
         stop = StopSignal(run.stop_file, run.say)
         with RolloutStream(config, model_dir, run.path, learner, critic) as stream:

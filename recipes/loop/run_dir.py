@@ -15,6 +15,7 @@ import torch
 
 from configs.load import load_saved_config, save_config
 from configs.schema import Config
+from conversion.publish import require_replaceable
 from megatron_ext import progress
 from megatron_ext.rl.types import Sample
 from recipes.checks.resume import Changes, check_changes, check_replay, differences, shown
@@ -120,8 +121,16 @@ class RunDir:
         if self._lock is not None:
             lock.release(self._lock)
 
-    def begin(self, step: int) -> None:
-        """Cut the logs back to ``step``, from where the run continues."""
+    def begin(self, step: int, vocab_size: int | None = None) -> None:
+        """Cut the logs back to ``step``, from where the run continues.
+
+        Args:
+            vocab_size: of the model, for the warning of entropy near ln V.
+
+        Raises:
+            ValueError: the run is beyond ``train.steps``, or its export would replace files that it did not write.
+        """
+        self.watch = Watch(self.config, vocab_size)
         if not self._first:
             return
         if step > self.config.train.steps:
@@ -129,6 +138,9 @@ class RunDir:
                 f"train.steps={self.config.train.steps} is below the {step} steps that run.dir={self.path} has done; "
                 f"set train.steps={step} or more, or run.dir to a new directory"
             )
+        for name in ("hf", "best"):  # found at the export, it would cost the run
+            if (self.path / name).exists():
+                require_replaceable(self.path / name, overwrite=True)
         for name in ("metrics.jsonl", "samples.jsonl"):
             _keep_steps(self.path / name, step)
         self._metrics = (self.path / "metrics.jsonl").open("a", encoding="utf-8")

@@ -61,6 +61,23 @@ def test_what_a_step_writes(model: Path, tmp_path: Path) -> None:
     assert samples[0]["gold"] == "7" and samples[0]["response"].endswith("<eos>")
 
 
+def test_an_export_that_would_replace_foreign_files_is_refused_at_the_start(model: Path, tmp_path: Path) -> None:
+    notes = tmp_path / "hf" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    with pytest.raises(ValueError, match=r"hf is not replaced: .*notes.txt.*move it away"):
+        with RunDir(config(model, tmp_path)) as run:
+            run.begin(0)
+    assert notes.read_text() == "mine"
+
+
+def test_entropy_near_that_of_guessing_is_warned_of(model: Path, tmp_path: Path) -> None:
+    with RunDir(config(model, tmp_path)) as run:
+        run.begin(0, vocab_size=8)
+        found = [text for _ in range(5) for text in run.watch.observe({"actor/entropy": 2.079})]
+    assert any("ln V" in text for text in found)
+
+
 @pytest.mark.parametrize("torn", ["", '{"step": 5, "critic/rew'])
 def test_logs_are_cut_back_to_the_checkpoint(model: Path, tmp_path: Path, torn: str) -> None:
     with RunDir(config(model, tmp_path)) as run:
