@@ -102,7 +102,8 @@ _YARN_KEYS |= {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_a
 def _yarn(rope: Fields, factor: float, positions: int) -> Yarn:
     """As transformers' `_compute_yarn_parameters` reads it (modeling_rope_utils.py)."""
     if unknown := sorted(set(rope.values) - _YARN_KEYS):
-        raise ValueError(f"rope parameters {', '.join(unknown)} are not known together with YaRN: remove them")
+        names = ", ".join(map(shown, unknown[:3]))
+        raise ValueError(f"rope parameters {names} are not known together with YaRN: remove them")
     attention = rope.number("attention_factor", 0.0)
     if rope.get("attention_factor") is None:
         top, bottom = (rope.number(key, 0.0, above=False) for key in ("mscale", "mscale_all_dim"))

@@ -16,8 +16,9 @@ if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A busy machine is not a defect: no property test has a deadline.
-hypothesis.settings.register_profile("no deadline", deadline=None)
-hypothesis.settings.load_profile("no deadline")
+hypothesis.settings.register_profile("developer", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)  # the same examples in each run
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "developer")
 
 MARKED_FOLDERS = ("distributed", "e2e", "gpu")  # tests/<folder>/ carries the marker of the same name
 
