@@ -23,6 +23,7 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "developer")
 MARKED_FOLDERS = ("distributed", "e2e", "gpu")  # tests/<folder>/ carries the marker of the same name
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by folder, and keep those that share an expensive fixture in one process.
 

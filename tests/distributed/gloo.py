@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import multiprocessing.forkserver
 import time
 from collections.abc import Callable, Iterator
@@ -61,3 +62,4 @@ def group(rank: int, world: int, store: Path) -> Iterator[None]:
     )
     yield
     dist.destroy_process_group()  # not after an error: the others may never come to it
+    gc.collect()  # models hold Megatron's groups in reference cycles, and so their threads

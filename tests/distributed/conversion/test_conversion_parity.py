@@ -7,6 +7,7 @@ its float32 logits are compared with transformers'. In the largest layout Megatr
 
 from __future__ import annotations
 
+import gc
 import shutil
 import subprocess
 import sys
@@ -221,6 +222,7 @@ def _rank(rank: int, world: int, cases: list[str], root: str) -> None:
                 with (Path(root) / "differences.txt").open("a") as file:
                     file.write(f"{case} {layout} {worst.item():.3e}\n")
             dist.destroy_process_group()
+            gc.collect()  # models hold the groups in reference cycles, and so their threads
 
 
 @pytest.fixture(scope="module")
