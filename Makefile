@@ -58,9 +58,11 @@ check: env
 	$(PY) -m mypy
 	$(PY) -m pytest -n 2 tests/unit
 
+# A file's tests stay in one process: its fixtures are models, servers and process groups. All Slurm tests share one cluster.
 # GPU tests skip themselves without a GPU.
 test: check
-	$(PY) -m pytest -n 2 tests/integration tests/distributed tests/e2e tests/gpu
+	$(PY) -m pytest -n 2 tests/integration tests/distributed tests/e2e tests/gpu --ignore tests/e2e/slurm
+	$(PY) -m pytest tests/e2e/slurm
 
 # Our losses inside other trainers, with their own packages: one environment each, minutes to install.
 test-integrations: $(addprefix .venv-,$(INTEGRATIONS))

@@ -23,19 +23,9 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "developer")
 MARKED_FOLDERS = ("distributed", "e2e", "gpu")  # tests/<folder>/ carries the marker of the same name
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by folder, and keep those that share an expensive fixture in one process.
-
-    Module fixtures are models, servers and process groups, so a file is never split between pytest-xdist's workers;
-    all Slurm tests share one cluster. They take longest and wait most of it, so they start first.
-    GPU tests are skipped, not failed, without a GPU.
-    """
+    """Mark tests by folder. GPU tests are skipped, not failed, without a GPU."""
     here = Path(__file__).parent
-    items.sort(key=lambda item: "slurm" not in item.path.parts)  # a stable sort
-    for item in items:
-        slurm = item.path.is_relative_to(here / "e2e" / "slurm")
-        item.add_marker(pytest.mark.xdist_group("slurm" if slurm else str(item.path)))
     for item in items:
         folder = item.path.relative_to(here).parts[0] if item.path.is_relative_to(here) else ""
         if folder in MARKED_FOLDERS:
