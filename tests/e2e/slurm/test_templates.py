@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from recipes.checks.settings import load_checked
+from recipes.data.evalsets import protocols
+from recipes.evaluate import evaluation_config
 from recipes.plan import data_parallel, learner_memory, read_model
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -44,7 +46,7 @@ def write_models(folder: Path) -> None:
     for name, config in MODELS.items():
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(config))
-    for name in ("KlearReasoner-MathSub-30K", "DAPO-Math-17k", "AIME24"):
+    for name in ("KlearReasoner-MathSub-30K", "DAPO-Math-17k", "AIME24", "AIME25", "HMMT25", "AMC23", "MATH-500"):
         (folder / f"{name}.jsonl").write_text("{}\n")
 
 
@@ -140,7 +142,18 @@ def test_evaluation_gives_every_gpu_to_a_server(site: Path) -> None:
     done = dry(ROOT / "slurm" / "evaluate.sbatch", site)
     assert done.returncode == 0 and "--ntasks-per-node=8" in done.stdout, done.stderr
     config = load_checked(plan_arguments(done.stdout))
-    assert (config.parallel.nproc, config.rollout.num_servers, config.eval.n) == (1, 8, 32)
+    assert (config.parallel.nproc, config.rollout.num_servers) == (1, 8)
+
+
+def test_evaluation_keeps_the_samples_of_its_suite(site: Path) -> None:
+    def samples(*words: str) -> dict[str, int]:
+        done = dry(ROOT / "slurm" / "evaluate.sbatch", site, *words)
+        config = evaluation_config(plan_arguments(done.stdout))
+        return {name: protocol.n for name, protocol in protocols(config).items()}
+
+    assert samples() == {"aime24": 32, "aime25": 32, "hmmt25": 32, "amc23": 32, "math500": 4}
+    assert samples(f"data.eval_path={site}/AIME24.jsonl") == {"AIME24": 32}
+    assert samples("eval.suite=[math500]", "eval.n=2") == {"math500": 2}
 
 
 def test_conversion_is_verified(site: Path) -> None:
