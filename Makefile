@@ -58,10 +58,13 @@ check: env
 	$(PY) -m mypy
 	$(PY) -m pytest -n 2 tests/unit
 
-# A file's tests stay in one process: its fixtures are models, servers and process groups. All Slurm tests share one cluster.
+# A file's tests stay in one process: its fixtures are models, servers and process groups. tests/distributed keeps both cores
+# busy by itself (4 to 8 processes that wait for each other), and all Slurm tests share one cluster.
 # GPU tests skip themselves without a GPU.
 test: check
-	$(PY) -m pytest -n 2 tests/integration tests/distributed tests/e2e tests/gpu --ignore tests/e2e/slurm
+	$(PY) -m pytest -n 2 tests/integration tests/gpu
+	$(PY) -m pytest tests/distributed
+	$(PY) -m pytest -n 2 tests/e2e --ignore tests/e2e/slurm
 	$(PY) -m pytest tests/e2e/slurm
 
 # Our losses inside other trainers, with their own packages: one environment each, minutes to install.
