@@ -9,6 +9,7 @@
 #   SERVERS_PER_NODE     servers, of SERVER_GPUS each, on a rollout node (or beside the ranks, on the next GPUs)
 #   VLLM_ARGS            array: further arguments of vLLM
 #   PROGRAM              module that the learner's ranks run; default recipes.train
+#   GRES                 0: the site has no GPU GRES (site.env)
 #   STOP_GRACE_S         patience for a step boundary once the time limit is near; less than the lead of --signal
 
 set -uo pipefail
@@ -50,9 +51,12 @@ step() { # NAME NODES FIRST_NODE TASKS_PER_NODE [SRUN OPTIONS] -- ROLE ARGUMENTS
 	shift 4
 	while [[ $1 != -- ]]; do options+=("$1"); shift; done
 	shift
-	# --overlap and --mem=0: steps share their nodes; task.sh divides the GPUs. --cpu-bind=none: threads place themselves.
+	[[ ${TASK_PLUGIN:=$(scontrol show config 2>/dev/null | sed -n 's/^TaskPlugin *= *//p')} == task/none ]] ||
+		options+=(--cpu-bind=none)
+	# --overlap and --mem=0: steps share their nodes; task.sh divides the GPUs. --cpu-bind=none: threads place themselves
+	# (where Slurm binds nothing, TaskPlugin=task/none, srun warns of the option in each step).
 	local command=(srun --job-name="$name" --nodes="$nodes" --ntasks=$((nodes * tasks)) --ntasks-per-node="$tasks"
-		--relative="$first" --overlap --mem=0 --cpus-per-task=$((cpus > 0 ? cpus : 1)) --cpu-bind=none
+		--relative="$first" --overlap --mem=0 --cpus-per-task=$((cpus > 0 ? cpus : 1))
 		"${options[@]}" "${PYXIS[@]}" bash "$ROOT/slurm/task.sh" "$@")
 	if [[ -n ${DRY_RUN:-} ]]; then printf '  '; printf '%q ' "${command[@]}"; echo; else exec "${command[@]}"; fi
 }
@@ -82,16 +86,17 @@ layout() { # RUN_ARGS, RANKS, SERVERS from the template's variables and sbatch's
 preflight_step() { step preflight "$NODES" 0 1 -- preflight; }
 server_step() { # a lost node or server must not end the others
 	step servers "$SERVER_NODES" $((ROLLOUT_NODES ? LEARNER_NODES : 0)) "$SERVERS_PER_NODE" \
-		--no-kill --kill-on-bad-exit=0 --wait=0 --output="$ATTEMPT_DIR/server-%t.log" -- server "${VLLM_ARGS[@]}"
+		--no-kill --kill-on-bad-exit=0 --wait=0 --open-mode=append --output="$ATTEMPT_DIR/server-%t.log" \
+		-- server "${VLLM_ARGS[@]}"
 }
 learner_step() { # without one rank the others can only wait
-	step learner "$LEARNER_NODES" 0 "$RANKS_PER_NODE" --kill-on-bad-exit=1 \
+	step learner "$LEARNER_NODES" 0 "$RANKS_PER_NODE" --kill-on-bad-exit=1 --open-mode=append \
 		--output="$ATTEMPT_DIR/learner-rank%t.log" -- learner "${RUN_ARGS[@]}" "$@"
 }
 dry_run() {
 	ATTEMPT_DIR=RUN_DIR/logs/attempt_1
 	echo "# $0: $NODES nodes x $GPUS_PER_NODE GPUs, $RANKS learner ranks, $SERVERS servers of $SERVER_GPUS GPU(s)"
-	grep '^#SBATCH' "$0"
+	grep '^#SBATCH' "$0" | if [[ ${GRES:-1} == 0 ]]; then sed 's/ --gpus-per-node=[0-9]*//'; else cat; fi
 	echo "# steps:"
 	preflight_step; ((SERVERS == 0)) || server_step; learner_step 'rollout.urls=[http://...]'
 	"${HOST_PY[@]}" -m recipes.plan "${RUN_ARGS[@]}" "gpu_gib=${GPU_GIB:-80}" ||

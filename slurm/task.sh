@@ -9,8 +9,14 @@ role=$1; shift
 
 own_gpus() { # FIRST COUNT: that many of the step's GPUs; a step sees those of its whole node
 	((GPUS_PER_NODE > 0)) || return 0
+	[[ ${GRES:-1} != 0 ]] || unset CUDA_VISIBLE_DEVICES # Slurm did not set it: it is the submitting shell's
 	local all; IFS=, read -ra all <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((GPUS_PER_NODE - 1)))}"
 	CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${all[*]:$1:$2}"); export CUDA_VISIBLE_DEVICES
+}
+limit_log() { # NAME: beside the task, until this script ends
+	((${LOG_MIB:=512} > 0)) || return 0
+	bash slurm/rotate.sh "$ATTEMPT_DIR/$1.log" "$LOG_MIB" </dev/null >/dev/null 2>&1 &
+	rotating=$!
 }
 requeue_orphan() { # with --no-kill, losing the node of the batch script leaves a job without one: requeue it from here
 	local last='' now silent=0
@@ -58,7 +64,7 @@ case $role in
 		own_gpus $((FIRST_SERVER_GPU + SLURM_LOCALID * SERVER_GPUS)) "$SERVER_GPUS"
 		near_gpu 0
 		if ((SLURM_LOCALID == 0)); then requeue_orphan & watcher=$!; fi
-		name=server-$SLURM_PROCID; trap 'asked=1' TERM
+		name=server-$SLURM_PROCID; limit_log "$name"; trap 'asked=1' TERM
 		while :; do # a supervisor that is killed is started again
 			"${NEAR[@]}" "${TASK_PY[@]}" -m recipes.cluster.serve "$ATTEMPT_DIR" --toward "$MASTER_ADDR" \
 				--interface "${SERVER_INTERFACE:-}" --start-s "${SERVER_START_S:-1800}" \
@@ -78,9 +84,11 @@ case $role in
 		export TORCH_NCCL_DEBUG_INFO_PIPE_FILE=${TMPDIR:-/tmp}/gppo-$SLURM_JOB_ID-flight-
 		export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$RANKS_PER_NODE
 		near_gpu "$SLURM_LOCALID"
+		name=learner-rank$SLURM_PROCID; limit_log "$name"
 		"${NEAR[@]}" "${TASK_PY[@]}" -m "$PROGRAM" "$@"
-		code=$? name=learner-rank$SLURM_PROCID ;;
+		code=$? ;;
 esac
+[[ -z ${rotating:-} ]] || kill "$rotating" 2>/dev/null
 event "$name" ended ", \"code\": $code"
 exit "$code"
 }

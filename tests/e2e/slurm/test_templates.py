@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cluster import until
 
 from recipes.checks.settings import load_checked
 from recipes.data.evalsets import protocols
@@ -95,6 +96,7 @@ def test_training_templates_fit(template: Path, site: Path) -> None:
         "--job-name=servers",
         "--job-name=learner",
     ]
+    assert all("--open-mode=append" in s for s in steps[1:]), "else a log that is cut keeps its old length"
     config = load_checked(plan_arguments(done.stdout))
     hf, _ = read_model(config)
     ranks = number(r"--ntasks=(\d+)", " ".join(steps[2]))
@@ -180,6 +182,58 @@ def test_containers(site: Path, tmp_path: Path, runtime: str, start: str) -> Non
     assert plan.startswith(f"PYTHON {start}") and "/i.sqsh" in plan and f"{ROOT}" in plan and "/m" in plan
     learner = next(line for line in done.stdout.splitlines() if "--job-name=learner" in line)
     assert ("--container-image=/i.sqsh" in learner) == (runtime == "pyxis")
+
+
+def test_a_site_without_gres(site: Path, tmp_path: Path) -> None:
+    """Nothing asks Slurm for GPUs; a task takes its devices by number, whatever the submitting shell had set."""
+    template = ROOT / "slurm" / "qwen1p5b_1node.sbatch"
+    assert "--gpus-per-node" in dry(template, site).stdout
+    done = dry(template, site, GRES="0")
+    assert done.returncode == 0 and "--exclusive" in done.stdout, done.stderr
+    assert "gpus-per-node" not in done.stdout and "--gres" not in done.stdout
+    stub = tmp_path / "python"
+    stub.write_text('#!/bin/bash\necho "devices $CUDA_VISIBLE_DEVICES"\n')
+    stub.chmod(0o755)
+    (tmp_path / "site.env").write_text(f"PYTHON={stub} NUMA_BIND=0 LOG_MIB=0\n")
+    place = {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "1"}
+    split = {"GPUS_PER_NODE": "8", "RANKS_PER_NODE": "4", "SERVER_GPUS": "2", "FIRST_SERVER_GPU": "4"}
+    for gres, learner, server in (("0", "0,1,2,3", "6,7"), ("1", "0,2", "")):
+        variables = os.environ | place | split
+        variables |= {"ROOT": str(ROOT), "SITE_ENV": str(tmp_path / "site.env"), "ATTEMPT_DIR": str(tmp_path)}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "GRES": gres, "CUDA_VISIBLE_DEVICES": "0,2"}
+        for role, devices in (("learner", learner), ("server", server)):
+            command = ["bash", "slurm/task.sh", role]
+            task = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=variables)
+            assert task.stdout == f"devices {devices}\n", (gres, role, task)
+
+
+@pytest.mark.parametrize("plugin, binds", [("task/none", False), ("task/cgroup,task/affinity", True)])
+def test_steps_name_no_binding_where_slurm_has_none(site: Path, tmp_path: Path, plugin: str, binds: bool) -> None:
+    """srun would say "cluster configuration lacks support for cpu binding" in each step."""
+    (tmp_path / "scontrol").write_text(f'#!/bin/bash\necho "TaskPlugin              = {plugin}"\n')
+    (tmp_path / "scontrol").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = dry(ROOT / "slurm" / "qwen7b_ce_gppo.sbatch", site, PATH=path)
+    steps = [line for line in done.stdout.splitlines() if line.startswith("  srun ")]
+    assert len(steps) == 3 and all(("--cpu-bind=none" in step) == binds for step in steps), steps
+
+
+def test_a_long_log_is_cut(tmp_path: Path) -> None:
+    """While it is written to: its first MiB and its end stay, nothing between two cuts is lost."""
+    log = tmp_path / "learner-rank0.log"
+    with log.open("ab", buffering=0) as stream:  # as srun does with --open-mode=append
+        with subprocess.Popen(["bash", ROOT / "slurm" / "rotate.sh", log, "2", "0.05"]) as rotating:
+            for number in range(1, 5):
+                stream.write(b"".join(b"%d %059d\n" % (number, i) for i in range(40_000)))  # 2.4 MB
+                until("the cut", lambda: log.stat().st_size < 1 << 20)
+                stream.write(b"between\n")
+            rotating.terminate()
+        assert rotating.returncode == 0
+    first, before = (tmp_path / f"{log.name}.{end}" for end in ("first", "1"))
+    assert first.read_bytes().startswith(b"1 %059d\n" % 0) and first.stat().st_size == 1 << 20
+    assert before.stat().st_size == 1 << 19 and before.read_bytes().endswith(b"4 %059d\n" % 39_999)
+    rest = log.read_bytes()
+    assert rest.endswith(b"4 %059d\nbetween\n" % 39_999) and b"\0" not in rest and len(rest) < 1 << 17
 
 
 def test_shell_is_clean() -> None:
