@@ -116,5 +116,5 @@ def value_training_step(
 
 def _values(output: Tensor, mb: MicroBatch) -> Tensor:
     """(R,) of the whole micro-batch, from the model's (1, local tokens, 1)."""
-    mask = mb.packed.response_mask_T[mb.local_T].to(output.device)
+    mask = mb.packed.response_mask_M[mb.local_M].to(output.device)
     return whole_micro_batch(output[0][mask], mask, mb)[:, 0]

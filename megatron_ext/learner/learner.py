@@ -223,14 +223,14 @@ class Trainable:
         schedule = get_forward_backward_func()
         iterators = [iter(micro_batches) for _ in self.chunks]
         fed = ((packing.fed_length(len(batch.prompts[i]), n), n) for i in samples for n in (len(batch.responses[i]),))
-        self.work.begin(fed, sum(len(mb.local_T) for mb in micro_batches), forward_only=forward_only)
+        self.work.begin(fed, sum(len(mb.local_M) for mb in micro_batches), forward_only=forward_only)
         with megatron.on_device():
             collected: list[Any] = schedule(
                 forward_step_func=_noting_progress(step, len(micro_batches)),
                 data_iterator=iterators if len(iterators) > 1 else iterators[0],
                 model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
                 num_microbatches=len(micro_batches),
-                seq_length=max(len(mb.packed.tokens_T) for mb in micro_batches),
+                seq_length=max(len(mb.packed.tokens_M) for mb in micro_batches),
                 micro_batch_size=1,
                 forward_only=forward_only,
             )

@@ -1,7 +1,7 @@
 """One pass of Megatron's schedule over packed micro-batches: the statistics pass and the training pass.
 
-Shapes: T response tokens of the whole rollout batch in sample order (sample 0's tokens first); R response tokens of
-one micro-batch.
+Shapes: T response tokens of the whole batch in *sample order* (sample 0's first), R response tokens of one
+micro-batch in packed order, M tokens of a packed micro-batch, padding included.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class MicroBatch:
 
     packed: packing.PackedBatch
     flat_R: Tensor
-    local_T: Tensor  # int64, the tokens of the row that this rank runs the model over, in this order
+    local_M: Tensor  # int64, the tokens of the row that this rank runs the model over, in this order
     gathered_R: Tensor  # int64, where the response tokens are in what `context_parallel.gather_tokens` returns
     weight_R: Tensor | None = None  # aggregation weights, float64
     counts_divisor: bool = False  # see training_step
@@ -75,7 +75,7 @@ def make_micro_batch(
         packed,
         flat_R,
         context_parallel.local_tokens(packed.cu_seqlens),
-        context_parallel.gathered_order(packed.cu_seqlens)[packed.response_mask_T],
+        context_parallel.gathered_order(packed.cu_seqlens)[packed.response_mask_M],
         None if weights_B is None else weights_B[batch.seq_ids[flat_R]],
     )
 
@@ -86,11 +86,11 @@ def _as_list(ids: list[int] | Tensor) -> list[int]:
 
 def forward(model: Any, mb: MicroBatch, device: torch.device) -> Tensor:
     """The model on a packed micro-batch: (1, local tokens, ...) on the last pipeline stage, hidden states on others."""
-    packed, local_T = mb.packed, mb.local_T
+    packed, local_M = mb.packed, mb.local_M
     in_its_precision = {"fp32_output": False} if model.config.bf16 else {}
     return model(
-        input_ids=packed.tokens_T[local_T][None].to(device),
-        position_ids=packed.position_ids_T[local_T][None].to(device),
+        input_ids=packed.tokens_M[local_M][None].to(device),
+        position_ids=packed.position_ids_M[local_M][None].to(device),
         attention_mask=None,
         packed_seq_params=packed_sequences(packed.cu_seqlens.to(device), packed.max_seqlen),
         **in_its_precision,
@@ -111,8 +111,8 @@ def _statistics(hidden: Tensor, model: Any, mb: MicroBatch, head: Head) -> Token
 
     (R,) of the whole micro-batch, although this rank has the hidden states (1, local tokens, h) of its own tokens only.
     """
-    mask = mb.packed.response_mask_T[mb.local_T].to(hidden.device)
-    targets_R = mb.packed.targets_T[mb.local_T].to(hidden.device)[mask]
+    mask = mb.packed.response_mask_M[mb.local_M].to(hidden.device)
+    targets_R = mb.packed.targets_M[mb.local_M].to(hidden.device)[mask]
     stats = linear_vocab_statistics(
         hidden[0][mask],
         output_weight(model),

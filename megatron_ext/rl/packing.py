@@ -1,7 +1,7 @@
 """Which sample goes into which micro-batch of which rank, and the packed (THD) tensors of one micro-batch.
 
-Pure: torch only. Shape legend: T tokens of a packed micro-batch, R response tokens in *sample order* (the responses of
-all samples of a batch, one after the other, in the order of the batch).
+Pure: torch only. Shapes: T response tokens of the whole batch in *sample order* (sample 0's first), R response tokens
+of one micro-batch in packed order, M tokens of a packed micro-batch, padding included.
 
 A sample of P prompt and L response tokens is fed as its first P + L - 1 tokens: the last response token is a target
 only, so feeding it would buy a position whose output nobody reads. Hence every fed position has a true next token.
@@ -28,14 +28,14 @@ class PackedBatch:
     end of its segment. No sample attends to either. A batch without samples is padding only.
     """
 
-    tokens_T: Tensor  # int64, what the model reads
-    targets_T: Tensor  # int64, the next token of the same sequence; pad_id on padding
-    position_ids_T: Tensor  # int64, restart at 0 in every segment
-    cu_seqlens: Tensor  # int32, (segments + 1,), 0 first, T last; padding included
+    tokens_M: Tensor  # int64, what the model reads
+    targets_M: Tensor  # int64, the next token of the same sequence; pad_id on padding
+    position_ids_M: Tensor  # int64, restart at 0 in every segment
+    cu_seqlens: Tensor  # int32, (segments + 1,), 0 first, M last; padding included
     max_seqlen: int  # longest segment
-    response_mask_T: Tensor  # bool, True where the *target* is a response token
-    seq_index_T: Tensor  # int64, index into the pairs given to `collate`; -1 on padding
-    response_pos_T: Tensor  # int64, index of the target within its response; -1 where it is not a response token
+    response_mask_M: Tensor  # bool, True where the *target* is a response token
+    seq_index_M: Tensor  # int64, index into the pairs given to `collate`; -1 on padding
+    response_pos_M: Tensor  # int64, index of the target within its response; -1 where it is not a response token
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch with every tensor on ``device``."""
@@ -167,7 +167,7 @@ def collate(
 
     Args:
         pairs: may be empty: the result is then one padding segment, with which a rank without work keeps step.
-        pad_to_multiple: T is a multiple of it (sequence and context parallelism, FP8).
+        pad_to_multiple: M is a multiple of it (sequence and context parallelism, FP8).
         pad_sequences_to: every segment's length is a multiple of it (context parallelism: see `zigzag`). The padding
             follows the sequence, where no real token can see it.
         pad_id: token on padding, a valid id: it is embedded like any other.
@@ -208,16 +208,16 @@ def collate(
         seq_index += [-1] * padding
         response_pos += [-1] * padding
         ends.append(ends[-1] + padding)
-    response_pos_T = torch.tensor(response_pos, dtype=torch.int64)
+    response_pos_M = torch.tensor(response_pos, dtype=torch.int64)
     return PackedBatch(
-        tokens_T=torch.tensor(tokens, dtype=torch.int64),
-        targets_T=torch.tensor(targets, dtype=torch.int64),
-        position_ids_T=torch.tensor(positions, dtype=torch.int64),
+        tokens_M=torch.tensor(tokens, dtype=torch.int64),
+        targets_M=torch.tensor(targets, dtype=torch.int64),
+        position_ids_M=torch.tensor(positions, dtype=torch.int64),
         cu_seqlens=torch.tensor(ends, dtype=torch.int32),
         max_seqlen=max(b - a for a, b in zip(ends, ends[1:], strict=False)),
-        response_mask_T=response_pos_T >= 0,
-        seq_index_T=torch.tensor(seq_index, dtype=torch.int64),
-        response_pos_T=response_pos_T,
+        response_mask_M=response_pos_M >= 0,
+        seq_index_M=torch.tensor(seq_index, dtype=torch.int64),
+        response_pos_M=response_pos_M,
     )
 
 
@@ -227,14 +227,14 @@ def padded_length(length: int, multiple: int) -> int:
 
 
 def packed_length(lengths: Sequence[int], pad_to_multiple: int, pad_sequences_to: int) -> int:
-    """T of the `PackedBatch` that `collate` makes of sequences with these fed lengths; positive even for none."""
+    """M of the `PackedBatch` that `collate` makes of sequences with these fed lengths; positive even for none."""
     total = sum(padded_length(n, pad_sequences_to) for n in lengths)
     unit = math.lcm(pad_to_multiple, pad_sequences_to)
     return max(padded_length(total, unit), unit)
 
 
 def zigzag(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
-    """(T / size,) int64: the tokens of a packed row that one context-parallel rank holds, sequence by sequence.
+    """(M / size,) int64: the tokens of a packed row that one context-parallel rank holds, sequence by sequence.
 
     Every segment is cut into 2 * size equal chunks, and rank c holds the chunks c and 2 * size - 1 - c: one that sees
     few tokens and one that sees many, so that all ranks do the same work under a causal mask. This is the order that
@@ -250,10 +250,10 @@ def zigzag(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
     if bool((lengths % (2 * size)).any()):
         raise ValueError(f"segments of {lengths.tolist()} tokens cannot be cut into {2 * size} chunks: pad them first")
     chunk_N = lengths // (2 * size)
-    token_T = torch.arange(total)
-    segment_T = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    chunk_T = (token_T - starts[segment_T]) // chunk_N[segment_T]
-    return token_T[(chunk_T == rank) | (chunk_T == 2 * size - 1 - rank)]
+    token_M = torch.arange(total)
+    segment_M = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    chunk_M = (token_M - starts[segment_M]) // chunk_N[segment_M]
+    return token_M[(chunk_M == rank) | (chunk_M == 2 * size - 1 - rank)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,9 +315,9 @@ def response_slots(batch: PackedBatch, samples: Sequence[int], offsets: Tensor) 
         offsets: `response_offsets` of the whole batch.
 
     Returns:
-        (response tokens of the batch,) int64, in packed order. ``values_R[slots]`` are the values in packed order of
-        ``x_T[batch.response_mask_T]``, and ``values_R[slots] = x_T[batch.response_mask_T]`` goes back.
+        (R,) int64, in packed order. ``values_T[slots]`` are the values in packed order of
+        ``x_M[batch.response_mask_M]``, and ``values_T[slots] = x_M[batch.response_mask_M]`` goes back.
     """
-    where = batch.response_mask_T
+    where = batch.response_mask_M
     sample_index = torch.tensor(list(samples), dtype=torch.int64, device=where.device)
-    return offsets.to(where.device)[sample_index[batch.seq_index_T[where]]] + batch.response_pos_T[where]
+    return offsets.to(where.device)[sample_index[batch.seq_index_M[where]]] + batch.response_pos_M[where]

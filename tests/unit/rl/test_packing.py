@@ -120,16 +120,16 @@ def test_plan_refuses_an_empty_sequence() -> None:
 def test_collate_by_hand() -> None:
     """Two samples and one token of padding; the last response token (13, 25) is a target only."""
     batch = collate([([1, 2, 3], [11, 12, 13]), ([4], [25])], pad_to_multiple=7, pad_id=9)
-    assert batch.tokens_T.tolist() == [1, 2, 3, 11, 12, 4, 9]
-    assert batch.targets_T.tolist() == [2, 3, 11, 12, 13, 25, 9]
-    assert batch.position_ids_T.tolist() == [0, 1, 2, 3, 4, 0, 0]
+    assert batch.tokens_M.tolist() == [1, 2, 3, 11, 12, 4, 9]
+    assert batch.targets_M.tolist() == [2, 3, 11, 12, 13, 25, 9]
+    assert batch.position_ids_M.tolist() == [0, 1, 2, 3, 4, 0, 0]
     assert batch.cu_seqlens.tolist() == [0, 5, 6, 7]
     assert batch.max_seqlen == 5
-    assert batch.response_mask_T.tolist() == [False, False, True, True, True, True, False]
-    assert batch.seq_index_T.tolist() == [0, 0, 0, 0, 0, 1, -1]
-    assert batch.response_pos_T.tolist() == [-1, -1, 0, 1, 2, 0, -1]
+    assert batch.response_mask_M.tolist() == [False, False, True, True, True, True, False]
+    assert batch.seq_index_M.tolist() == [0, 0, 0, 0, 0, 1, -1]
+    assert batch.response_pos_M.tolist() == [-1, -1, 0, 1, 2, 0, -1]
     assert batch.cu_seqlens.dtype == torch.int32
-    assert {batch.tokens_T.dtype, batch.targets_T.dtype, batch.seq_index_T.dtype} == {torch.int64}
+    assert {batch.tokens_M.dtype, batch.targets_M.dtype, batch.seq_index_M.dtype} == {torch.int64}
 
 
 def test_a_batch_moves_as_a_whole() -> None:
@@ -142,10 +142,10 @@ def test_a_batch_moves_as_a_whole() -> None:
 @pytest.mark.parametrize("multiple", [1, 8])
 def test_collate_without_samples_is_padding_only(multiple: int) -> None:
     batch = collate([], pad_to_multiple=multiple, pad_id=3)
-    assert batch.tokens_T.tolist() == [3] * multiple
+    assert batch.tokens_M.tolist() == [3] * multiple
     assert batch.cu_seqlens.tolist() == [0, multiple]
-    assert not batch.response_mask_T.any()
-    assert (batch.seq_index_T == -1).all()
+    assert not batch.response_mask_M.any()
+    assert (batch.seq_index_M == -1).all()
 
 
 @pytest.mark.parametrize("pair", [([], [5, 6]), ([1], [])])
@@ -156,28 +156,28 @@ def test_collate_refuses_what_cannot_be_trained(pair: tuple[list[int], list[int]
 
 def test_collate_accepts_a_prompt_without_response() -> None:
     batch = collate([([1, 2, 3], [])])
-    assert batch.tokens_T.tolist() == [1, 2]
-    assert not batch.response_mask_T.any()
+    assert batch.tokens_M.tolist() == [1, 2]
+    assert not batch.response_mask_M.any()
 
 
 @settings(deadline=None, max_examples=100)
 @given(pairs=PAIRS, multiple=st.integers(1, 9))
 def test_every_segment_is_its_sample(pairs: list[tuple[list[int], list[int]]], multiple: int) -> None:
     batch = collate(pairs, pad_to_multiple=multiple)
-    total = batch.tokens_T.numel()
+    total = batch.tokens_M.numel()
     fed = sum(fed_length(len(p), len(r)) for p, r in pairs)
     assert total % multiple == 0 and total < max(fed, 1) + multiple
     ends = batch.cu_seqlens.tolist()
     assert ends[0] == 0 and ends[-1] == total
     for index, (prompt, response) in enumerate(pairs):
         rows = slice(ends[index], ends[index + 1])
-        assert batch.tokens_T[rows].tolist() + [batch.targets_T[rows][-1].item()] == prompt + response
-        assert batch.position_ids_T[rows].tolist() == list(range(len(prompt) + len(response) - 1))
-        assert (batch.seq_index_T[rows] == index).all()
-        assert batch.targets_T[rows][batch.response_mask_T[rows]].tolist() == response
-        assert batch.response_pos_T[rows][batch.response_mask_T[rows]].tolist() == list(range(len(response)))
+        assert batch.tokens_M[rows].tolist() + [batch.targets_M[rows][-1].item()] == prompt + response
+        assert batch.position_ids_M[rows].tolist() == list(range(len(prompt) + len(response) - 1))
+        assert (batch.seq_index_M[rows] == index).all()
+        assert batch.targets_M[rows][batch.response_mask_M[rows]].tolist() == response
+        assert batch.response_pos_M[rows][batch.response_mask_M[rows]].tolist() == list(range(len(response)))
     assert batch.max_seqlen == max(b - a for a, b in zip(ends, ends[1:], strict=False))
-    assert int(batch.response_mask_T.sum()) == sum(len(r) for _, r in pairs)
+    assert int(batch.response_mask_M.sum()) == sum(len(r) for _, r in pairs)
 
 
 @settings(deadline=None, max_examples=100)
@@ -195,7 +195,7 @@ def test_sample_order_survives_any_packing(
             batch = collate([pairs[i] for i in samples], pad_to_multiple=4)
             slots = response_slots(batch, samples, offsets)
             assert (written[slots] == -1).all()  # no slot is written twice
-            written[slots] = batch.targets_T[batch.response_mask_T]
+            written[slots] = batch.targets_M[batch.response_mask_M]
     assert torch.equal(written, expected)
 
 
@@ -212,12 +212,12 @@ def test_zigzag_by_hand() -> None:
 def test_collate_pads_sequences_by_hand() -> None:
     """Sequences to multiples of 4 for context parallelism, the whole to a multiple of 10, hence of 20."""
     batch = collate([([1, 2, 3], [11, 12, 13]), ([4], [25])], pad_to_multiple=10, pad_sequences_to=4, pad_id=9)
-    assert batch.tokens_T.tolist() == [1, 2, 3, 11, 12, 9, 9, 9, 4, 9, 9, 9] + [9] * 8
-    assert batch.targets_T.tolist() == [2, 3, 11, 12, 13, 9, 9, 9, 25, 9, 9, 9] + [9] * 8
-    assert batch.position_ids_T.tolist() == [*range(8), *range(4), *range(8)]
+    assert batch.tokens_M.tolist() == [1, 2, 3, 11, 12, 9, 9, 9, 4, 9, 9, 9] + [9] * 8
+    assert batch.targets_M.tolist() == [2, 3, 11, 12, 13, 9, 9, 9, 25, 9, 9, 9] + [9] * 8
+    assert batch.position_ids_M.tolist() == [*range(8), *range(4), *range(8)]
     assert batch.cu_seqlens.tolist() == [0, 8, 12, 20] and batch.max_seqlen == 8
-    assert batch.response_mask_T.nonzero()[:, 0].tolist() == [2, 3, 4, 8]
-    assert batch.seq_index_T.tolist() == [0] * 5 + [-1] * 3 + [1] + [-1] * 11
+    assert batch.response_mask_M.nonzero()[:, 0].tolist() == [2, 3, 4, 8]
+    assert batch.seq_index_M.tolist() == [0] * 5 + [-1] * 3 + [1] + [-1] * 11
     assert collate([], pad_to_multiple=3, pad_sequences_to=4).cu_seqlens.tolist() == [0, 12]
 
 
@@ -229,15 +229,15 @@ def test_padding_hides_nothing_and_the_shares_are_equal(
     multiple = 2 * size if size > 1 else 1
     batch = collate(pairs, pad_to_multiple=total, pad_sequences_to=multiple)
     plain = collate(pairs)
-    real, was_real = batch.seq_index_T >= 0, plain.seq_index_T >= 0
-    for name in ("tokens_T", "targets_T", "position_ids_T", "response_mask_T", "seq_index_T", "response_pos_T"):
+    real, was_real = batch.seq_index_M >= 0, plain.seq_index_M >= 0
+    for name in ("tokens_M", "targets_M", "position_ids_M", "response_mask_M", "seq_index_M", "response_pos_M"):
         assert torch.equal(getattr(batch, name)[real], getattr(plain, name)[was_real]), name
     lengths = [fed_length(len(p), len(r)) for p, r in pairs]
-    assert len(batch.tokens_T) == packing.packed_length(lengths, total, multiple)
-    assert len(batch.tokens_T) % total == 0 and not (batch.cu_seqlens.diff() % multiple).any()
+    assert len(batch.tokens_M) == packing.packed_length(lengths, total, multiple)
+    assert len(batch.tokens_M) % total == 0 and not (batch.cu_seqlens.diff() % multiple).any()
     shares = [zigzag(batch.cu_seqlens, rank, size) for rank in range(size)]
-    assert {len(share) for share in shares} == {len(batch.tokens_T) // size}
-    assert torch.equal(torch.cat(shares).sort().values, torch.arange(len(batch.tokens_T)))
+    assert {len(share) for share in shares} == {len(batch.tokens_M) // size}
+    assert torch.equal(torch.cat(shares).sort().values, torch.arange(len(batch.tokens_M)))
 
 
 def test_what_packing_costs() -> None:
@@ -263,4 +263,4 @@ def test_responses_of_32k_tokens_under_context_parallelism() -> None:
     report = packing.packing_cost(planned, lengths, pad_to_multiple=64, pad_sequences_to=8, cost=cost).report()
     assert report["perf/padding_waste"] < 0.002 and report["perf/dp_imbalance"] < 0.02
     longest = collate([([1] * 100, [2] * (lengths[i] - 99)) for i in planned[0][0]], pad_sequences_to=8)
-    assert len(longest.tokens_T) <= 65536 and len(zigzag(longest.cu_seqlens, 3, 4)) == len(longest.tokens_T) // 4
+    assert len(longest.tokens_M) <= 65536 and len(zigzag(longest.cu_seqlens, 3, 4)) == len(longest.tokens_M) // 4
