@@ -186,8 +186,9 @@ class Trainable:
 
         Megatron has no such check without a loss scaler.
         """
-        if not math.isfinite(sums["pg_loss"]):
-            raise NotFinite(f"loss {sums['pg_loss']}")
+        for name in ("pg_loss", "loss", "value_loss"):  # a policy sums the first two, a critic the last
+            if not math.isfinite(sums.get(name, 0.0)):
+                raise NotFinite(f"loss {sums[name]}")
         finite = torch.ones(1, device=self.device)
         for chunk in self.chunks:
             for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
