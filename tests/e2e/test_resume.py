@@ -80,9 +80,9 @@ def torn_metrics(step: int) -> None:
 
     write = RunDir._write_samples
 
-    def torn(self: RunDir, number: int, *args: Any) -> None:
-        write(self, number, *args)
-        if number == step:
+    def torn(self: RunDir, values: Any, *args: Any) -> None:
+        write(self, values, *args)
+        if values.step == step:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 path = self.path / name
                 os.truncate(path, path.stat().st_size - 30)
