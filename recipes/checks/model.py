@@ -92,7 +92,7 @@ def check_tokenizer(config: Config, directory: Path) -> None:
         check_template(tokenizer, config.data.template)
         what = f"data.template={config.data.template!r}: a prompt cannot be made with this tokenizer"
         ids = render_prompt(tokenizer, "1 + 1", config.data.template)
-    except Exception as error:  # any at all: the files are somebody else's, and the chat template is a program
+    except Exception as error:  # any at all: the files are untrusted, and the chat template is a program
         if isinstance(error, ValueError) and str(error).startswith("data.template"):
             raise
         said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
