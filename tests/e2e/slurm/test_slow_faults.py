@@ -76,7 +76,7 @@ def test_one_rank_of_several_is_killed(site: Site) -> None:
 
 
 def test_the_disk_fills_up(site: Site) -> None:
-    """During the run it ends with the reason as its first error, is requeued no more often than allowed, and goes on."""
+    """The run ends with the reason as its first error, is requeued no more often than allowed, and goes on."""
     small = site.folder / "filling"
     small.mkdir()
     site.cluster.inside("node1", "mount", "-t", "tmpfs", "-o", "size=1500m", "none", str(small))
