@@ -104,6 +104,14 @@ def until(what: str, condition: Callable[[], bool], timeout_s: float = 30.0) -> 
         time.sleep(0.05)
 
 
+def command_line(process: psutil.Process) -> str:
+    """Empty once the process has ended: a process may end between being listed and being read."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
 class Cluster:
     """The cluster whose state is in ``directory``; several objects, in several processes, can speak for it."""
 
@@ -215,8 +223,13 @@ class Cluster:
         """Command lines of the processes on a node that belong to jobs."""
         root = psutil.Process(self._pid(node)).children()[0]
         own = {"slurmd", "sleep", "bash", "unshare"}
-        found = [p for p in root.children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
-        return [" ".join(p.cmdline()) or p.name() for p in found if not (p.parent() == root and p.name() in own)]
+        lines = []
+        for process in root.children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it may end between the listing and the reading
+                if process.status() == psutil.STATUS_ZOMBIE or (process.parent() == root and process.name() in own):
+                    continue
+                lines.append(command_line(process) or process.name())
+        return lines
 
     def ask(self, *command: str) -> str:
         return subprocess.run(command, capture_output=True, text=True, env=self.env, timeout=30).stdout.strip()

@@ -5,13 +5,16 @@ python -m pytest -m "slow or not slow" -s tests/e2e/slurm/test_drills.py
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
+from cluster import command_line
 from jobs import Job, Site
 from test_jobs import LOCAL, steps
 from training import assert_same_run, run_here
@@ -42,8 +45,9 @@ def ranks(job: Job) -> dict[str, int]:
     """Process id by rank."""
     found = {}
     for process in job.processes("recipes.train") + job.processes("faulty"):
-        if "RANK" in process.environ() and "heartbeat" not in " ".join(process.cmdline()):
-            found[process.environ()["RANK"]] = process.pid
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "RANK" in process.environ() and "heartbeat" not in command_line(process):
+                found[process.environ()["RANK"]] = process.pid
     return found
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from cluster import command_line
 from jobs import Job, Site
 from test_jobs import LOCAL, steps
 
@@ -95,7 +96,7 @@ def test_servers_are_private(job: Job) -> None:
         assert request(job, index, "/weight_info", token)[0] == 200
     # scontrol and squeue are for everybody, and so are command lines; files of the run are read by colleagues.
     told = [job.cluster.ask("scontrol", "show", "job", "-d", job.number), job.printed()]
-    told += [" ".join(p.cmdline()) for p in [*job.processes(""), *processes(job, 0), *processes(job, 1)]]
+    told += [command_line(p) for p in [*job.processes(""), *processes(job, 0), *processes(job, 1)]]
     told += [
         path.read_text(errors="replace") for path in job.run.rglob("*") if path.suffix in (".log", ".jsonl", ".yaml")
     ]
