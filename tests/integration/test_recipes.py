@@ -61,6 +61,7 @@ MODELS = {
     "Meta-Llama-3-8B-Instruct": sizes("Llama", 4096, 14336, 32, 32, 8, 128256, 8192),
     "Llama-3.2-1B-Instruct": sizes("Llama", 2048, 8192, 16, 32, 8, 128256, 131072) | {"head_dim": 64},
     "DeepSeek-R1-Distill-Llama-8B": sizes("Llama", 4096, 14336, 32, 32, 8, 128256, 131072),
+    "OLMo-2-0425-1B-Instruct": sizes("Olmo2", 2048, 8192, 16, 16, 16, 100352, 4096),
     "Qwen3-4B-Base": sizes("Qwen3", 2560, 9728, 36, 32, 8, 151936, 32768),
     "internlm3-8b-instruct": sizes("InternLM3", 4096, 10240, 48, 32, 2, 128512, 32768),
 }
@@ -175,6 +176,7 @@ INF = float("inf")
         ("dynamic_clip/clip_lower", {"name": "ppo", "eps_low": 0.28, "eps_high": 0.2}),
         ("clip_low_high/gsm8k_symmetric", {"name": "ppo", "eps_low": 0.2, "eps_high": 0.2}),
         ("clip_low_high/gsm8k_no_clip_low_llama3_8b", {"eps_low": 1.0, "eps_high": 0.2}),
+        ("clip_low_high/random_symmetric_olmo2_1b", {"name": "ppo", "eps_low": 0.1, "eps_high": 0.1}),
         ("clip_low_high/dapo17k_no_clip_high", {"eps_low": 0.2, "eps_high": INF}),
         ("clip_low_high/dapo17k_clip_lower", {"eps_low": 0.15, "eps_high": INF}),
     ],

@@ -17,7 +17,7 @@ from conversion.hf_files import HFReader
 from conversion.megatron_reader import read_metadata, stored_cuts
 from conversion.publish import MANIFEST, write_manifest
 from conversion.sources import open_source
-from conversion.values import Values
+from conversion.values import Values, count_nonfinite
 from conversion.verify import compare, config_differences
 
 RAW = {
@@ -254,12 +254,23 @@ def test_a_cast_that_overflows_is_an_error(tmp_path: Path, dtype: torch.dtype) -
         (torch.full((3,), 60000.0).half(), 0),
         (torch.tensor([1e300, float("nan")], dtype=torch.float64), 1),
         (torch.empty(0), 0),
+        (torch.empty(0).bfloat16(), 0),
+        (torch.tensor([-3e38, 3e38, -0.0]).bfloat16(), 0),
+        (torch.tensor([1.0, -float("inf"), -float("nan")]).bfloat16(), 2),
+        (torch.tensor([float("inf"), 65504.0]).half(), 1),
+        (torch.tensor([[1.0, 2.0], [-float("inf"), 3.0]]).half().t(), 1),
     ],
 )
 def test_counting_is_exact_where_the_sum_is_not_finite(numbers: torch.Tensor, count: int) -> None:
     values = Values()
     values.cast("x", numbers, numbers.dtype)
     assert values.nonfinite.total() == count
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_number_is_classified_as_torch_does(dtype: torch.dtype) -> None:
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    assert [count_nonfinite(number) for number in numbers.split(1)] == (~numbers.isfinite()).long().tolist()
 
 
 COMMANDS: dict[str, Callable[[], int]] = {"in": hf_to_megatron.main, "out": megatron_to_hf.main}
