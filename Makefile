@@ -5,6 +5,7 @@
 # make atlas                                                          draw every loss from its code
 # make study [STUDY=losses]                                           compare methods over seeds; no name: the list
 # make test-integrations [INTEGRATIONS="trl verl"]                    our losses inside other trainers, with their packages
+# make keys                                                           write docs/keys.md, the reference of all keys
 # make doctor                                                         what this machine has, what it lacks, what that costs
 #
 # Each installs what is pinned in constraints/ into .venv first, once.
@@ -26,7 +27,7 @@ DRY_RUN ?=
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help env train check test theory atlas study doctor test-integrations
+.PHONY: help env train check test theory atlas study keys doctor test-integrations
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -46,6 +47,9 @@ atlas: env
 
 study: env
 	@$(PY) -m recipes.study $(STUDY) $(ARGS)
+
+keys: env
+	@$(PY) -m recipes.checks.reference docs/keys.md
 
 doctor: env
 	@$(PY) -m recipes.doctor

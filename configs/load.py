@@ -37,7 +37,7 @@ FREE_KEYS = (
     "run.hang_phases_s.",
 )
 SECTIONS = [f.name for f in fields(Config) if is_dataclass(get_type_hints(Config)[f.name]) or f.name in GROUPS]
-_HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 _TYPE_WORDS = {
     "int": "a whole number",
     "float": "a number",
@@ -53,7 +53,7 @@ _TYPE_WORDS = {
 
 def choices(group: str) -> list[str]:
     """Names that ``group=NAME`` accepts."""
-    folder = _HERE / group
+    folder = FOLDER / group
     found = (path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
     return sorted(name for name in found if not name.startswith("base/"))
 
@@ -147,7 +147,7 @@ def _check_key(item: str) -> None:
             listed = "--help lists all" if key == "recipe" else f"choose {', '.join(choices(key))}"
             raise ValueError(f"{key}={value} is unknown{near(value, choices(key))}; {listed}")
     elif not key.startswith(FREE_KEYS) and key.split("[")[0] not in known:
-        raise ValueError(f"{item}: there is no key {key!r}{near(key, known)}; configs/schema.py lists all keys")
+        raise ValueError(f"{item}: there is no key {key!r}{near(key, known)}; docs/keys.md lists all keys")
     elif key in SECTIONS:
         example = next(name for name in known if name.startswith(f"{key}."))
         raise ValueError(f"{item}: {key} is a section; set its keys one by one, as in {example}=...")

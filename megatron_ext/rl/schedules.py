@@ -118,12 +118,16 @@ class EntropyTarget(Schedule):
     that raises entropy most, u = -1 the one that lowers it most; linear in between.
     """
 
+    runtime = ("signs",)
+
     curve: Literal["constant", "linear", "cosine", "id", "did", "od"] = "constant"
     """constant | linear | cosine (start to end) | id (start, peak, end) | did (start, end, peak, end) | od: falls to
     ``end``, then up to the envelope end + (start - end)(1 - k/T), and so on (Flexible Entropy Control's hysteresis,
     as a target)."""
     start: float = 1.0
+    """Target entropy at the first step."""
     end: float = 1.0
+    """Target entropy at the last step."""
     peak: float = 1.2
     """id, did: entropy at the end of phase I."""
     relative: bool = True
@@ -131,8 +135,9 @@ class EntropyTarget(Schedule):
     phase_ratio: float = 0.5
     """id, did: share of the steps in phase I; did reaches its valley half way through it."""
     gain: float = 2.0
+    """Proportional gain, applied to the relative error of the entropy."""
     integral_gain: float = 0.1
-    """Per rollout step."""
+    """Integral gain, per rollout step."""
     limits: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """Loss parameter -> [low, high], which must hold its configured value; empty: the loss's own (`Loss.actuators`).
 
@@ -236,9 +241,13 @@ class AdaptiveEntropyBonus(Schedule):
     target: float = 0.2
     """Nats per token."""
     delta: float = 1e-4
+    """Change of the coefficient per rollout step."""
     initial_coef: float = 0.0
+    """Coefficient of the entropy bonus at the first step."""
     min_coef: float = 0.0
+    """Smallest coefficient."""
     max_coef: float = 5e-3
+    """Largest coefficient."""
 
     def __post_init__(self) -> None:
         check_number("schedule.target", self.target, 0)

@@ -66,7 +66,7 @@ class SelectionOutputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Base of the selections, and by itself ``none``: every token trains.
+    """Every token trains. Base of the selections.
 
     Both options are carried out by the learner, for any selection.
     """
@@ -141,7 +141,9 @@ class ClipB(Selection):
     statistics: ClassVar[tuple[str, ...]] = ("logp", "entropy")
 
     mu_low: float = 2.5
+    """Lower bound of S - S_mean, in standard deviations; inf is off."""
     mu_high: float = math.inf
+    """Upper bound of S - S_mean, in standard deviations; inf is off."""
     tokens: Literal["negative", "positive", "all"] = "negative"
     """Advantage sign of the tokens that can be dropped."""
 
@@ -175,7 +177,9 @@ class ClipV(ClipB):
     statistics = ("logp", "entropy", "sum_p2", "sum_p2_logp")
 
     mu_low: float = 2.0
+    """Lower bound of D, in standard deviations; inf is off."""
     mu_high: float = 2.0
+    """Upper bound of D, in standard deviations; inf is off."""
 
     def _score(self, x: SelectionInputs, reduce: Reduce) -> tuple[Tensor, Tensor, Tensor]:
         score = centred_discriminant(x.stats)
@@ -206,10 +210,15 @@ class ClipCov(Selection):
     statistics = ("logp",)
 
     frac: float = 2e-4
+    """Share of the response tokens that is dropped."""
     cov_low: float = 1.0
+    """Lower bound of the covariance of tokens that can be dropped."""
     cov_high: float = 5.0
+    """Upper bound of the covariance of tokens that can be dropped."""
     eps_low: float = 0.2
+    """With ``per_update``: tokens that PPO clips at 1 - eps_low are not picked."""
     eps_high: float = 0.2
+    """With ``per_update``: tokens that PPO clips at 1 + eps_high are not picked."""
 
     def __post_init__(self) -> None:
         check_number("selection.frac", self.frac, 0, 1)
@@ -239,7 +248,9 @@ class KlCov(Selection):
     statistics = ("logp",)
 
     frac: float = 2e-3
+    """Share of the response tokens that gets the penalty."""
     coef: float = 1.0
+    """Weight of the penalty."""
 
     def __post_init__(self) -> None:
         check_number("selection.frac", self.frac, 0, 1)
@@ -261,6 +272,7 @@ class Forking(Selection):
     statistics = ("entropy",)
 
     frac: float = 0.2
+    """Share of the response tokens that trains."""
 
     def __post_init__(self) -> None:
         check_number("selection.frac", self.frac, 0, 1)
@@ -287,9 +299,11 @@ class Region(Selection):
     statistics = ("logp", "entropy")
 
     region: Literal["e1", "e2", "e3", "e4", "s_positive", "s_negative"] = "e1"
+    """A region by ratio, probability and advantage (e1 to e4), or by the sign of S."""
     mode: Literal["drop", "keep"] = "drop"
+    """keep drops the other regions."""
     advantage: Literal["positive", "negative"] = "positive"
-    """For s_positive and s_negative."""
+    """s_positive, s_negative: advantage sign of the tokens."""
 
     def _keep(self, x: SelectionInputs, reduce: Reduce) -> tuple[Tensor, dict[str, Tensor]]:
         if self.region.startswith("e"):
@@ -318,7 +332,9 @@ class EntropyRatio(Selection):
     """
 
     low: float = 0.95
+    """Lower bound of H_now / H_old, excluded."""
     high: float = 1.05
+    """Upper bound of H_now / H_old, excluded."""
 
     def __post_init__(self) -> None:
         check_number("selection.low", self.low, 0, 1)
@@ -336,6 +352,7 @@ class EntropyBonus(Selection):
     """Subtract coef * H from every token's loss. CE-GPPO sec. 5.5: 0.001 still collapses there, 0.003 explodes."""
 
     coef: float = 0.001
+    """Weight of the entropy, which is subtracted from the loss."""
 
     def __post_init__(self) -> None:
         check_number("selection.coef", self.coef)
@@ -351,6 +368,7 @@ class Unlikely(Selection):
     """Scale down the rewards of likely responses: `megatron_ext.rl.advantages.unlikely`. All tokens train."""
 
     beta_rank: float = 0.25
+    """Largest share of the reward that a likely correct response loses."""
 
     def __post_init__(self) -> None:
         check_number("selection.beta_rank", self.beta_rank, 0, 1)

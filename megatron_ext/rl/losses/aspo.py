@@ -25,7 +25,9 @@ class Aspo(Loss):
     """
 
     eps_low: float = 0.2
+    """Lower offset: the bound is 1 - eps_low."""
     eps_high: float = 0.2
+    """Upper offset: the bound is 1 + eps_high."""
     soft_cap: float = 3.0
     """Upper bound on either weight, > 1."""
 

@@ -28,10 +28,13 @@ class Bapo(Loss):
     ratio_min: float = 0.6
     """Lower bound where the search starts."""
     ratio_min_limit: float = 0.9
+    """Lower bound where the search ends."""
     ratio_max: float = 1.2
     """Upper bound where the search starts."""
     ratio_max_limit: float = 3.0
+    """Upper bound where the search ends."""
     step: float = 0.05
+    """Step of the search, for both bounds."""
     target: float = 1.0
     """Smallest quotient of sum max(r' A, 0) and sum max(-r' A, 0), r' bounded above for A > 0 and below for A < 0."""
     dual_clip: float | None = 3.0

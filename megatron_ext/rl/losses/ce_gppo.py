@@ -37,7 +37,9 @@ class CeGppo(Loss):
     beta2: float = 1.0
     """Weight of the right branch, >= 0. Larger: entropy falls more slowly."""
     eps_low: float = 0.2
+    """Lower offset: the bound is 1 - eps_low."""
     eps_high: float = 0.2
+    """Upper offset: the bound is 1 + eps_high."""
     ratio_stop_low: float | None = None
     """Left branch: gradient 0 where r < ratio_stop_low (absolute, <= 1-eps_low); None or 0 is off."""
     ratio_stop_high: float | None = None

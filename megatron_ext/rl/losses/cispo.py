@@ -19,7 +19,9 @@ class Cispo(Loss):
     """Value sg(clip(r, 1-eps_low, 1+eps_high)) * A * logp, so F is that clip. No token is dropped."""
 
     eps_low: float = 0.2
+    """Lower offset: the bound is 1 - eps_low."""
     eps_high: float = 0.2
+    """Upper offset: the bound is 1 + eps_high."""
 
     def __post_init__(self) -> None:
         check_offsets(self.eps_low, self.eps_high)

@@ -26,8 +26,11 @@ class Dcpo(Loss):
     """
 
     eps_low: float = 0.2
+    """The lower bound solves (r - 1) r q = -eps_low."""
     eps_high: float = 0.28
+    """The upper bound solves (r - 1) r q = eps_high."""
     ratio_cap: float = 10.0
+    """Largest upper bound on the ratio."""
     dual_clip: float | None = 10.0
     """As in PPO: gradient 0 where A < 0 and r > dual_clip; the authors' scripts have 10."""
 

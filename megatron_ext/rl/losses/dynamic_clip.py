@@ -51,13 +51,17 @@ class DynamicClip(Loss):
     eps: float = 0.2
     """eps_std, the constant offset of the sides that are not dynamic."""
     alpha_high: float = -0.25
+    """Slope of the upper offset H(p) = alpha_high p + b_high."""
     b_high: float = 0.5
+    """Upper offset of a token with p = 0."""
     alpha_low: float = -0.13
+    """Slope of the lower offset M(p) = alpha_low p + b_low."""
     b_low: float = 0.3
+    """Lower offset of a token with p = 0."""
     phase_ratio: float = 0.5
     """Share of the steps in phase I, for id and did; studied: 0.3, 0.4, 0.5, 0.6."""
     lower_ramp: Literal["text", "printed"] = "text"
-    """See the head of this file."""
+    """id, did: in phase II from eps to M (text, as the paper describes it) or from M to eps (printed, its formula)."""
     entropy_floor: float = 0.2
     """od: H_min as a share of the first batch's entropy."""
     initial_state: Literal[0, 1] = 0

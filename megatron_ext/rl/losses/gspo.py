@@ -20,7 +20,9 @@ class Gspo(Loss):
     """
 
     eps_low: float = 3e-4
+    """Lower offset of the sequence ratio."""
     eps_high: float = 4e-4
+    """Upper offset of the sequence ratio."""
     dual_clip: float | None = None
     """Absolute upper bound on s_i for A < 0, >= 1; None is off."""
 

@@ -24,7 +24,9 @@ class Sapo(Loss):
     """
 
     tau_pos: float = 1.0
+    """Temperature of the gate where A > 0."""
     tau_neg: float = 1.05
+    """Temperature of the gate where A <= 0; a larger one damps these tokens sooner."""
 
     def __post_init__(self) -> None:
         check_number("loss.tau_pos", self.tau_pos, 0, math.inf, exclusive=True)
