@@ -6,6 +6,7 @@ make keys      or      python -m recipes.checks.reference docs/keys.md
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 
@@ -91,7 +92,7 @@ def _about(section: str, name: str) -> str:
     return " ".join(line.lstrip("# ") for line in lines)
 
 
-def _markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _markdown(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *(tuple(cell.replace("|", "\\|") for cell in row) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
