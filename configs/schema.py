@@ -114,6 +114,7 @@ class RolloutConfig:
     probe_s: float = 30.0  # a server whose engine does not answer for this long has failed
     revive_timeout_s: float = 300.0  # how long to wait for a server to come back when none is left
     replay: str | None = None  # a run directory: train on its recorded rollouts, without servers
+    routing_replay: bool | None = None  # train a mixture on the experts that the engine chose; None: if it returns them
     agreement_limit: float = 0.01  # refuse to start when mean |p_rollout - p_learner| is larger
 
 

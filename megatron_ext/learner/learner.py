@@ -25,7 +25,7 @@ import conversion
 from configs.schema import Config
 from megatron_ext import progress
 from megatron_ext.flops import ForwardFlops
-from megatron_ext.learner import control, weights, work
+from megatron_ext.learner import control, routing, weights, work
 from megatron_ext.learner import model as megatron
 from megatron_ext.learner.fp8 import alignment
 from megatron_ext.learner.model import parallel_state
@@ -66,6 +66,8 @@ class NotFinite(FloatingPointError):
 
 class Trainable:
     """A Megatron model with its optimizer and learning-rate schedule, and how packed micro-batches go through it."""
+
+    replays_routing = False  # whether a batch's experts are routed to; see `routing`
 
     def __init__(self, config: Config, model_dir: Path, *, total_updates: int, value_head: bool = False) -> None:
         """Build the model of ``model_dir`` in the configured layout and load its weights.
@@ -217,6 +219,9 @@ class Trainable:
                 pad_to=token_multiple(self.config),
                 pad_sequences_to=sequence_multiple(self.config),
             )
+            if batch.experts is not None and self.replays_routing:
+                own = [batch.experts[samples[i]] for i in members]
+                mb.experts_M = routing.local_experts(own, mb.packed, mb.local_M, self.hf, sp=self.config.parallel.sp)
             mb.counts_divisor = number == 0 and self._dp_rank == 0 and parallel_state.get_context_parallel_rank() == 0
             micro_batches.append(mb)
         for chunk in self.chunks:
@@ -235,6 +240,7 @@ class Trainable:
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
+        routing.clear(self.chunks)
         if forward_only:
             self.work.end()
         return collected
@@ -292,6 +298,9 @@ class Learner(Trainable):
     def __init__(self, config: Config, model_dir: Path, *, total_updates: int) -> None:
         super().__init__(config, model_dir, total_updates=total_updates)
         put_hidden_states(self.chunks)
+        self.replays_routing = self.hf.experts is not None
+        if self.replays_routing:
+            routing.install(self.chunks, self.hf)
         padded = conversion.padded_vocab(self.hf.vocab_size, config.parallel.tp)
         train = config.train
         self.head = Head(

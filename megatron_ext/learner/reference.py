@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +53,12 @@ class Reference:
         _copy(device, self._policy)
 
     def logp(self, batch: TrainBatch) -> Tensor:
-        """log p of every response token under the reference, (T,), on every rank."""
+        """log p of every response token under the reference, (T,), on every rank.
+
+        The experts of a replay are the policy's choice: the reference routes by itself, as it would where it is served.
+        """
         with self._in_place():
-            return self._statistics(batch).logp
+            return self._statistics(replace(batch, experts=None)).logp
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from configs.schema import ReferenceConfig
 from megatron_ext.kernels import VocabShard, linear_vocab_statistics
-from megatron_ext.learner import context_parallel
+from megatron_ext.learner import context_parallel, routing
 from megatron_ext.learner.attention import packed_sequences
 from megatron_ext.learner.policy_head import output_weight
 from megatron_ext.rl import packing
@@ -40,6 +40,8 @@ class TrainBatch:
     ref_logp: Tensor | None = None  # log p under the reference policy, when there is one
     old_entropy: Tensor | None = None  # of the weights before the first update, for selections by the entropy ratio
     nll_weight: Tensor | None = None  # coefficient of -logp with its own denominator, when there is such a term
+    # Of each sample (fed tokens, layers with experts, top k), the experts to route to; None: the router chooses
+    experts: Sequence[Tensor] | None = None
     seq_ids: Tensor = field(init=False)  # int64, index of the token's sample
     offsets: Tensor = field(init=False)  # (samples + 1,) int64: start of each sample in the flat tensors, and T
 
@@ -62,6 +64,7 @@ class MicroBatch:
     gathered_R: Tensor  # int64, where the response tokens are in what `context_parallel.gather_tokens` returns
     weight_R: Tensor | None = None  # aggregation weights, float64
     counts_divisor: bool = False  # see training_step
+    experts_M: Tensor | None = None  # `routing.local_experts`, for a replay of the engine's routing
 
 
 def make_micro_batch(
@@ -87,6 +90,7 @@ def _as_list(ids: list[int] | Tensor) -> list[int]:
 def forward(model: Any, mb: MicroBatch, device: torch.device) -> Tensor:
     """The model on a packed micro-batch: (1, local tokens, ...) on the last pipeline stage, hidden states on others."""
     packed, local_M = mb.packed, mb.local_M
+    routing.begin(model, mb.experts_M, device)
     in_its_precision = {"fp32_output": False} if model.config.bf16 else {}
     return model(
         input_ids=packed.tokens_M[local_M][None].to(device),

@@ -33,6 +33,9 @@ class Rollout:
     logprobs: list[float] | Tensor  # log p of each sampled token under the engine's sampling distribution, nats
     weight_versions: list[int] | Tensor  # version of the weights that produced each token
     finish_reason: str  # "stop" | "length"
+    # (prompt + response - 1, layers with experts, top k) integers: the experts that each token which the engine read
+    # was sent to, for routing replay; None: not known, or a dense model
+    experts: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not len(self.response_ids) == len(self.logprobs) == len(self.weight_versions):
@@ -40,6 +43,9 @@ class Rollout:
                 f"rollout with {len(self.response_ids)} tokens, {len(self.logprobs)} logprobs and "
                 f"{len(self.weight_versions)} weight versions: the three must have equal lengths"
             )
+        read = len(self.prompt_ids) + len(self.response_ids) - 1
+        if self.experts is not None and len(self.experts) != read:
+            raise ValueError(f"rollout with experts of {len(self.experts)} tokens, of which the engine read {read}")
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import conversion
-from configs.schema import Config, ParallelConfig
+from configs.schema import Config
 from conversion import HFConfig
 from recipes.checks import fp8
 from recipes.data.sources import check_template, render_prompt
@@ -46,7 +46,7 @@ def check_model(config: Config, directory: Path, *, lengths: bool = True) -> Non
         raise ValueError(
             f"parallel.pp={p.pp} x parallel.vpp={p.vpp} does not divide the model's {hf.num_layers} layers"
         )
-    _check_experts(hf, p)
+    _check_experts(config, hf)
     _check_window(config, hf)
     fp8.check_model(config, hf)
     if config.reference.path is not None:  # it runs in the policy's place: see megatron_ext/learner/reference.py
@@ -109,8 +109,13 @@ def check_tokenizer(config: Config, directory: Path) -> None:
         )
 
 
-def _check_experts(hf: HFConfig, p: ParallelConfig) -> None:
+def _check_experts(config: Config, hf: HFConfig) -> None:
+    p = config.parallel
     if hf.experts is None:
+        if config.rollout.routing_replay:
+            raise ValueError(
+                "rollout.routing_replay=true, and the model has no experts: set rollout.routing_replay=null"
+            )
         if p.ep > 1:
             raise ValueError(f"parallel.ep={p.ep}: the model has no experts; drop parallel.ep")
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from urllib.parse import urlsplit
 
 from configs.schema import Config, RolloutConfig
+from recipes.rollout import routing
 from recipes.rollout.vllm.server import parallel_size
 
 
@@ -31,6 +32,11 @@ def check_settings(c: Config) -> None:
         raise ValueError(
             f"rollout.in_flight={rollout.in_flight} has no effect with rollout.max_staleness=0, where no request is in "
             "flight at an update: set rollout.max_staleness to 1 or more, or leave it out"
+        )
+    if rollout.routing_replay and (why := routing.unfit(rollout)):
+        raise ValueError(
+            f"rollout.routing_replay=true, but {why}, and then vLLM returns no experts: change rollout.extra_args, or "
+            "set rollout.routing_replay=null"
         )
     _check_quantization(c)
     _check_colocated(c)

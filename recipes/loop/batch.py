@@ -24,6 +24,13 @@ def make_batch(config: Config, samples: list[Sample]) -> tuple[TrainBatch, torch
     include_B = ~truncated if config.advantage.overlong == "filter" else torch.ones_like(truncated)
     mask = torch.repeat_interleave(include_B, lengths)
     zeros = torch.zeros(int(lengths.sum()))
+    experts = [] if config.rollout.routing_replay is False else [s.rollout.experts for s in samples]
+    known = [chosen for chosen in experts if chosen is not None]
+    if config.rollout.routing_replay and len(known) < len(samples):
+        raise ValueError(
+            "rollout.routing_replay=true: the rollouts hold no experts (an engine that does not return them, or a "
+            "journal written without them); set rollout.routing_replay=null"
+        )
     batch = TrainBatch(
         prompts=[s.rollout.prompt_ids for s in samples],
         responses=[s.rollout.response_ids for s in samples],
@@ -34,6 +41,7 @@ def make_batch(config: Config, samples: list[Sample]) -> tuple[TrainBatch, torch
         kl_coef=zeros,
         entropy_coef=zeros,
         is_weight=torch.ones_like(zeros),
+        experts=known if known and len(known) == len(samples) else None,
     )
     return batch, torch.tensor([s.group for s in samples]), include_B
 

@@ -69,6 +69,7 @@ class Collector:
             temperature=rollout.temperature,
             top_p=rollout.top_p,
             allow_off_policy_sampling=config.train.tis_cap is not None,
+            experts=rollout.routing_replay is not False,
         )
         self._executor = ThreadPoolExecutor(1 + rollout.max_staleness, thread_name_prefix="rollouts")
         self._pending: dict[int, Future[dict[str, Any]]] = {}  # by step

@@ -12,6 +12,8 @@ G groups, each with a prompt.
     response_ids, logprobs     (T,) int32, float32    float64 where a log-probability is not a float32
     response_ends              (B,) int64
     versions, version_ends     int32, int64           weight versions along the T tokens, and where each run ends
+    experts                    uint8 or int16         (sum of P + L - 1, layers with experts, top k), of each response
+                                                      in turn; only where all are known (`Rollout.experts`)
     reward, correct            (B,) float64, bool
     finish, status             (B,) uint8             indices into FINISH and STATUS
 """
@@ -216,6 +218,9 @@ def _columns(groups: list[Group]) -> dict[str, np.ndarray]:
     responses = [_array(sample.rollout.response_ids, np.int32) for sample in samples]
     versions = _join([_array(sample.rollout.weight_versions, np.int32) for sample in samples], np.int32)
     starts = np.flatnonzero(np.diff(versions, prepend=versions[:1] - 1))
+    experts = [sample.rollout.experts for sample in samples]
+    known = [chosen for chosen in experts if chosen is not None]
+    routing = {"experts": torch.cat(known).numpy()} if known and len(known) == len(experts) else {}
     return {
         "prompt_ids": _join(prompts, np.int32),
         "prompt_ends": np.cumsum([len(prompt) for prompt in prompts], dtype=np.int64),
@@ -229,6 +234,7 @@ def _columns(groups: list[Group]) -> dict[str, np.ndarray]:
         "correct": np.array([sample.correct for sample in samples], dtype=bool),
         "finish": np.array([FINISH.index(sample.rollout.finish_reason) for sample in samples], dtype=np.uint8),
         "status": np.array([STATUS.index(sample.status) for sample in samples], dtype=np.uint8),
+        **routing,
     }
 
 
@@ -264,18 +270,20 @@ class Record:
             return []
         arrays = self.arrays
         prompts = _cut(arrays["prompt_ids"], arrays["prompt_ends"])
+        responses = _cut(arrays["response_ids"], arrays["response_ends"])
         members = zip(
             arrays["group"].tolist(),
-            _cut(arrays["response_ids"], arrays["response_ends"]),
+            responses,
             _cut(arrays["logprobs"], arrays["response_ends"]),
             _versions(arrays),
+            _experts(arrays, prompts, responses),
             *(arrays[name].tolist() for name in ("finish", "reward", "correct", "status")),
             strict=True,
         )
         problems = self.about["problems"]
         return [
             Sample(
-                Rollout(prompts[group], ids, logprobs, versions, FINISH[finish]),
+                Rollout(prompts[group], ids, logprobs, versions, FINISH[finish], chosen),
                 problem_id=problems[group],
                 group=group,
                 seq_id=first_seq_id + number,
@@ -283,7 +291,7 @@ class Record:
                 correct=correct,
                 status=STATUS[status],
             )
-            for number, (group, ids, logprobs, versions, finish, reward, correct, status) in enumerate(members)
+            for number, (group, ids, logprobs, versions, chosen, finish, reward, correct, status) in enumerate(members)
         ]
 
     def oldest_version(self) -> int | None:
@@ -294,6 +302,14 @@ class Record:
 
 def _cut(flat: Tensor, ends: Tensor) -> list[Tensor]:
     return list(flat.split(ends.diff(prepend=ends.new_zeros(1)).tolist())) if len(ends) else []
+
+
+def _experts(arrays: Mapping[str, Tensor], prompts: list[Tensor], responses: list[Tensor]) -> list[Tensor | None]:
+    if "experts" not in arrays:
+        return [None] * len(responses)
+    groups = arrays["group"].tolist()
+    read = [len(prompts[group]) + len(ids) - 1 for group, ids in zip(groups, responses, strict=True)]
+    return list(arrays["experts"].split(read))
 
 
 def _versions(arrays: Mapping[str, Tensor]) -> list[Tensor]:

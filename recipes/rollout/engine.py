@@ -38,6 +38,7 @@ class Sampling:
     top_k: int = 0
     stop_token_ids: tuple[int, ...] = ()
     allow_off_policy_sampling: bool = False
+    experts: bool = False  # return the experts of every token, where the model has some and the engine can
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:

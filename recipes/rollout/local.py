@@ -22,6 +22,7 @@ from megatron_ext import progress
 from megatron_ext.rl.types import Rollout
 from megatron_ext.sync.base import WeightUpdateError
 from recipes.rollout.engine import Sampling, check_request, stop_tokens
+from recipes.rollout.routing import Experts, experts_of
 
 
 class LocalEngine:
@@ -36,6 +37,7 @@ class LocalEngine:
         self._device = device
         self._eos = stop_tokens(model_dir)
         self._max_model_len, self._max_num_seqs = max_model_len, max_num_seqs
+        self._experts = experts_of(model_dir)
         self._lock = threading.Lock()  # an update waits for the responses being written, and they for it
 
     def generate(
@@ -61,7 +63,9 @@ class LocalEngine:
         noise = torch.from_numpy(uniforms).to(self._device)
         output: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
         reasons = ["length"] * len(prompts)
+        watch = _Watch(self.model, self._experts if sampling.experts else None)
         logits = self._prefill(batch)
+        watch.prefilled(batch, prompts)
         for step in range(sampling.max_tokens):
             progress.beat(phase="rollout")
             tokens, logprobs = sample(logits, noise[batch.rows, step], sampling)
@@ -78,9 +82,12 @@ class LocalEngine:
                 break
             batch.keep(~ended)
             logits = self._forward(batch, tokens[~ended, None])
+            watch.decoded(batch)
         return [
-            Rollout(prompt, tokens, logprobs, [self.version] * len(tokens), reason)
-            for prompt, (tokens, logprobs), reason in zip(prompts, output, reasons, strict=True)
+            Rollout(prompt, tokens, logprobs, [self.version] * len(tokens), reason, chosen)
+            for prompt, (tokens, logprobs), reason, chosen in zip(
+                prompts, output, reasons, watch.close(len(prompts)), strict=True
+            )
         ]
 
     def _prefill(self, batch: _Batch) -> Tensor:
@@ -180,6 +187,49 @@ class _Batch:
         if not bool(live.all()):
             self.cache.batch_select_indices(live.nonzero()[:, 0])
             self.mask, self.rows = self.mask[live], self.rows[live]
+
+
+class _Watch:
+    """The experts of every token that a batch's rows read; nothing without ``experts``."""
+
+    def __init__(self, model: Any, experts: Experts | None) -> None:
+        modules = [module for name, module in model.named_modules() if name.endswith(".experts")] if experts else []
+        assert experts is None or len(modules) == len(experts.sparse), "transformers has changed its modules"
+        self._experts = experts
+        self._last: list[Tensor] = []  # of the forward pass under way, (tokens, top k) by layer
+        self._rows: list[list[Tensor]] = []
+        self._hooks = [module.register_forward_pre_hook(self._note, with_kwargs=True) for module in modules]
+
+    def _note(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._last.append(args[1] if len(args) > 1 else kwargs["top_k_index"])
+
+    def _taken(self) -> Tensor:
+        """(tokens, layers with experts, top k) of the forward pass that has ended."""
+        assert self._experts is not None
+        taken = torch.stack(self._last, dim=1).cpu().to(torch.from_numpy(np.empty(0, self._experts.dtype)).dtype)
+        self._last.clear()
+        return taken
+
+    def prefilled(self, batch: _Batch, prompts: list[list[int]]) -> None:
+        """After the prompts."""
+        if self._experts is None:
+            return
+        unique, width = batch.unique_ids.shape
+        taken = self._taken().unflatten(0, (unique, width))
+        places = zip(batch.unique_of_row.tolist(), prompts, strict=True)
+        self._rows = [[taken[place, width - len(prompt) :]] for place, prompt in places]
+
+    def decoded(self, batch: _Batch) -> None:
+        """After one token of each live row."""
+        if self._experts is not None:
+            for row, chosen in zip(batch.rows.tolist(), self._taken(), strict=True):
+                self._rows[row].append(chosen[None])
+
+    def close(self, rows: int) -> list[Tensor | None]:
+        """`Rollout.experts` of each row."""
+        for hook in self._hooks:
+            hook.remove()
+        return [torch.cat(parts) for parts in self._rows] if self._experts is not None else [None] * rows
 
 
 def uniform_numbers(seed: int, sample: int, count: int) -> np.ndarray:

@@ -36,6 +36,7 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None]] = {  # 
     "clip_v": ("ce_gppo", {}, {"name": "clip_v", "mu_low": 0.5, "mu_high": 0.5, "tokens": "all"}),
     "kl_cov": ("ppo", {}, {"name": "kl_cov", "frac": 0.2}),
 }
+REPLAYED = ("gspo", "kl_cov")  # objectives that a mixture of experts trains on given routing
 SELECTIONS: dict[str, dict[str, Any]] = {  # in no objective: compared by the tokens they select
     "clip_b": {"mu_low": 0.5, "mu_high": 0.5, "tokens": "all"},
     "clip_cov": {"frac": 0.2, "cov_low": -1.0, "cov_high": 1.0},
@@ -189,6 +190,10 @@ def _trained(variant: Variant, learner: Learner, objective: str, stats: TokenSta
     name, params, selection = OBJECTIVES[objective]
     loss, order = build_loss(name, **params), list(variant.order)
     batch = cases.make_batch(learner.dtype, order)
+    if learner.hf.experts is not None and objective in REPLAYED:
+        layers = sum(map(learner.hf.sparse, range(learner.hf.num_layers)))
+        batch.experts = cases.make_experts(order, layers)
+        stats = learner.statistics(batch)
     out = {f"statistics/{name}": getattr(stats, name) for name in cases.FIELDS}
     batch.old_logp = stats.logp + batch.old_logp
     if selection is not None:

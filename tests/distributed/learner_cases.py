@@ -152,6 +152,17 @@ def make_batch(dtype: torch.dtype, order: Sequence[int] | None = None) -> TrainB
     return batch
 
 
+def make_experts(order: Sequence[int], layers: int, count: int = 4, top_k: int = 2) -> list[Tensor]:
+    """Routing for the samples of `make_batch`: (fed tokens, layers, top_k) uint8 each, any experts at all."""
+    batch = make_batch(torch.float32)
+    chosen = []
+    for sample, (prompt, response) in enumerate(zip(batch.prompts, batch.responses, strict=True)):
+        generator = torch.Generator().manual_seed(100 + sample)
+        scores = torch.rand(len(prompt) + len(response) - 1, layers, count, generator=generator)
+        chosen.append(scores.topk(top_k).indices.to(torch.uint8))
+    return [chosen[sample] for sample in order]
+
+
 def aggregation_weights(name: str, samples: Sequence[int], order: Sequence[int] | None = None) -> Tensor:
     """(B,) weights of the samples (indices into the ordered batch), 0 elsewhere, with the global denominator."""
     from megatron_ext.rl.aggregation import sequence_weights

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import io
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from aiohttp import web
@@ -21,6 +24,14 @@ from recipes.rollout.vllm.pool import VLLMPool
 from recipes.rollout.vllm.server import Place
 
 WEIGHTS = {"w": torch.arange(6.0)}
+MIXTURE: dict[str, Any] = {  # config.json of a mixture of experts
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    **{"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 4, "head_dim": 32},
+    **{"intermediate_size": 96, "vocab_size": 8, "max_position_embeddings": 64, "hidden_act": "silu"},
+    **{"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True},
+    **{"mlp_only_layers": [], "decoder_sparse_step": 1, "tie_word_embeddings": False, "rms_norm_eps": 1e-6},
+}
 
 
 class StandIn:
@@ -38,6 +49,7 @@ class StandIn:
         self.busy = self.most_busy = 0
         self.tokens_s = 0.01  # for one response
         self.paused = ""
+        self.experts: tuple[int, int] | None = None  # layers, and experts of a token: (place, 0, ...) of each it read
         self.close_kept = False  # end a connection at its second generation, before the answer
         self.closed = 0
         self._used: set[asyncio.BaseTransport] = set()
@@ -157,6 +169,13 @@ class StandIn:
             "finish_reason": reason,
             "weight_versions": [{"version": label, "start": i, "end": i + 1} for i, label in enumerate(labels)],
         }
+        if self.experts is not None and tokens:
+            first = body["sampling_params"].get("routed_experts_prompt_start", 0)
+            places = np.arange(first, len(context) + len(tokens) - 1, dtype=np.uint8)
+            routed = np.zeros((len(places), *self.experts), dtype=np.uint8)
+            routed[:, :, 0] = places[:, None]
+            np.save(buffer := io.BytesIO(), routed)
+            choice["routed_experts"] = base64.b64encode(buffer.getvalue()).decode()
         return web.json_response({"choices": [choice] * body["sampling_params"]["n"]})
 
 

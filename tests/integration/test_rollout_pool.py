@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from stand_in import StandIn, make_pool, prompts, wait_until
+from stand_in import MIXTURE, WEIGHTS, StandIn, make_pool, prompts, wait_until
 
 from configs.schema import RolloutConfig
 from recipes.rollout.engine import Sampling, request_seed
@@ -199,6 +201,44 @@ def test_parse_choice_labels_every_token_and_refuses_torn_answers() -> None:
     for torn in (b"", b"[]", b'{"choices": [{"token_ids": ["a"]}]}', b'{"choices": [{"token_ids": [1'):
         with pytest.raises(ServerError, match="not a generation"):
             parse_answer(torn, labels)
+
+
+@pytest.mark.parametrize("mode", ["keep", "abort"])
+def test_experts_of_a_mixture_come_with_the_responses(
+    stand_ins: list[StandIn], model_dir: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """Of every token read, once, also where an update cut the response in two; evaluation does not ask for them."""
+    (model_dir / "config.json").write_text(json.dumps(MIXTURE))
+    for server in stand_ins:
+        server.experts, server.tokens_s = (4, 2), 0.5
+    with contextlib.closing(make_pool(stand_ins[:1], model_dir, monkeypatch, in_flight=mode)) as pool:
+        sampling = Sampling(2, experts=True)
+        with ThreadPoolExecutor(1) as background:
+            asked = background.submit(pool.generate, [[5, 6, 7]], n=2, sampling=sampling, seeds=[0])
+            wait_until(lambda: stand_ins[0].busy == 1, "a request in flight")
+            pool.push(1, WEIGHTS.items())
+            rollouts = asked.result()
+        for rollout in rollouts:
+            assert rollout.experts is not None and rollout.experts.shape == (4, 4, 2)
+            assert rollout.experts[:, 0, 0].tolist() == [0, 1, 2, 3], "places of the tokens"
+        stand_ins[0].bodies.clear()
+        (rollout,) = pool.generate([[5, 6, 7]], n=1, sampling=Sampling(2), seeds=[0])
+        assert rollout.experts is None
+        assert stand_ins[0].bodies[0]["sampling_params"]["routed_experts_prompt_start"] == 3
+
+
+def test_a_server_without_experts_is_named_where_they_are_required(
+    stand_ins: list[StandIn], model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (model_dir / "config.json").write_text(json.dumps(MIXTURE))
+    for required in (None, True):
+        with contextlib.closing(make_pool(stand_ins[:1], model_dir, monkeypatch, routing_replay=required)) as pool:
+            ask = partial(pool.generate, [[5, 6, 7]], n=1, sampling=Sampling(2, experts=True), seeds=[0])
+            if required is None:
+                assert ask()[0].experts is None
+                continue
+            with pytest.raises(ValueError, match="start it with --enable-return-routed-experts"):
+                ask()
 
 
 def test_a_connection_that_the_server_has_closed_is_no_fault(pool: VLLMPool, stand_ins: list[StandIn]) -> None:

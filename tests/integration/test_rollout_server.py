@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from stand_in import MIXTURE
 
 from configs.schema import RolloutConfig
+from recipes.rollout.routing import Experts, experts_of
 from recipes.rollout.vllm.server import (
     Place,
     gpu_environment,
@@ -74,3 +80,48 @@ def test_a_server_of_several_gpus(model_dir: Path) -> None:
     command = server_command(rollout, place, 1)
     assert command[-2:] == rollout.extra_args and "--tensor-parallel-size" not in command
     assert parallel_size(["-tp", "2", "--seed", "3", "--data-parallel-size=4"]) == 8 and parallel_size([]) == 1
+
+
+def test_servers_of_a_mixture_return_experts_where_vllm_can(model_dir: Path) -> None:
+    """Beside a GPU, unless arguments rule it out; what is asked for and cannot be had is refused."""
+    flag, on_gpu, on_cpu = (
+        "--enable-return-routed-experts",
+        Place(model_dir, model_dir, "cuda"),
+        Place(model_dir, model_dir),
+    )
+    (model_dir / "config.json").write_text(SHAPE)
+    assert flag not in server_command(RolloutConfig(), on_gpu, 1)
+    with pytest.raises(ValueError, match="routing_replay=true, but the model is dense"):
+        server_command(RolloutConfig(routing_replay=True), on_gpu, 1)
+    (model_dir / "config.json").write_text(json.dumps(MIXTURE))
+    assert flag in server_command(RolloutConfig(), on_gpu, 1)
+    assert flag not in server_command(RolloutConfig(routing_replay=False), on_gpu, 1)
+    pipeline = ["--pipeline-parallel-size=2"]
+    for rollout, place, why in (
+        (RolloutConfig(extra_args=pipeline, server_gpus=2), on_gpu, "extra_args: --pipeline-parallel-size spreads"),
+        (RolloutConfig(), on_cpu, "beside a GPU alone"),
+    ):
+        assert flag not in server_command(rollout, place, 1)
+        rollout.routing_replay = True
+        with pytest.raises(ValueError, match=why):
+            server_command(rollout, place, 1)
+
+
+def test_experts_of_an_answer_are_those_of_its_layers_and_tokens(model_dir: Path) -> None:
+    (model_dir / "config.json").write_text(json.dumps(MIXTURE | {"mlp_only_layers": [1]}))
+    experts = experts_of(model_dir)
+    assert experts == Experts(sparse=(0, 2, 3), layers=4, count=8, top_k=2)
+    array = np.random.default_rng(0).integers(0, 8, (5, 4, 2)).astype(np.uint16)
+
+    def text(values: np.ndarray) -> str:
+        buffer = io.BytesIO()
+        np.save(buffer, values, allow_pickle=values.dtype == object)
+        return base64.b64encode(buffer.getvalue()).decode()
+
+    decoded = experts.decode(text(array), 5)
+    assert decoded.dtype == np.uint8 and np.array_equal(decoded, array[:, [0, 2, 3]])
+    for bad in (array[:4], array[:, :3], array + 8, array.astype(object), array / 2):
+        with pytest.raises(ValueError):
+            experts.decode(text(bad), 5)
+    with pytest.raises(ValueError):
+        experts.decode("no base64!", 5)

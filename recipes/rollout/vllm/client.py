@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_ext.rl.types import Rollout
 from recipes.rollout.engine import Sampling
+from recipes.rollout.routing import Experts
 from recipes.rollout.vllm.server import ServerProcess
 
 GENERATE = "/inference/v1/generate"
@@ -160,9 +161,16 @@ async def request_bytes(
 
 
 def request_body(
-    prompt: Sequence[int], n: int, sampling: Sampling, seed: int, *, max_tokens: int, eos: Collection[int]
+    prompt: Sequence[int],
+    n: int,
+    sampling: Sampling,
+    seed: int,
+    *,
+    max_tokens: int,
+    eos: Collection[int],
+    experts_from: int | None = None,
 ) -> dict[str, Any]:
-    """Body of a tokens-in-tokens-out request."""
+    """Body of a tokens-in-tokens-out request. ``experts_from``: the first token whose experts are returned."""
     params = {
         "n": n,
         "seed": seed,
@@ -176,6 +184,8 @@ def request_body(
         "stop_token_ids": sorted({*eos, *sampling.stop_token_ids}),
         "detokenize": False,
     }
+    if experts_from is not None:
+        params["routed_experts_prompt_start"] = experts_from
     return {"token_ids": list(prompt), "sampling_params": params}
 
 
@@ -200,6 +210,7 @@ class Choice(msgspec.Struct):
     finish_reason: str | None = None
     logprobs: LogprobList | None = None
     weight_versions: list[VersionSpan] | None = None
+    routed_experts: str | None = None
 
 
 class Answer(msgspec.Struct):
@@ -213,38 +224,46 @@ _ANSWER = msgspec.json.Decoder(Answer)
 class Piece:
     """One choice of an answer: a whole response, or the beginning of one that an update cut off.
 
-    ``tokens`` int32, ``logprobs`` float32, which they were computed in, ``versions`` int32.
+    ``tokens`` int32, ``logprobs`` float32, which they were computed in, ``versions`` int32; ``experts`` of the tokens
+    read (`Rollout.experts`), of a continuation those that were read after the beginning was written.
     """
 
     tokens: np.ndarray
     logprobs: np.ndarray
     versions: np.ndarray
     finish_reason: str  # "stop" | "length" | "abort"
+    experts: np.ndarray | None = None
 
     def then(self, rest: Piece) -> Piece:
+        known = [part for part in (self.experts, rest.experts) if part is not None]
         return Piece(
             np.concatenate([self.tokens, rest.tokens]),
             np.concatenate([self.logprobs, rest.logprobs]),
             np.concatenate([self.versions, rest.versions]),
             rest.finish_reason,
+            np.concatenate(known) if rest.experts is not None else None,  # `rest` has all where the beginning has none
         )
 
     def rollout(self, prompt: Sequence[int]) -> Rollout:
         tokens, logprobs, versions = map(torch.from_numpy, (self.tokens, self.logprobs, self.versions))
-        return Rollout(list(prompt), tokens, logprobs, versions, self.finish_reason)
+        experts = None if self.experts is None else torch.from_numpy(self.experts)
+        return Rollout(list(prompt), tokens, logprobs, versions, self.finish_reason, experts)
 
 
-def parse_answer(content: bytes, labels: Mapping[str, int]) -> list[Piece]:
+def parse_answer(
+    content: bytes, labels: Mapping[str, int], experts: Experts | None = None, unread: int = 0
+) -> list[Piece]:
     """The choices of a generation. ServerError for anything but a whole answer; see `parse_choice`."""
     try:
         answer = _ANSWER.decode(content)
     except msgspec.MsgspecError as error:
         raise ServerError(f"an answer that is not a generation: {error}") from error
-    return [parse_choice(choice, labels) for choice in answer.choices]
+    return [parse_choice(choice, labels, experts, unread) for choice in answer.choices]
 
 
-def parse_choice(choice: Choice, labels: Mapping[str, int]) -> Piece:
-    """One choice of vLLM's answer. ``labels``: the version that each label of ours stands for.
+def parse_choice(choice: Choice, labels: Mapping[str, int], experts: Experts | None = None, unread: int = 0) -> Piece:
+    """One choice of vLLM's answer. ``labels``: the version that each label of ours stands for. ``experts``: the shape
+    of the routing, where that is wanted, and ``unread`` the tokens of the prompt whose experts were asked for.
 
     ServerError when it is not whole, or was written by weights that are not ours (a server that was restarted without
     our doing carries another label).
@@ -269,7 +288,14 @@ def parse_choice(choice: Choice, labels: Mapping[str, int]) -> Piece:
         )
     if len(logprobs) and logprobs.min() <= -9999.0:
         raise ServerError("the server reports no log-probability for a sampled token (NaN in its logits?)")
-    return Piece(tokens, logprobs, versions, reason)
+    routed = None
+    if experts is not None and choice.routed_experts is not None:
+        try:
+            routed = experts.decode(choice.routed_experts, max(unread + len(tokens) - 1, 0))
+        except ValueError as error:
+            if reason != "abort":  # a request that is cut off may lack some; its continuation is asked for all
+                raise ServerError(f"an answer with unusable experts: {error}") from error
+    return Piece(tokens, logprobs, versions, reason, routed)
 
 
 def cast_floats(tensors: Iterable[tuple[str, Tensor]], dtype: str) -> Iterator[tuple[str, Tensor]]:

@@ -26,6 +26,7 @@ from megatron_ext.sync.base import WeightSync, WeightUpdateError, stage_weights
 from megatron_ext.sync.broadcast import BroadcastSync
 from megatron_ext.sync.disk import DiskSync
 from recipes.rollout.engine import Sampling, check_request, request_seed, stop_tokens, url_token
+from recipes.rollout.routing import FLAG, experts_of
 from recipes.rollout.vllm.client import (
     GivenUp,
     Line,
@@ -64,6 +65,7 @@ class VLLMPool:
         self._requests = {"requests": 0, "retries": 0, "continued": 0}
         self._rollout, self._place = rollout, place
         self._eos = stop_tokens(place.model_dir)
+        self._experts = None if rollout.routing_replay is False else experts_of(place.model_dir)
         self._token = url_token() if rollout.urls else secrets.token_urlsafe(32)
         # What responses carry as the version of their weights. With the checksum in it, a server that was restarted,
         # or given weights by another program, cannot pass for ours.
@@ -139,7 +141,8 @@ class VLLMPool:
         so_far = written.tokens.tolist() if written else []
         context = [*prompt, *so_far]
         room = min(sampling.max_tokens - len(so_far), self._rollout.max_model_len - len(context))
-        pieces = await self._ask(batch, context, n, sampling, request_seed(*key), room)
+        have = 0 if written is None or written.experts is None else len(written.experts)
+        pieces = await self._ask(batch, context, n, sampling, request_seed(*key), room, have)
         if written:
             pieces = [written.then(piece) for piece in pieces]
         cut_off = [index for index, piece in enumerate(pieces) if piece.finish_reason == "abort"]
@@ -158,17 +161,21 @@ class VLLMPool:
         ]
 
     async def _ask(
-        self, batch: int, context: list[int], n: int, sampling: Sampling, seed: int, max_tokens: int
+        self, batch: int, context: list[int], n: int, sampling: Sampling, seed: int, max_tokens: int, have: int
     ) -> list[Piece]:
-        """One request, on up to three servers one after the other."""
+        """One request, on up to three servers one after the other. ``have``: tokens whose experts are there already."""
         self._requests["requests"] += 1
+        experts = self._experts if sampling.experts else None
+        start = None if self._experts is None else have if sampling.experts else len(context)
         for attempt in range(ATTEMPTS):
             server = await self._server_for(batch, n)
-            body = request_body(context, n, sampling, seed, max_tokens=max_tokens, eos=self._eos)
+            body = request_body(context, n, sampling, seed, max_tokens=max_tokens, eos=self._eos, experts_from=start)
             try:
                 content = await self._generate_unless_failed(server, body)
                 progress.beat(phase="rollout")
-                return parse_answer(content, self._labels)
+                pieces = parse_answer(content, self._labels, experts, len(context) - have)
+                self._require_experts(pieces, sampling)
+                return pieces
             except ServerError as error:
                 if not isinstance(error, GivenUp):
                     self.fleet.fail(server, error)
@@ -182,6 +189,14 @@ class VLLMPool:
                 server.in_flight -= n
                 self.fleet.notify()
         raise AssertionError("unreachable")
+
+    def _require_experts(self, pieces: list[Piece], sampling: Sampling) -> None:
+        whole = [piece for piece in pieces if piece.finish_reason != "abort"]
+        if sampling.experts and self._rollout.routing_replay and any(piece.experts is None for piece in whole):
+            raise ValueError(
+                f"rollout.routing_replay=true, but a server returns no experts: start it with {FLAG}, or set "
+                "rollout.routing_replay=null"
+            )
 
     async def _server_for(self, batch: int, n: int) -> Server:
         """The least busy server, once it is this request's turn and one has room. The batch asked for first goes first.

@@ -18,6 +18,7 @@ from pathlib import Path
 from configs.schema import RolloutConfig
 from megatron_ext.sync import process_guard
 from megatron_ext.sync.auth import TOKEN_VARIABLE
+from recipes.rollout import routing
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -128,6 +129,8 @@ def server_command(rollout: RolloutConfig, place: Place, port: int, host: str = 
             flags["--tensor-parallel-size"] = str(rollout.server_gpus)
         if rollout.colocated:  # on a CPU vLLM refuses the flag, though it answers the calls
             switches.append("--enable-sleep-mode")
+    if routing.server_returns(rollout, place.model_dir, place.device):
+        switches.append(routing.FLAG)
     words = [word for flag in flags.items() for word in flag]
     # -P: the current directory must not shadow modules; ours come by PYTHONPATH.
     vllm = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]

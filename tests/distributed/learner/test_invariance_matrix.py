@@ -1,11 +1,11 @@
 """Any layout, the same numbers: one recorded batch trained in every layout against one process, in float64.
 
-Five objectives (three losses, and two token selections through the training loop's own code) each take three optimizer
-steps of SGD; each aggregation is used in three of them. Compared are the statistics of every token, the selected
-tokens, the objective, the gradient and its norm, the way every weight has gone after the three steps, and the
-statistics under the last weights; then the weights after three steps of Adam. Layouts also differ in the token budget
-of a micro-batch, in the order of the samples and in recomputation. ``pytest -s`` prints the table of largest relative
-differences.
+Five objectives (three losses, and two token selections through the training loop's own code; a mixture of experts
+trains two of them on given routing) each take three optimizer steps of SGD; each aggregation is used in three of them.
+Compared are the statistics of every token, the selected tokens, the objective, the gradient and its norm, the way
+every weight has gone after the three steps, and the statistics under the last weights; then the weights after three
+steps of Adam. Layouts also differ in the token budget of a micro-batch, in the order of the samples and in
+recomputation. ``pytest -s`` prints the table of largest relative differences.
 
 All of it runs in eight processes that are started once. A layout of fewer runs in several teams of them at a time.
 """
@@ -22,7 +22,7 @@ import invariance
 import learner_cases as cases
 import pytest
 import torch
-from invariance import ADAM_LR, CLIP, OBJECTIVES, PROCESSES, SELECTIONS, SHUFFLED, VARIANTS, Results, Variant
+from invariance import ADAM_LR, CLIP, OBJECTIVES, PROCESSES, REPLAYED, SELECTIONS, SHUFFLED, VARIANTS, Results, Variant
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -197,3 +197,5 @@ def test_the_batch_exercises_what_is_compared(root: Path, name: str) -> None:
         assert objective == "kl_cov" or kept.sum() < sum(cases.LENGTHS)
     assert all(0 < results[f"{selection}/selected"].sum() < sum(cases.LENGTHS) for selection in SELECTIONS)
     assert len({float(results[f"{objective}/norm/0/grad_norm"]) for objective in OBJECTIVES}) == len(OBJECTIVES)
+    free, given = (results[f"{objective}/statistics/logp"] for objective in ("ce_gppo", REPLAYED[0]))
+    assert torch.equal(free, given) == (name == "one"), "a mixture's replay moves its log-probabilities"

@@ -185,6 +185,28 @@ def test_a_token_takes_eight_bytes() -> None:
     assert found.rollout.weight_versions.untyped_storage().nbytes() < 100
 
 
+def test_experts_come_back_and_take_a_byte_each() -> None:
+    """Also of prompts of different lengths; unless one response lacks them."""
+    groups: list[Any] = []
+    for number, (prompt, lengths) in enumerate([([1, 2, 3], [2, 4]), ([5], [1, 3])]):
+        samples = []
+        for seed, n in enumerate(lengths):
+            generator = torch.Generator().manual_seed(seed)
+            experts = torch.randint(128, (len(prompt) + n - 1, 5, 8), generator=generator).to(torch.uint8)
+            rollout = Rollout(prompt, [7] * n, [-0.5] * n, [0] * n, "stop", experts)
+            samples.append(Sample(rollout, f"p{number}", number, seed))
+        groups.append((Problem(f"p{number}", "", ""), samples))
+    payload = encode(record(0, groups=groups))
+    expected = [sample.rollout.experts for _, members in groups for sample in members]
+    found = [sample.rollout.experts for sample in Record(payload).samples(0)]
+    assert all(
+        a is not None and a.dtype == torch.uint8 and torch.equal(a, b) for a, b in zip(found, expected, strict=True)
+    )
+    assert len(payload) - len(encode(record(0, groups=[]))) < 1000 + 40 * (4 + 6 + 1 + 3)
+    groups[1][1][0] = Sample(Rollout([5], [7], [-0.5], [0], "stop"), "p1", 1, 0)
+    assert {sample.rollout.experts for sample in Record(encode(record(0, groups=groups))).samples(0)} == {None}
+
+
 def test_a_batch_without_groups() -> None:
     empty = Record(encode(record(3, groups=[])))
     assert empty.samples(0) == [] and empty.oldest_version() is None and journal.as_groups(empty) == []
