@@ -1,4 +1,4 @@
-"""How many processes a parallel layout needs, and how many optimizer steps a batch. Pure arithmetic."""
+"""The number of processes of a parallel layout, and of optimizer steps per batch. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from configs.schema import Config, ParallelConfig
 
 
 def process_multiple(parallel: ParallelConfig) -> int:
-    """What the number of learner processes is a multiple of: dense layers lie over tp x pp x cp of them, experts over
-    ep x pp."""
+    """The number of learner processes is a multiple of this: dense layers need tp x pp x cp of them, experts ep x pp."""
     return math.lcm(parallel.tp * parallel.pp * parallel.cp, parallel.ep * parallel.pp)
 
 

@@ -1,4 +1,4 @@
-"""From a command line to a checked :class:`configs.schema.Config`. Everything that can be wrong is said here, once.
+"""From a command line to a :class:`configs.schema.Config`; all messages about malformed arguments are here.
 
     recipe=quickstart optim.lr=1e-6 loss=dapo loss.eps_high=0.3
 

@@ -1,10 +1,10 @@
-"""NeMo-Aligner 0.7's PPO actor with one of our losses in place of its own.
+"""NeMo-Aligner 0.7's PPO actor with one of our losses instead of its own.
 
 Written against `MegatronGPTActorModel.get_actor_forward_output_and_loss_func` and `.get_loss_and_metrics` of
 nemo_aligner/models/nlp/gpt/megatron_gpt_ppo_actor.py (Apache-2.0). The forward pass stays theirs; only the closure that
-turns logits into a loss is replaced. One departure, on purpose: they average over the tokens of every micro-batch and
-then over micro-batches, which gives a token in a short one more weight; here every token of the global batch counts the
-same, whatever `micro_batch_size` is.
+turns logits into a loss is replaced. One intended difference: NeMo-Aligner averages over the tokens of every micro-batch
+and then over micro-batches, so tokens of short micro-batches get more weight. Here every token of the global batch has
+the same weight, for any `micro_batch_size`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Between the padded (B, L) tensors of other trainers and the flat (T,) ones of `megatron_ext.rl`, T = B L.
+"""Conversion between the padded (B, L) tensors of other trainers and the flat (T,) ones of `megatron_ext.rl`, T = B L.
 
 B responses, one a row, of at most L tokens; every row is a sequence.
 """
@@ -18,7 +18,7 @@ from megatron_ext.rl.types import LossInputs, TokenStats
 def loss_inputs(
     logp_BL: Tensor, old_logp_BL: Tensor, advantages: Tensor, mask_BL: Tensor, entropy_BL: Tensor | None = None
 ) -> LossInputs:
-    """What a loss sees; ``advantages`` is (B, L), (B, 1) or (B,). Values outside the mask may be anything."""
+    """The inputs of a loss; ``advantages`` is (B, L), (B, 1) or (B,). Values outside the mask may be anything."""
     return LossInputs(
         logp=logp_BL.reshape(-1),
         old_logp=old_logp_BL.reshape(-1),
@@ -43,19 +43,21 @@ def select(
 ) -> SelectionOutputs:
     """Token selection over a whole batch before its first update: (T,) tensors, to be viewed as (B, L).
 
-    Trainers hand out log-probabilities and perhaps entropies, not the sums over the vocabulary that ``clip_v`` needs.
+    Trainers give log-probabilities and sometimes entropies, but not the sums over the vocabulary that ``clip_v`` needs.
 
     Args:
-        logp_BL: of the weights in force, which are those that wrote the batch.
+        logp_BL: under the current weights, which sampled the batch.
         entropy_BL: None if the trainer has none; only clip_cov, kl_cov and selections by advantage work then.
         first_row: number of responses on lower ranks: random picks and ties go by the response's index in the batch.
         kwargs: ``reduce``, for a batch that is spread over ranks.
     Raises:
-        ValueError: the selection needs a statistic that is missing, or what there is is not finite.
+        ValueError: the selection needs a statistic that is missing or not finite.
     """
     missing = selection.needs() - ({"logp"} if entropy_BL is None else {"logp", "entropy"})
     if missing:
-        raise ValueError(f"{type(selection).__name__} needs {', '.join(sorted(missing))}, which this trainer has not.")
+        raise ValueError(
+            f"{type(selection).__name__} needs {', '.join(sorted(missing))}, which this trainer does not provide."
+        )
     unused = torch.zeros_like(logp_BL).reshape(-1)
     x = SelectionInputs(
         stats=TokenStats(

@@ -46,7 +46,7 @@ def trainer_class(loss: Loss, selection: Selection | None = None, base: type | N
                 raise ValueError("entropy_coef and router losses have no effect here: use selection entropy_bonus.")
 
         def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-            """TRL's batch, with the decision of the selection for every token beside it."""
+            """TRL's batch, with the result of the selection for every token."""
             output: dict[str, Any] = super()._generate_and_score_completions(inputs)
             if selection is None or not self.model.training:
                 return output
@@ -100,7 +100,7 @@ def trainer_class(loss: Loss, selection: Selection | None = None, base: type | N
             return logp, entropy
 
         def _tokens_per_step(self, inputs: dict[str, Any]) -> Tensor:
-            """Tokens of the optimizer step per process, as TRL's ``dapo`` counts them."""
+            """Tokens of the optimizer step per process, counted as in TRL's ``dapo``."""
             tokens: Tensor = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
             if self.model.training:
                 tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation

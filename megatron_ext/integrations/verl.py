@@ -1,10 +1,10 @@
 """verl: our losses as policy losses, and token selection over the whole batch. Written against verl 0.9.1.
 
-verl hands its policy loss a padded micro-batch and aggregates with global denominators itself (`agg_loss`). Its own
-Clip-Cov and KL-Cov pick tokens in every micro-batch, so the picks change with the micro-batch size (verl issue 7829).
-Here `select` decides once, on the driver, over the whole batch, and sends the decision along as ``rollout_is_weights``,
-the one per-token tensor that reaches a policy loss: 0 drops a token (it keeps its place in the denominator), and a
-negative weight marks a token under the KL-Cov penalty.
+verl calls its policy loss with a padded micro-batch and aggregates with global denominators itself (`agg_loss`). Its
+own Clip-Cov and KL-Cov select tokens in every micro-batch, so the result changes with the micro-batch size (verl issue
+7829). Here `select` selects once, on the driver, over the whole batch, and stores the result in ``rollout_is_weights``,
+the only per-token tensor that reaches a policy loss: 0 drops a token (it stays in the denominator), and a negative
+weight marks a token under the KL-Cov penalty.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def register(name: str, loss: Loss, *, kl_cov_coef: float = 0.0) -> None:
 def select(
     batch: Any, selection: Selection, *, entropies: Tensor | None = None, seed: int = 0, step: int = 0
 ) -> dict[str, float]:
-    """Decide over a whole `DataProto` with ``old_log_probs`` and ``advantages``, before its first update.
+    """Select tokens of a whole `DataProto` with ``old_log_probs`` and ``advantages``, before its first update.
 
-    Writes ``rollout_is_weights`` into ``batch.batch``, times the weights that are there already.
+    Multiplies ``rollout_is_weights`` in ``batch.batch`` by the result.
 
     Args:
         entropies: (B, L) ``entropys`` of verl's `compute_log_prob`, for selections by entropy.
@@ -93,7 +93,7 @@ def select(
 def trainer_class(selection: Selection, base: type | None = None, *, seed: int = 0) -> type:
     """A subclass of verl's `RayPPOTrainer` that selects tokens over the whole batch before it updates the actor.
 
-    Not for ``rollout_correction.bypass_mode``, which has no log-probabilities of the training engine.
+    It cannot be used with ``rollout_correction.bypass_mode``, which computes no log-probabilities of the training engine.
     """
     if base is None:
         from verl.trainer.ppo.ray_trainer import RayPPOTrainer as base  # type: ignore[no-redef]

@@ -1,4 +1,4 @@
-"""From rewards to advantages, and what shapes or filters rewards on the way.
+"""Advantages from rewards, and the shaping and filtering of rewards.
 
 Tensors: ``rewards_B`` one score per sampled response, ``groups_B`` int64, equal for responses to the same prompt
 (any ids, any order). Everything is computed and returned in float64; group sizes may differ.
@@ -29,9 +29,9 @@ def _group_mean(values_B: Tensor, index_B: Tensor, size_B: Tensor) -> Tensor:
 
 
 def informative_groups(rewards_B: Tensor, groups_B: Tensor) -> Tensor:
-    """Bool (B,): False for every response of a group whose rewards are all equal, which carries no signal.
+    """Bool (B,): False for the responses of a group whose rewards are all equal: such a group has no learning signal.
 
-    DAPO's dynamic sampling keeps the informative ones and refills the batch up to a cap (Yu et al. 2025).
+    DAPO's dynamic sampling keeps the other groups and refills the batch up to a cap (Yu et al. 2025).
     """
     index, _ = _group_index(groups_B)
     rewards = rewards_B.double()
@@ -77,9 +77,9 @@ def rloo(rewards_B: Tensor, groups_B: Tensor) -> Tensor:
 def reinforce_pp(rewards_B: Tensor, groups_B: Tensor, *, baseline: str = "none", delta: float = 1e-8) -> Tensor:
     """REINFORCE++ (Hu 2025): normalised over the batch, (R - mean) / (std + delta), population std over responses.
 
-    ``baseline="group"`` subtracts the group mean first. Without it groups play no part, so an all-equal group does
-    *not* get 0 unless the whole batch is equal. The original whitens tokens; having one reward per response we whiten
-    responses.
+    ``baseline="group"`` subtracts the group mean first. Without it groups have no effect, so a group of equal rewards
+    does *not* get 0 unless the whole batch is equal. The original whitens tokens; here there is one reward per
+    response, so responses are whitened.
     """
     check_choice("advantage.params.baseline", baseline, ("none", "group"))
     check_number("advantage.params.delta", delta, 0)
@@ -103,7 +103,7 @@ def compute_advantages(name: str, rewards_B: Tensor, groups_B: Tensor, **params:
         ValueError: unknown estimator or parameter, shapes that differ, or a reward that is not finite.
     """
     if name not in ADVANTAGES:
-        known = ", ".join((*ADVANTAGES, "gae"))  # which is per token and needs a critic, hence not in the table
+        known = ", ".join((*ADVANTAGES, "gae"))  # gae is per token and needs a critic, so it is not in the table
         raise ValueError(f"advantage.name={name!r} is unknown{suggest(name, ADVANTAGES)}; choose one of {known}.")
     fn = ADVANTAGES[name]
     known_params = list(fn.__kwdefaults__ or {})
@@ -125,7 +125,7 @@ def unlikely(rewards_B: Tensor, groups_B: Tensor, seq_logp_B: Tensor, *, beta_ra
     """Unlikeliness reward (He et al. 2025): positive rewards times 1 - beta_rank (G - rank) / G, float64 (B,).
 
     ``rank`` is 1 for the most likely response of the group (by ``seq_logp_B``, the summed log-probability, nats) and G
-    for the least likely, which thus keeps its full reward. Ties go by order in the batch. Other rewards are unchanged.
+    for the least likely, which keeps its full reward. Ties go by order in the batch. Other rewards are unchanged.
     """
     check_number("selection.beta_rank", beta_rank, 0, 1)
     index, size = _group_index(groups_B)
@@ -178,7 +178,7 @@ def gae(
     )
     present = torch.arange(rewards.shape[1], device=lengths.device) < lengths[:, None]
     advantages = torch.zeros_like(rewards)
-    ahead = next_value = torch.zeros_like(rewards[:, 0])  # padding holds 0: the same as after the last token
+    ahead = next_value = torch.zeros_like(rewards[:, 0])  # padding holds 0, like the position after the last token
     for t in reversed(range(rewards.shape[1])):
         ahead = rewards[:, t] + gamma * next_value - values[:, t] + gamma * lam * ahead
         advantages[:, t] = ahead

@@ -1,4 +1,4 @@
-"""How per-token losses become one number: a weight per sequence, with global denominators fixed in advance.
+"""Aggregation of per-token losses to one number: a weight per sequence, with global denominators fixed in advance.
 
 The objective of an optimizer step is sum_i w_i sum_t loss_it over its B sequences, so its gradient is the same for any
 micro-batching, packing or layout. Computed once, on the host, from the lengths of *all* sequences of the step.

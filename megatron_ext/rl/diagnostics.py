@@ -53,8 +53,7 @@ def region_masks(logp: Tensor, ratio: Tensor, advantages: Tensor) -> dict[str, T
     """E1 to E4 of Flexible Entropy Control section 3, bool (T,).
 
     E1/E2 = A > 0, 1 < r < 1.3, p > 0.7 / p <= 0.3; E3/E4 = A < 0, 0.7 < r < 1 and the same p. Flexible Entropy
-    Control also writes p < 0.3
-    for the low side; its figure 2 has p <= 0.3.
+    Control also writes p < 0.3 for the low side; its figure 2 has p <= 0.3.
     """
     prob = logp.exp()
     raised = (advantages > 0) & (ratio > 1) & (ratio < 1.3)
@@ -77,8 +76,8 @@ def diagnostic_sums(stats: TokenStats, x: LossInputs, objective: Objective) -> d
     """All sums that `diagnostics` needs, as additive float64 scalars.
 
     Args:
-        stats: of the weights in force, from the forward pass of the update.
-        x: what the loss saw; tokens outside ``x.mask`` may hold anything, NaN included.
+        stats: statistics under the current weights, from the forward pass of the update.
+        x: the inputs of the loss; tokens outside ``x.mask`` may hold anything, NaN included.
         objective: `megatron_ext.rl.objective.evaluate` of it.
     """
     mask = x.mask
@@ -112,22 +111,19 @@ def diagnostic_sums(stats: TokenStats, x: LossInputs, objective: Objective) -> d
 def diagnostics(sums: dict[str, Tensor], *, updates: int = 1) -> dict[str, Tensor]:
     """Numbers to log from the sums of ``updates`` optimizer steps; 0 where there is nothing to average.
 
-    * ``entropy_slope``: -E[F keep A D], the expectation weighted as the objective weighs its tokens, plus what its
-      penalties and its entropy bonus add (the latter from the sampled token alone, so unbiased but noisy). Times the
-      learning rate it is the first-order change of the mean entropy in one update of plain gradient descent on
-      independent logits. Under Adam its sign and its correlation mean something, its size does not.
-    * ``entropy_slope_unclipped``: -Cov(A, r D) over all tokens, Entropy Dynamics cor. 4.1. It does not know the loss:
-      clipping,
-      preserved gradients and token selection do not change it.
+    * ``entropy_slope``: -E[F keep A D], with the token weights of the objective, plus the terms of its penalties and
+      its entropy bonus (the latter uses the sampled token only, so it is unbiased but noisy). Times the learning rate,
+      it is the first-order change of the mean entropy in one step of plain gradient descent on independent logits.
+      Under Adam only its sign and its correlation are meaningful, not its size.
+    * ``entropy_slope_unclipped``: -Cov(A, r D) over all tokens, Entropy Dynamics cor. 4.1. It does not depend on the
+      loss: clipping, preserved gradients and token selection do not change it.
     * ``tokens/<region>``, ``grad/<region>``: share of response tokens, and of gradient mass |d objective / d logp|
       ||e_y - p||, in Flexible Entropy Control's E1..E4 and in CE-GPPO's positive/negative advantage x high/low
-      probability. A token that a bound
-      or a selection drops has no mass.
+      probability. A token that a bound or a selection drops has no mass.
     * ``q_gap_low``, ``q_gap_high``: E[Q] - E[Q|X] and E[Q] - E[Q|Y] (Clip-Low/High eq. 7), expectations under
-      pi_theta: X and Y
-      are the tokens below and above the loss's own bounds, weighted by r, each against E_p[S] of its own state.
-    * ``clip_low_term``, ``clip_high_term``: p_k and q_k times these (Clip-Low/High theorem 1): the mean over all
-      tokens.
+      pi_theta. X and Y are the tokens below and above the bounds of the loss, weighted by r; each is compared with
+      E_p[S] of its own state.
+    * ``clip_low_term``, ``clip_high_term``: p_k and q_k times these (Clip-Low/High theorem 1), the mean over all tokens.
     """
     n = sums["tokens"]
     mean = {name: ratio_or_zero(sums[name], n) for name in ("a", "rd", "ard", "low_gap", "high_gap")}

@@ -1,7 +1,7 @@
-"""Statistics and picks over the tokens of *all* ranks, independent of how the tokens are cut into shards.
+"""Statistics and selections over the tokens of *all* ranks, independent of the sharding of the tokens.
 
-Peers select tokens per micro-batch, so their selected set changes with the micro-batch size. Here every quantity is a
-function of the multiset of tokens: sums are exact (fixed point), ranks are global with ties broken by
+Other trainers select tokens per micro-batch, so the selected set changes with the micro-batch size. Here every quantity
+is a function of the multiset of tokens: sums are exact (fixed point), ranks are global with ties broken by
 (sequence id, position), random numbers are a hash of (seed, step, sequence id, position).
 """
 
@@ -14,19 +14,19 @@ from torch import Tensor
 
 
 class Reduce(Protocol):
-    """What the mathematics needs of a process group whose ranks hold disjoint sets of tokens."""
+    """Collectives over a process group whose ranks hold disjoint sets of tokens."""
 
     def sum(self, values: Tensor) -> Tensor:
         """Elementwise sum over the ranks, int64 or float64, same shape on each."""
         ...
 
     def gather(self, values: Tensor) -> Tensor:
-        """The ranks' 1-D tensors, of any lengths, concatenated in one order that is the same for every call."""
+        """The 1-D tensors of all ranks, of any lengths, concatenated in an order that is the same for every call."""
         ...
 
 
 class Local:
-    """The only rank there is."""
+    """A single rank."""
 
     def sum(self, values: Tensor) -> Tensor:
         return values
@@ -66,7 +66,7 @@ def global_top_k(
 ) -> Tensor:
     """Bool (T,): the k candidates with the highest score over all ranks; ties go to the lower (seq_id, position).
 
-    Each rank offers only its own best k, so little is gathered when k is small.
+    Each rank sends only its own best k, so a small k costs little communication.
     """
     keys = (score, seq_ids, positions)
     best = candidates.nonzero().squeeze(1)

@@ -1,8 +1,8 @@
-"""Correction for tokens that other probabilities wrote: the rollout engine's, or those of older weights.
+"""Correction for tokens that were sampled with other probabilities: the rollout engine's, or those of older weights.
 
 Pure: torch only. rho = pi_learner / pi_rollout per token, from the log-probabilities of both before the first update.
-Names after verl's rollout correction: its TIS (token, sequence) is ``truncate``, its IcePop (arXiv:2510.18855) is
-``mask`` with two bounds on tokens, its geometric rejection ``mask`` on ``geometric``. Yao et al. 2025 for truncation.
+verl's rollout correction in these terms: TIS (token, sequence; Yao et al. 2025) is ``truncate``, IcePop
+(arXiv:2510.18855) is ``mask`` with two bounds on tokens, geometric rejection is ``mask`` on ``geometric``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LEVELS = ("token", "sequence", "geometric")
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """What `correct` decides, (T,) each, detached."""
+    """Result of `correct`, (T,) each, detached."""
 
     weight: Tensor  # multiplies the objective of the token; 1 where nothing is corrected
     keep: Tensor  # bool: False for tokens that leave the batch, denominators included
@@ -40,7 +40,7 @@ def correct(
     mode: str = "truncate",
     veto: float = 0.0,
 ) -> Correction:
-    """Importance weights rho of tokens, or what leaves the batch because rho is out of bounds.
+    """Importance weights rho of tokens, or the tokens that leave the batch because rho is out of bounds.
 
     Args:
         learner_logp, rollout_logp: (T,), nats; tokens outside ``mask`` may hold anything.
@@ -48,7 +48,7 @@ def correct(
         high, low: bounds on rho; ``high=None`` switches the correction off, and only the metrics are computed.
         level: ``token``; ``sequence``: the product over the response, for all its tokens; ``geometric``: the
             geometric mean of its tokens.
-        mode: ``truncate`` clamps rho into [low, high]; ``mask`` leaves rho as it is inside and drops what is outside.
+        mode: ``truncate`` clamps rho into [low, high]; ``mask`` drops tokens with rho outside and weighs the rest by rho.
         veto: sequences with a token of rho below it are dropped, whatever the mode; 0 is off.
     Raises:
         ValueError: an unknown level or mode, or bounds out of range.

@@ -1,8 +1,7 @@
 """The objective of an optimizer step over flat response tokens: a policy loss, what is added to it, and its gradient.
 
 Pure: torch only. Shape (T,) throughout, logarithms in nats. The gradient with respect to the log-probabilities and the
-entropies is taken from the finished objective, so that the diagnostics describe what is really optimised: selections,
-penalties and importance weights included.
+entropies is that of the whole objective, so the diagnostics include selections, penalties and importance weights.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ class Coefficients:
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """What `evaluate` returns."""
+    """Result of `evaluate`."""
 
-    total: Tensor  # scalar, differentiable: what is minimised
+    total: Tensor  # scalar, differentiable; training minimises it
     policy: Tensor  # scalar, detached: the policy loss alone, aggregated
     outputs: LossOutputs  # of the policy loss, before selection and weights
     kl_ref: Tensor | None  # (T,) detached, KL estimate per token, 0 outside the mask; None without a reference
@@ -51,7 +50,7 @@ def evaluate(loss: PolicyLoss, x: LossInputs, c: Coefficients) -> Objective:
     Tokens outside the mask may hold anything in ``x``; they add nothing.
 
     Raises:
-        ValueError: what the loss raises, or an unknown ``ref_kl_type``.
+        ValueError: from the loss, or for an unknown ``ref_kl_type``.
     """
     assert x.entropy is not None, "the objective needs the entropies"
     out = loss(x)

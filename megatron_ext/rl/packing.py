@@ -1,10 +1,10 @@
-"""Which sample goes into which micro-batch of which rank, and the packed (THD) tensors of one micro-batch.
+"""Distribution of samples over ranks and micro-batches, and the packed (THD) tensors of one micro-batch.
 
 Pure: torch only. Shapes: T response tokens of the whole batch in *sample order* (sample 0's first), R response tokens
 of one micro-batch in packed order, M tokens of a packed micro-batch, padding included.
 
-A sample of P prompt and L response tokens is fed as its first P + L - 1 tokens: the last response token is a target
-only, so feeding it would buy a position whose output nobody reads. Hence every fed position has a true next token.
+The model gets the first P + L - 1 tokens of a sample of P prompt and L response tokens. The last response token is
+only a target; the output at its position would not be used. So every input position has a true next token.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """One micro-batch of whole sequences laid end to end, as `PackedSeqParams(qkv_format="thd")` wants it.
+    """One micro-batch of whole sequences end to end, in the format of `PackedSeqParams(qkv_format="thd")`.
 
-    Padding of the whole batch is one more segment of ``cu_seqlens`` behind the samples; padding of a sequence is the
-    end of its segment. No sample attends to either. A batch without samples is padding only.
+    Padding of the whole batch is one more segment of ``cu_seqlens`` after the samples; padding of a sequence is at the
+    end of its segment. No sample attends to either. A batch without samples is only padding.
     """
 
-    tokens_M: Tensor  # int64, what the model reads
+    tokens_M: Tensor  # int64, input of the model
     targets_M: Tensor  # int64, the next token of the same sequence; pad_id on padding
     position_ids_M: Tensor  # int64, restart at 0 in every segment
     cu_seqlens: Tensor  # int32, (segments + 1,), 0 first, M last; padding included
@@ -65,11 +65,11 @@ def plan(
     cost: Callable[[int], float] | None = None,
     oversize: Literal["own", "raise"] = "own",
 ) -> list[list[list[int]]]:
-    """Spread samples over ranks and micro-batches. A pure function of its arguments; ties go to the lower index.
+    """Distribute samples over ranks and micro-batches. A pure function of its arguments; ties go to the lower index.
 
-    Best-fit decreasing says how few micro-batches suffice (rounded up to the required multiple). Into that many the
-    samples go in order of falling cost, each to the cheapest micro-batch with room, and micro-batches to ranks
-    likewise. Within a rank the costliest comes first, so that a memory problem shows at once.
+    Best-fit decreasing gives the smallest number of micro-batches, rounded up to the required multiple. The samples are
+    then assigned in order of falling cost, each to the cheapest micro-batch with room, and micro-batches to ranks in
+    the same way. Within a rank the costliest comes first, so that a memory problem shows at once.
 
     Args:
         lengths: fed tokens of every sample (`fed_length`), all >= 1.
@@ -102,7 +102,7 @@ def plan(
     tight = _best_fit(lengths, token_budget)
     step = dp_size * micro_batch_multiple
     count = step * max(1, -(-len(tight) // step))
-    # Balancing may need more room than the tightest packing; then tight but uneven micro-batches are the better deal.
+    # Balancing may need more room than the tightest packing; then the tight, uneven micro-batches are used.
     bins = _balance(order, lengths, costs, count, token_budget) or tight + [[] for _ in range(count - len(tight))]
     weights = [sum(costs[i] for i in members) for members in bins]
     by_weight = sorted(range(count), key=lambda b: (-weights[b], b))
@@ -112,7 +112,7 @@ def plan(
 
 
 def _best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Best-fit decreasing: each item, largest first, to the fullest bin with room. A bin's index is its age."""
+    """Best-fit decreasing: each item, largest first, to the fullest bin with room. Bins are numbered as they open."""
     members: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (room left, bin), ascending
     for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
@@ -138,7 +138,7 @@ def _balance(
     members: list[list[int]] = [[] for _ in range(bins)]
     room = [capacity] * bins
     smallest = min(sizes, default=0)
-    heap = [(0.0, b) for b in range(bins)]  # (cost, bin); a bin too full for the smallest item leaves for good
+    heap = [(0.0, b) for b in range(bins)]  # (cost, bin); a bin too full for the smallest item is removed
     for item in order:
         need = min(sizes[item], capacity)
         passed = []
@@ -166,11 +166,11 @@ def collate(
     """Pack (prompt ids, response ids) pairs into one micro-batch on the CPU.
 
     Args:
-        pairs: may be empty: the result is then one padding segment, with which a rank without work keeps step.
+        pairs: may be empty: the result is then one padding segment, for a rank without samples.
         pad_to_multiple: M is a multiple of it (sequence and context parallelism, FP8).
         pad_sequences_to: every segment's length is a multiple of it (context parallelism: see `zigzag`). The padding
             follows the sequence, where no real token can see it.
-        pad_id: token on padding, a valid id: it is embedded like any other.
+        pad_id: token on padding. It must be a valid id, because it is embedded like any other.
 
     Raises:
         ValueError: for an empty prompt (nothing would predict the first response token), and for a pair with nothing
@@ -236,12 +236,12 @@ def packed_length(lengths: Sequence[int], pad_to_multiple: int, pad_sequences_to
 def zigzag(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
     """(M / size,) int64: the tokens of a packed row that one context-parallel rank holds, sequence by sequence.
 
-    Every segment is cut into 2 * size equal chunks, and rank c holds the chunks c and 2 * size - 1 - c: one that sees
-    few tokens and one that sees many, so that all ranks do the same work under a causal mask. This is the order that
-    Megatron's rotary embedding and Transformer Engine's attention expect.
+    Every segment is cut into 2 * size equal chunks, and rank c holds the chunks c and 2 * size - 1 - c. One attends to
+    few tokens and one to many, so that all ranks do the same work under a causal mask. Megatron's rotary embedding and
+    Transformer Engine's attention expect this order.
 
     Raises:
-        ValueError: for a segment whose length 2 * size does not divide (size 1 takes all).
+        ValueError: for a segment whose length is not a multiple of 2 * size, if size > 1.
     """
     total = int(cu_seqlens[-1])
     if size == 1:
@@ -258,7 +258,7 @@ def zigzag(cu_seqlens: Tensor, rank: int, size: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class PackingCost:
-    """What packing costs, from the plan alone; additive over passes. See `packing_cost`."""
+    """The cost of packing, computed from the plan; additive over passes. See `packing_cost`."""
 
     tokens: int = 0  # fed tokens of all ranks, without padding
     padded_tokens: int = 0  # the same with padding
@@ -274,8 +274,8 @@ class PackingCost:
         )
 
     def report(self) -> dict[str, float]:
-        """``perf/padding_waste``: share of fed tokens that are padding; ``perf/dp_imbalance``: by how much, as a share
-        of the mean, the busiest data-parallel rank has more to compute than the mean. Both 0 at best."""
+        """``perf/padding_waste``: share of padding among the input tokens. ``perf/dp_imbalance``: excess work of the
+        busiest data-parallel rank, as a share of the mean work. Both are 0 at best."""
         return {
             "perf/padding_waste": 1 - self.tokens / self.padded_tokens if self.padded_tokens else 0.0,
             "perf/dp_imbalance": self.largest_cost / self.mean_cost - 1 if self.mean_cost else 0.0,
@@ -307,7 +307,7 @@ def response_offsets(response_lengths: Sequence[int]) -> Tensor:
 
 
 def response_slots(batch: PackedBatch, samples: Sequence[int], offsets: Tensor) -> Tensor:
-    """Where the response tokens of a micro-batch live in a vector in sample order.
+    """Positions of the response tokens of a micro-batch in a vector in sample order.
 
     Args:
         batch: from `collate`, of the samples below in that order.
@@ -315,8 +315,8 @@ def response_slots(batch: PackedBatch, samples: Sequence[int], offsets: Tensor) 
         offsets: `response_offsets` of the whole batch.
 
     Returns:
-        (R,) int64, in packed order. ``values_T[slots]`` are the values in packed order of
-        ``x_M[batch.response_mask_M]``, and ``values_T[slots] = x_M[batch.response_mask_M]`` goes back.
+        (R,) int64, in packed order. ``values_T[slots]`` has the order of ``x_M[batch.response_mask_M]``;
+        ``values_T[slots] = x_M[batch.response_mask_M]`` is the inverse.
     """
     where = batch.response_mask_M
     sample_index = torch.tensor(list(samples), dtype=torch.int64, device=where.device)

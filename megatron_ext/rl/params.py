@@ -1,7 +1,7 @@
 """Named, validated parameters: from ``name`` and keywords to a frozen dataclass, or one clear ``ValueError``.
 
-Losses, selections and schedules are all chosen by a name in a YAML group, and all are dataclasses whose fields are
-their parameters. What can go wrong is therefore the same everywhere and is worded here once.
+Losses, selections and schedules are chosen by a name in a YAML group. Each is a dataclass whose fields are its
+parameters. The same errors can occur in all of them, so the messages are here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def build(group: str, table: Mapping[str, type[T]], name: str, params: Mapping[s
         params: field -> value.
     Raises:
         ValueError: unknown name or field, with the nearest known one; a value of another type than the field's; or
-            whatever the class's own check says.
+            an error of the class's own check.
     """
     if name not in table:
         raise ValueError(f"{group}.name={name!r} is unknown{suggest(name, table)}; choose one of {', '.join(table)}.")
@@ -48,7 +48,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def check_type(key: str, value: object, hint: Any) -> None:
-    """Raise ``ValueError`` naming ``key`` unless ``value`` has the type ``hint``. NaN is no number here."""
+    """Raise ``ValueError`` naming ``key`` unless ``value`` has the type ``hint``. NaN is refused."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         if value is None and type(None) in arguments:
@@ -94,7 +94,7 @@ def check_number(
 ) -> None:
     """Raise ``ValueError`` naming ``key`` unless ``value`` is a number in [low, high] (or (low, high)).
 
-    NaN never is; infinity only where ``high`` is infinite.
+    NaN is refused. Infinity is accepted only if ``high`` is infinite.
     """
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if number and (low < value < high if exclusive else low <= value <= high):  # type: ignore[operator]

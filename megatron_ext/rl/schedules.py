@@ -1,8 +1,8 @@
-"""Schedules and controllers: what a loss's parameters are at rollout step k, open loop or from the measured entropy.
+"""Schedules and controllers: the parameters of a loss at rollout step k, open loop or from the measured entropy.
 
 A `Controller` is pure: ``init`` gives a JSON-serialisable state, ``observe`` maps state and measurement to the next
-state, ``loss_params`` says which parameters `build_loss` gets at this step. The state is part of the checkpoint;
-nothing else is remembered. Within rollout step k: ``state = observe(state, ...)``, then
+state, ``loss_params`` gives the parameters for `build_loss` at this step. The state is part of the checkpoint; there is
+no other memory. Within rollout step k: ``state = observe(state, ...)``, then
 ``build_loss(name, **{**config, **loss_params(state, ...)})``.
 
 Sources: CE-GPPO fig. 4 for schedules of beta; Flexible Entropy Control sec. 4.2 for OD (ID and DID need the
@@ -45,7 +45,7 @@ class Schedule(ABC):
         """Loss parameters that differ from the configured ones, ``base``."""
 
     def extremes(self, base: Mapping[str, float]) -> list[dict[str, float]]:
-        """Settings to try when the run is configured, so that no later step can be refused by the loss."""
+        """Settings to try when the run is configured, so that the loss cannot refuse any later step."""
         return []
 
     def metrics(self, state: State) -> dict[str, float]:
@@ -133,7 +133,7 @@ class EntropyTarget(Schedule):
     relative: bool = True
     """start, end, peak are multiples of the first batch's entropy; else nats per token."""
     phase_ratio: float = 0.5
-    """id, did: share of the steps in phase I; did reaches its valley half way through it."""
+    """id, did: share of the steps in phase I; did reaches its minimum in the middle of it."""
     gain: float = 2.0
     """Proportional gain, applied to the relative error of the entropy."""
     integral_gain: float = 0.1
@@ -226,7 +226,7 @@ class EntropyTarget(Schedule):
 
 
 PATIENCE = 20
-"""Steps at the limit, in the direction of the error, after which `EntropyTarget` says so."""
+"""Steps at the limit, in the direction of the error, after which `EntropyTarget` warns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,11 +341,11 @@ class Controller:
 def build_controller(
     loss_name: str, loss_params: Mapping[str, Any], schedule_name: str = "none", **schedule_params: Any
 ) -> Controller:
-    """The controller for a loss as configured. OD comes with ``dynamic_clip``'s ``strategy=od`` by itself.
+    """The controller for a configured loss. ``dynamic_clip`` with ``strategy=od`` brings OD's controller itself.
 
     Raises:
         ValueError: unknown names or parameters; a schedule that moves what the loss does not have; or one that would
-            take a parameter out of its range at some step (every extreme is tried here).
+            take a parameter out of its range at some step (all extremes are checked here).
     """
     given = {key: value for key, value in loss_params.items() if key != "name"}
     loss = build_loss(loss_name, **given)

@@ -68,7 +68,7 @@ class SelectionOutputs:
 class Selection:
     """Every token trains. Base of the selections.
 
-    Both options are carried out by the learner, for any selection.
+    The learner carries out both options, for any selection.
     """
 
     statistics: ClassVar[tuple[str, ...]] = ()
@@ -84,7 +84,7 @@ class Selection:
 
         Raises:
             ValueError: a statistic or an advantage of a token that counts is not finite: no comparison with NaN is
-                true, so such a batch would be trained as if every rule had kept it.
+                true, so every rule would keep such tokens.
         """
         reduce = reduce or Local()
         _check_finite(x)
@@ -134,8 +134,8 @@ def _of_sign(advantages: Tensor, tokens: str) -> Tensor:
 class ClipB(Selection):
     """Drop outliers of S: keep iff -mu_low sigma <= S - S_mean <= mu_high sigma, statistics over all response tokens.
 
-    Entropy Dynamics alg. 1. mu = 2.5, on the lower side of negative tokens only, is the authors' public code; Entropy
-    Dynamics gives no number.
+    Entropy Dynamics alg. 1. mu = 2.5, on the lower side of negative tokens only, comes from the authors' public code;
+    the paper gives no number.
     """
 
     statistics: ClassVar[tuple[str, ...]] = ("logp", "entropy")
@@ -169,9 +169,9 @@ class ClipB(Selection):
 class ClipV(ClipB):
     """Drop outliers of D = S - E_p[S]: keep iff -mu_low sigma' <= D <= mu_high sigma', sigma' = std of D.
 
-    Entropy Dynamics alg. 2. Its eq. 16 subtracts E_p[S] from D once more: a slip. D is not centred by its batch mean,
-    which is 0 in
-    expectation (cor. 2). mu 2.0 and 8.5 are in the authors' public code; two-sided as alg. 2 is written.
+    Entropy Dynamics alg. 2. Its eq. 16 subtracts E_p[S] from D a second time, which is an error. D is not centred by
+    its batch mean, which is 0 in expectation (cor. 2). mu 2.0 and 8.5 are in the authors' public code; two-sided, as in
+    alg. 2.
     """
 
     statistics = ("logp", "entropy", "sum_p2", "sum_p2_logp")
@@ -286,14 +286,12 @@ class Forking(Selection):
 class Region(Selection):
     """Ablations: drop or keep a region of tokens that is said to raise or lower entropy.
 
-    ``e1`` .. ``e4`` (Flexible Entropy Control sec. 3), on the ratio and p of the current forward: e1/e2 have A > 0, 1
-    < r < 1.3 and p > 0.7 /
-    p <= 0.3; e3/e4 have A < 0, 0.7 < r < 1 and the same p. ``drop`` drops the region; ``keep`` drops the *other three*:
-    tokens of no region train normally either way. Flexible Entropy Control runs this in the trust region 0.7 < r <
-    1.3 (eps 0.3).
+    ``e1`` .. ``e4`` (Flexible Entropy Control sec. 3), on the ratio and p of the current forward pass: e1/e2 have
+    A > 0, 1 < r < 1.3 and p > 0.7 / p <= 0.3; e3/e4 have A < 0, 0.7 < r < 1 and the same p. ``drop`` drops the region;
+    ``keep`` drops the *other three*. Tokens of no region train normally either way. The paper runs this in the trust
+    region 0.7 < r < 1.3 (eps 0.3).
     ``s_positive``, ``s_negative`` (Entropy Dynamics fig. 1): S > 0 or S < 0 among the tokens whose advantage has the
-    sign
-    ``advantage``; ``drop`` drops these, ``keep`` drops all others of that sign. The other sign trains normally.
+    sign ``advantage``; ``drop`` drops these, ``keep`` drops all others of that sign. The other sign trains normally.
     """
 
     statistics = ("logp", "entropy")
@@ -327,8 +325,8 @@ class Region(Selection):
 class EntropyRatio(Selection):
     """Entropy Ratio Clipping: a token trains only while low < H_now / H_old < high, at every update anew.
 
-    Su et al. 2025, arXiv:2512.05591 (by the authors of CE-GPPO), by their code: both entropies plus 1e-8, strict
-    comparisons, 0.95 and 1.05 in their scripts.
+    Su et al. 2025, arXiv:2512.05591 (by the authors of CE-GPPO). As in their code, 1e-8 is added to both entropies and
+    comparisons are strict; 0.95 and 1.05 are the values of their scripts.
     """
 
     low: float = 0.95
@@ -395,7 +393,8 @@ SELECTIONS: dict[str, type[Selection]] = {
 class Composed(Selection):
     """Several selections at once: a token trains if all of them keep it, penalties and bonuses add up.
 
-    Each sees the whole batch, not what the others leave. Metrics of all but the first carry the selection's name.
+    Each selects from the whole batch, not from the tokens that the others keep. Metrics of all but the first carry the
+    selection's name.
     """
 
     parts: tuple[tuple[str, Selection], ...]

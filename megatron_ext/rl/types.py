@@ -1,4 +1,4 @@
-"""The data that flows through a run: problems, rollouts, samples, and what a loss sees.
+"""The data types of a run: problems, rollouts, samples, and the inputs and outputs of a loss.
 
 Pure: torch only. Tensor names carry their shape where it is not obvious: ``_T`` tokens, ``_TV`` tokens x vocabulary.
 All log-probabilities and entropies are in nats.
@@ -16,7 +16,7 @@ class Problem:
     """One verifiable task."""
 
     id: str
-    prompt: str  # text as written by the data set; the prompt template is applied by `recipes.data.sources`
+    prompt: str  # text of the data set; `recipes.data.sources` applies the prompt template
     answer: str  # gold final answer, never shown to the policy
 
 
@@ -50,14 +50,14 @@ class Rollout:
 
 @dataclass(slots=True)
 class Sample:
-    """A rollout with what the verifier and the advantage estimator said about it."""
+    """A rollout with the results of the verifier and of the advantage estimator."""
 
     rollout: Rollout
     problem_id: str
     group: int  # index of the prompt within the step; samples of one group share a prompt
     seq_id: int  # unique within the run; keys counter-based random numbers
     text: str = ""  # decoded response, for the report only
-    answer: str | None = None  # final answer as the verifier read it, for votes and reports
+    answer: str | None = None  # final answer that the verifier found, for votes and reports
     reward: float = 0.0
     correct: bool = False
     status: str = "ok"  # "ok" | "timeout" | "crash" | "invalid", from the reward worker
@@ -88,7 +88,7 @@ class LossInputs:
     logp: Tensor  # log pi_theta(y_t), differentiable
     old_logp: Tensor  # log pi_old(y_t)
     advantages: Tensor
-    mask: Tensor  # bool; False tokens get loss 0 and count in no metric
+    mask: Tensor  # bool; tokens with False get loss 0 and are not counted in any metric
     seq_ids: Tensor | None = None  # int64, sequence of each token; required by sequence-level losses
     entropy: Tensor | None = None  # H of the next-token distribution, nats, differentiable
     old_entropy: Tensor | None = None  # H under the policy before the first update, nats

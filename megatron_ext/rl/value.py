@@ -1,7 +1,7 @@
-"""What a critic adds to policy-gradient training: its loss, its targets, and how its advantages are scaled.
+"""Training with a critic: its loss, its targets, and the scaling of its advantages.
 
-Tensors are flat over response tokens, (T,), in sample order. Source: Entropy Dynamics app. E.4, which prints the
-recursion of GAE (`advantages.gae`) and nothing else; what is ours is said where it is.
+Tensors are flat over response tokens, (T,), in sample order. Source: Entropy Dynamics app. E.4, which prints only the
+recursion of GAE (`advantages.gae`); our own choices are marked.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def last_token_rewards(rewards_B: Tensor, offsets: Tensor) -> Tensor:
 
     ``offsets``: (B + 1,) int64, start of each response in the flat tensors, and T. Every response has a token.
     """
-    assert bool((offsets.diff() > 0).all()), "a response without tokens has no place for its reward"
+    assert bool((offsets.diff() > 0).all()), "a response without tokens cannot carry its reward"
     rewards_T = torch.zeros(int(offsets[-1]), dtype=torch.float64)
     rewards_T[offsets[1:] - 1] = rewards_B.double()
     return rewards_T
@@ -41,8 +41,8 @@ def last_token_rewards(rewards_B: Tensor, offsets: Tensor) -> Tensor:
 def whiten(advantages_T: Tensor, mask_T: Tensor, *, delta: float = 1e-8) -> Tensor:
     """(A - mean) / (std + delta) with mean and population std over the masked tokens of the batch; 0 elsewhere.
 
-    Ours: Entropy Dynamics does not say whether advantages are scaled; public PPO recipes for language models whiten
-    them so.
+    Our choice: Entropy Dynamics does not say whether advantages are scaled; public PPO recipes for language models
+    whiten them in this way.
     """
     chosen = advantages_T[mask_T]
     if not chosen.numel():
@@ -56,9 +56,9 @@ def value_loss(
 ) -> tuple[Tensor, Tensor]:
     """Half the squared error of each value, optionally clipped around the value before the update.
 
-    L = 1/2 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2). Where the second term is the larger one, V has left
-    the interval towards R, the bound is a constant, and the token has no gradient. The factor 1/2 and the maximum are
-    those of Schulman et al.'s PPO implementation; Entropy Dynamics prints no value loss.
+    L = 1/2 max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2). If the second term is larger, V has left the interval
+    towards R, the bound is a constant, and the token has no gradient. The factor 1/2 and the maximum follow Schulman et
+    al.'s PPO implementation; Entropy Dynamics prints no value loss.
 
     Args:
         values_T: V, differentiable. ``returns_T``, ``old_values_T`` are constants.

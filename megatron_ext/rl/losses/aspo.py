@@ -1,7 +1,7 @@
-"""ASPO: the importance ratio of rewarded tokens turned over. Source: Wang et al. 2025, arXiv:2510.06062, by its code.
+"""ASPO: inverts the importance ratio of rewarded tokens. Source: Wang et al. 2025, arXiv:2510.06062, and its code.
 
-The authors' code (Archer2.0, `compute_policy_loss_archer`) also widens the interval for tokens of high entropy; that
-is another method's (Archer) and not here.
+The authors' code (Archer2.0, `compute_policy_loss_archer`) also widens the interval for tokens of high entropy. That
+belongs to another method (Archer) and is not implemented.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from megatron_ext.rl.types import LossInputs
 class Aspo(Loss):
     """F = min(1/r, soft_cap) if A > 0, 0 where r > 1+eps_high; F = min(r, soft_cap) if A < 0, 0 where r < 1-eps_low.
 
-    So an unlikely rewarded token, whose ratio is small, is pushed harder instead of less. The cap is soft: beyond it
-    the weight is constant and the gradient stays.
+    A rewarded token with a small ratio thus gets a larger weight, not a smaller one. The cap is soft: beyond it the
+    weight is constant and the gradient stays.
     """
 
     eps_low: float = 0.2

@@ -1,8 +1,9 @@
-"""BAPO: clip bounds that are moved until rewarded tokens contribute enough. Source: Xi et al. 2025, arXiv:2510.18927.
+"""BAPO: moves the clip bounds until rewarded tokens contribute enough. Source: Xi et al. 2025, arXiv:2510.18927.
 
-By the authors' code (`recipe/bapo/policy_loss.py`): the lower bound is raised first, then the upper one. Bounds are
-absolute. The code compares the sum of positive contributions with that of negative ones (``target``); the paper's share
-of 0.5 is a quotient of 1. They search in every micro-batch of a rank group; here the whole mini-batch decides.
+Follows the authors' code (`recipe/bapo/policy_loss.py`): it raises the lower bound first, then the upper one. Bounds
+are absolute. The code compares the sum of positive contributions with that of negative ones (``target``); the paper's
+share of 0.5 is a quotient of 1. The authors search in every micro-batch of a rank group; here one search covers the
+whole mini-batch.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Bapo(Loss):
     target: float = 1.0
     """Smallest quotient of sum max(r' A, 0) and sum max(-r' A, 0), r' bounded above for A > 0 and below for A < 0."""
     dual_clip: float | None = 3.0
-    """As in PPO; the default of verl, in which the authors' code runs."""
+    """As in PPO. The default is that of verl, on which the authors' code is based."""
 
     def __post_init__(self) -> None:
         check_number("loss.ratio_min", self.ratio_min, 0, 1)

@@ -1,9 +1,9 @@
 """Base classes of the policy losses: they clean the inputs, form the ratio, and turn closed forms into a loss.
 
 A policy-gradient loss is characterised by its *gradient weight* F: d(-loss_t)/dtheta = F * A * grad logp. A `Loss`
-states its value and F * A in closed form. Nothing is differentiated through exp, clamp or min, so the backward pass
-cannot overflow, and the textbook objective under autograd remains an independent oracle for the tests. A
-`DifferentiableLoss` states the objective only, and autograd does the rest.
+gives its value and F * A in closed form. The backward pass does not go through exp, clamp or min, so it cannot
+overflow, and tests can compare with the textbook objective under autograd. A `DifferentiableLoss` gives only the
+objective; autograd computes the gradient.
 
 Notation: r = exp(logp - old_logp), A advantage, p = exp(logp), all detached; shapes (T,), logarithms in nats.
 """
@@ -53,7 +53,7 @@ class Loss(ABC):
     runtime: ClassVar[tuple[str, ...]] = ()
     """Fields that `at` sets at every rollout step. They cannot be configured."""
     fits: ClassVar[bool] = False
-    """Whether `fit` is to be called before every update, which costs a forward pass over its mini-batch."""
+    """Whether `fit` is called before every update, which costs a forward pass over the mini-batch."""
     actuators: ClassVar[Mapping[str, Actuator]] = {}
     """Parameters by which a closed loop can steer the entropy, see `megatron_ext.rl.schedules.EntropyTarget`."""
 
@@ -77,7 +77,7 @@ class Loss(ABC):
         return {}
 
     def fit(self, ratio: Tensor, advantages: Tensor) -> Loss:
-        """The loss with parameters chosen for a mini-batch, whose response tokens these are, (T,) each."""
+        """The loss with parameters fitted to a mini-batch, given its response tokens, (T,) each."""
         return self
 
     def __call__(self, x: LossInputs) -> LossOutputs:
@@ -91,7 +91,7 @@ class Loss(ABC):
         _check_shapes(x)
         dtype = torch.promote_types(x.logp.dtype, torch.float32)
         logp = x.logp.to(dtype)
-        # On a CPU it is cheap to know that nothing is masked; on a GPU asking would wait for it.
+        # On a CPU this check is cheap; on a GPU it would synchronise.
         mask = None if x.mask.device.type == "cpu" and bool(x.mask.all()) else x.mask
         fixed = LossInputs(
             logp=_clean(logp, mask, dtype),
@@ -131,7 +131,7 @@ class Loss(ABC):
 class DifferentiableLoss(Loss):
     """A loss written as plain differentiable code: `objective` instead of `terms`; autograd gives the gradient.
 
-    It costs one backward pass through the objective more than a closed form, and what overflows in it overflows.
+    It costs one more backward pass through the objective than a closed form, and it is not protected from overflow.
     """
 
     @abstractmethod
@@ -149,7 +149,7 @@ class DifferentiableLoss(Loss):
 
 
 class _WithGradient(torch.autograd.Function):
-    """``value``, whose derivative with respect to ``x`` is -``slope``; added to what ``value`` itself depends on."""
+    """``value`` with -``slope`` added to its derivative with respect to ``x``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
@@ -163,12 +163,11 @@ class _WithGradient(torch.autograd.Function):
 
 
 def max_log_ratio(dtype: torch.dtype) -> float:
-    """Largest log r whose ratio is used as is: half of log(largest finite number), 44.4 in float32, 354.9 in float64.
+    """Largest log r that is not capped: half of log(largest finite number), 44.4 in float32, 354.9 in float64.
 
-    Beyond it F would be infinite soon after (float32: log r = 88.7), so r is capped, at a bound whose *square* is still
-    finite, as the gradient norm needs. This is not a clamp of the log-ratio under autograd: a capped token keeps its
-    (enormous, finite) gradient. The metric ``ratio_overflow`` counts such tokens.
-    """
+    F becomes infinite at log r = 88.7 (float32). The cap is lower because the gradient norm needs the *square* to be
+    finite. It is not a clamp of the log-ratio under autograd: a capped token keeps its large, finite gradient. The metric
+    ``ratio_overflow`` counts such tokens."""
     return 0.5 * math.log(torch.finfo(dtype).max)
 
 

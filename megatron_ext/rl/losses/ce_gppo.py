@@ -1,7 +1,7 @@
 """CE-GPPO: PPO that keeps a bounded gradient outside the clipping interval. Source: CE-GPPO eq. 8-10.
 
 Resolutions. beta1 belongs to the LEFT branch (A < 0, r < 1-eps_low), beta2 to the RIGHT one (A > 0, r > 1+eps_high):
-eq. 8 and sec. 5.1 say so; the sentence of sec. 3.2 that pairs beta1 with positive-advantage tokens is a slip.
+eq. 8 and sec. 5.1 say so; the sentence of sec. 3.2 that pairs beta1 with positive-advantage tokens is an error.
 Our departures, all off by default: ``ratio_stop_*`` (beta1 (1-eps) does not vanish as r -> 0, so pushing a token down
 is not self-limiting), and ``dual_clip``, which is in the authors' scripts but not in the paper.
 """
@@ -60,7 +60,7 @@ class CeGppo(Loss):
         ppo = clipped_terms(x.advantages, ratio, 1 - self.eps_low, 1 + self.eps_high, self.dual_clip)
         left, right = ppo.metrics["pg_clipfrac_low"], ppo.metrics["pg_clipfrac_high"]
         gradient = torch.where(left, self.beta1 * (1 - self.eps_low) * x.advantages, ppo.gradient)
-        if self.eps_high < math.inf:  # otherwise nothing is on the right, and 0 * inf is NaN
+        if self.eps_high < math.inf:  # otherwise the right branch is empty, and 0 * inf is NaN
             gradient = torch.where(right, self.beta2 * (1 + self.eps_high) * x.advantages, gradient)
         stops = {}
         if self.ratio_stop_low is not None:

@@ -1,7 +1,7 @@
 """DCPO's dynamic adaptive clipping: bounds that depend on the old probability.
 
-Source: Yang et al. 2025, arXiv:2509.02333, by the authors' code (`get_clip_low_high`). Their smooth advantage
-standardisation, which keeps statistics of every prompt over the run, is not here.
+Source: Yang et al. 2025, arXiv:2509.02333, following the authors' code (`get_clip_low_high`). Their smooth advantage
+standardisation, which keeps statistics of every prompt over the run, is not implemented.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from megatron_ext.rl.types import LossInputs
 class Dcpo(Loss):
     """PPO's closed forms with (1 + sqrt(max(1 - 4 eps_low / q, 0))) / 2 <= r <= (1 + sqrt(1 + 4 eps_high / q)) / 2.
 
-    q = exp(old_logp). The bounds solve (r - 1) r q = -eps_low and = eps_high: unlikely tokens may move far, likely
-    ones less. The upper bound is at most ``ratio_cap``.
+    q = exp(old_logp). The bounds solve (r - 1) r q = -eps_low and (r - 1) r q = eps_high, so the interval is wider for
+    unlikely tokens. The upper bound is at most ``ratio_cap``.
     """
 
     eps_low: float = 0.2

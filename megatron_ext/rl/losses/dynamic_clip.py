@@ -3,12 +3,11 @@
 PPO whose offsets depend on the token's current probability p (detached, no gradient through a bound):
 upper H(p) = alpha_high p + b_high, lower M(p) = alpha_low p + b_low, in place of the constant eps.
 
-Resolutions. Flexible Entropy Control's printed phase-II lower bound, (1+lambda) M - lambda eps, runs from M to eps,
-against its own text
-and figures ("progressively transform the lower clipping threshold from eps_std to M(p)"): ``lower_ramp=text`` (default)
-runs from eps to M, ``printed`` is the formula as printed. The step k = phase_ratio * T belongs to phase I.
-Flexible Entropy Control app. E.3 (static thresholds in the same schedules) is alpha_high = alpha_low = 0, b_high =
-b_low = 0.28.
+Resolutions. The printed phase-II lower bound of Flexible Entropy Control, (1+lambda) M - lambda eps, runs from M to
+eps. Its text and figures say the opposite ("progressively transform the lower clipping threshold from eps_std to
+M(p)"). ``lower_ramp=text`` (default) runs from eps to M, ``printed`` is the formula as printed. The step
+k = phase_ratio * T belongs to phase I. App. E.3 (static thresholds in the same schedules) is alpha_high = alpha_low = 0,
+b_high = b_low = 0.28.
 """
 
 from __future__ import annotations
@@ -137,9 +136,8 @@ class DynamicClip(Loss):
 
 
 def hysteresis(previous: int, entropy: float, low: float, high: float) -> int:
-    """OD's state (Flexible Entropy Control sec.
-
-    4.2): 1 (boost) when H <= low, 0 (suppress) when H > high, else as before.
+    """OD's state (Flexible Entropy Control sec. 4.2): 1 (boost) when H <= low, 0 (suppress) when H > high, else as
+    before.
     """
     if entropy <= low:
         return 1

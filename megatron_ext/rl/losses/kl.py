@@ -1,7 +1,7 @@
 """KL penalty to a reference policy, per token. Off in every recipe.
 
-The estimators are Schulman's (2020, "Approximating KL divergence"). What is differentiated is stated in closed form, as
-for the policy losses: differentiating k1 itself would give a gradient of mean 0, which penalises nothing.
+The estimators are Schulman's (2020, "Approximating KL divergence"). The gradient is given in closed form, as for the
+policy losses: the derivative of k1 itself has mean 0 and would penalise nothing.
 """
 
 from __future__ import annotations

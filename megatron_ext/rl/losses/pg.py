@@ -12,7 +12,7 @@ from megatron_ext.rl.types import LossInputs
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyGradient(Loss):
-    """Value A * logp, F = 1. There is no ratio in it: off-policy data are not corrected for."""
+    """Value A * logp, F = 1. It has no ratio, so it does not correct for off-policy data."""
 
     def terms(self, x: LossInputs, ratio: Tensor) -> Terms:
         return Terms(value=x.advantages * x.logp, gradient=x.advantages)

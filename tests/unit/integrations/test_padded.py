@@ -74,7 +74,7 @@ def test_what_a_trainer_lacks_is_named() -> None:
     for name in SELECTIONS:
         given: Any = {k: t[v] for k, v in (("logp_BL", "logp"), ("advantages", "advantages"), ("mask_BL", "mask"))}
         if build_selection(name).needs() - {"logp"}:
-            with pytest.raises(ValueError, match="which this trainer has not"):
+            with pytest.raises(ValueError, match="which this trainer does not provide"):
                 select(build_selection(name), entropy_BL=None, seed=0, step=0, **given)
         else:
             select(build_selection(name), entropy_BL=None, seed=0, step=0, **given)
