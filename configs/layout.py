@@ -8,7 +8,7 @@ from configs.schema import Config, ParallelConfig
 
 
 def process_multiple(parallel: ParallelConfig) -> int:
-    """The number of learner processes is a multiple of this: dense layers need tp x pp x cp of them, experts ep x pp."""
+    """A divisor of the number of learner processes: dense layers need tp x pp x cp of them, experts ep x pp."""
     return math.lcm(parallel.tp * parallel.pp * parallel.cp, parallel.ep * parallel.pp)
 
 

@@ -2,9 +2,9 @@
 
 Written against `MegatronGPTActorModel.get_actor_forward_output_and_loss_func` and `.get_loss_and_metrics` of
 nemo_aligner/models/nlp/gpt/megatron_gpt_ppo_actor.py (Apache-2.0). The forward pass stays theirs; only the closure that
-turns logits into a loss is replaced. One intended difference: NeMo-Aligner averages over the tokens of every micro-batch
-and then over micro-batches, so tokens of short micro-batches get more weight. Here every token of the global batch has
-the same weight, for any `micro_batch_size`.
+turns logits into a loss is replaced. One intended difference: NeMo-Aligner averages over the tokens of every
+micro-batch and then over micro-batches, so tokens of short micro-batches get more weight. Here every token of the
+global batch has the same weight, for any `micro_batch_size`.
 """
 
 from __future__ import annotations

@@ -93,7 +93,8 @@ def select(
 def trainer_class(selection: Selection, base: type | None = None, *, seed: int = 0) -> type:
     """A subclass of verl's `RayPPOTrainer` that selects tokens over the whole batch before it updates the actor.
 
-    It cannot be used with ``rollout_correction.bypass_mode``, which computes no log-probabilities of the training engine.
+    It cannot be used with ``rollout_correction.bypass_mode``, which computes no log-probabilities of the training
+    engine.
     """
     if base is None:
         from verl.trainer.ppo.ray_trainer import RayPPOTrainer as base  # type: ignore[no-redef]

@@ -123,7 +123,8 @@ def diagnostics(sums: dict[str, Tensor], *, updates: int = 1) -> dict[str, Tenso
     * ``q_gap_low``, ``q_gap_high``: E[Q] - E[Q|X] and E[Q] - E[Q|Y] (Clip-Low/High eq. 7), expectations under
       pi_theta. X and Y are the tokens below and above the bounds of the loss, weighted by r; each is compared with
       E_p[S] of its own state.
-    * ``clip_low_term``, ``clip_high_term``: p_k and q_k times these (Clip-Low/High theorem 1), the mean over all tokens.
+    * ``clip_low_term``, ``clip_high_term``: p_k and q_k times these (Clip-Low/High theorem 1), the mean over all
+    tokens.
     """
     n = sums["tokens"]
     mean = {name: ratio_or_zero(sums[name], n) for name in ("a", "rd", "ard", "low_gap", "high_gap")}

@@ -48,7 +48,8 @@ def correct(
         high, low: bounds on rho; ``high=None`` switches the correction off, and only the metrics are computed.
         level: ``token``; ``sequence``: the product over the response, for all its tokens; ``geometric``: the
             geometric mean of its tokens.
-        mode: ``truncate`` clamps rho into [low, high]; ``mask`` drops tokens with rho outside and weighs the rest by rho.
+        mode: ``truncate`` clamps rho into [low, high]; ``mask`` drops tokens with rho outside and weighs the rest by
+        rho.
         veto: sequences with a token of rho below it are dropped, whatever the mode; 0 is off.
     Raises:
         ValueError: an unknown level or mode, or bounds out of range.

@@ -166,8 +166,8 @@ def max_log_ratio(dtype: torch.dtype) -> float:
     """Largest log r that is not capped: half of log(largest finite number), 44.4 in float32, 354.9 in float64.
 
     F becomes infinite at log r = 88.7 (float32). The cap is lower because the gradient norm needs the *square* to be
-    finite. It is not a clamp of the log-ratio under autograd: a capped token keeps its large, finite gradient. The metric
-    ``ratio_overflow`` counts such tokens."""
+    finite. It is not a clamp of the log-ratio under autograd: a capped token keeps its large, finite gradient. The
+    metric ``ratio_overflow`` counts such tokens."""
     return 0.5 * math.log(torch.finfo(dtype).max)
 
 

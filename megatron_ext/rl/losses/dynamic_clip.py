@@ -6,8 +6,8 @@ upper H(p) = alpha_high p + b_high, lower M(p) = alpha_low p + b_low, in place o
 Resolutions. The printed phase-II lower bound of Flexible Entropy Control, (1+lambda) M - lambda eps, runs from M to
 eps. Its text and figures say the opposite ("progressively transform the lower clipping threshold from eps_std to
 M(p)"). ``lower_ramp=text`` (default) runs from eps to M, ``printed`` is the formula as printed. The step
-k = phase_ratio * T belongs to phase I. App. E.3 (static thresholds in the same schedules) is alpha_high = alpha_low = 0,
-b_high = b_low = 0.28.
+k = phase_ratio * T belongs to phase I. App. E.3 (static thresholds in the same schedules) is alpha_high = alpha_low =
+0, b_high = b_low = 0.28.
 """
 
 from __future__ import annotations
