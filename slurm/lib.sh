@@ -13,6 +13,8 @@
 #   STOP_GRACE_S         patience for a step boundary once the time limit is near; less than the lead of --signal
 
 set -uo pipefail
+# shellcheck source=slurm/inherited.sh
+source "${BASH_SOURCE[0]%/*}/inherited.sh"
 ROOT=${SLURM_SUBMIT_DIR:-$PWD}
 refuse() { echo "error: $*" >&2; exit 2; }
 [[ -f $ROOT/slurm/lib.sh ]] || refuse "submit from the repository's root directory"
@@ -70,6 +72,7 @@ layout() { # RUN_ARGS, RANKS, SERVERS from the template's variables and sbatch's
 	[[ $PROGRAM == recipes.train ]] || taken=0 # only the learner computes on GPUs
 	: "${SERVERS_PER_NODE:=$((gpus == 0 ? 1 : (gpus - taken) / SERVER_GPUS))}"
 	export PROGRAM GPUS_PER_NODE SERVER_GPUS RANKS_PER_NODE FIRST_SERVER_GPU=$taken
+	((gpus > 0)) && [[ ${GRES:-1} != 0 ]] || unset SLURM_GPUS_PER_NODE # of an outer job
 	NODES=$((LEARNER_NODES + ROLLOUT_NODES)) RANKS=$((LEARNER_NODES * RANKS_PER_NODE))
 	SERVER_NODES=$((shared ? LEARNER_NODES : ROLLOUT_NODES))
 	SERVERS=$((SERVER_NODES * SERVERS_PER_NODE))
@@ -110,7 +113,7 @@ on_usr1() { # the time limit is near: checkpoint at the next step boundary; requ
 }
 on_term() { CANCELLED=1; [[ -z $ATTEMPT_DIR ]] || event job cancelled; say "cancelled"; }
 tick() { # servers and status watch the file; signals interrupt `wait`
-	printf '%(%s)T\n' -1 >"$ATTEMPT_DIR/heartbeat"; sleep 2 & wait $!
+	printf '%(%s)T\n' -1 >"$ATTEMPT_DIR/heartbeat"; sleep 1 & wait $!
 }
 signal_step() { # NAME SIGNAL: TERM to srun itself would SIGKILL its tasks
 	squeue -h -s -j "$SLURM_JOB_ID" -o '%i %j' | awk -v n="$1" '$2 == n {print $1}' |
@@ -133,7 +136,7 @@ exclude() { # NODES: add them to the job's exclusions, unless they were asked fo
 }
 begin() {
 	local variables code line
-	variables=$("${HOST_PY[@]}" -m recipes.cluster.job begin "${RUN_ARGS[@]}"); code=$?
+	variables=$("${HOST_PY[@]}" -m recipes.cluster.job "${RUN_ARGS[@]}"); code=$?
 	((code == 0)) || { say "not started, not requeued"; exit "$code"; }
 	while IFS= read -r line; do [[ $line =~ ^[A-Z_]+= ]] && export "${line?}" || echo "$line"; done <<<"$variables"
 	[[ $STATE != finished ]] || { say "$RUN_DIR is finished: nothing to do"; exit 0; }
@@ -204,25 +207,28 @@ end() { # OUTCOME STATUS: stop what runs, say how it went, requeue if that helps
 	signal_step servers TERM
 	[[ -z $WATCHING ]] || kill "$WATCHING" 2>/dev/null
 	[[ -z $LEARNER ]] || ! kill -0 "$LEARNER" 2>/dev/null || kill "$LEARNER"
-	for ((i = 0; i < 20; i++)); do kill -0 "$SERVING" 2>/dev/null || break; sleep 1; done
+	for ((i = 0; i < 80; i++)); do kill -0 "$SERVING" 2>/dev/null || break; sleep 0.25; done
 	remove_weights
 	"${HOST_PY[@]}" -m recipes.status "$RUN_DIR"
 	[[ $1 == stopped || $1 == failed ]] && [[ -z $CANCELLED ]] || exit "$2"
-	"${HOST_PY[@]}" -m recipes.cluster.job again "$RUN_DIR" || exit "$2"
-	trap '' TERM # requeueing ends this script by TERM, too
+	"${HOST_PY[@]}" -m recipes.cluster.requeue "$RUN_DIR" || exit "$2"
+	local told=''; trap 'told=1' TERM # requeueing ends this script by TERM, and whatever ignores that only after KillWait
 	event job requeued
-	for ((i = 0; i < 5; i++)); do requeue && { say "requeued"; sleep 60; exit 0; }; sleep 10; done
+	for ((i = 0; i < 5; i++)); do
+		if (trap '' TERM; requeue); then
+			say "requeued"; SECONDS=0
+			until [[ -n $told ]] || ((SECONDS > 60)); do sleep 1 & wait $!; done; exit 0
+		fi; sleep 10 & wait $!
+	done
 	say "cannot be requeued: submit again to continue"; exit "$2"
 }
 main() {
 	layout "$@"
 	if [[ -n ${DRY_RUN:-} ]]; then dry_run; return; fi
 	STOPPING='' CANCELLED='' LEARNER='' SERVING='' WATCHING='' ATTEMPT_DIR='' URLS=''
-	trap on_usr1 USR1; trap on_term TERM
-	prepare_node; begin; preflight
+	trap on_usr1 USR1; trap on_term TERM; prepare_node; begin; preflight
 	((SERVERS == 0)) || serve || end failed 1
-	[[ -n $CANCELLED ]] && end cancelled 143
-	[[ -n $STOPPING ]] && end stopped 1
+	[[ -z $CANCELLED ]] || end cancelled 143; [[ -z $STOPPING ]] || end stopped 1
 	learn; local code=$?
 	[[ -n $CANCELLED ]] && end cancelled 143
 	((code == 0)) && [[ -f $RUN_DIR/finished.json || $PROGRAM != recipes.train ]] && end finished 0

@@ -22,12 +22,12 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 import conversion
+from configs.layout import alignment
 from configs.schema import Config
 from megatron_ext import progress
 from megatron_ext.flops import ForwardFlops
 from megatron_ext.learner import control, routing, weights, work
 from megatron_ext.learner import model as megatron
-from megatron_ext.learner.fp8 import alignment
 from megatron_ext.learner.model import parallel_state
 from megatron_ext.learner.offload import Parking, drop_fp8_copies, model_tensors, optimizer_tensors
 from megatron_ext.learner.policy_head import put_hidden_states

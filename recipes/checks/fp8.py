@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, get_type_hints
 
+from configs.layout import alignment
 from configs.load import allowed
 from configs.schema import Config, ModelConfig
-from megatron_ext.learner.fp8 import alignment
 
 if TYPE_CHECKING:
     import conversion

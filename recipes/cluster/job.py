@@ -1,10 +1,9 @@
-"""What slurm/lib.sh asks of Python, so that a shell script decides nothing about configurations.
+"""How a job begins: slurm/lib.sh asks Python, so that a shell script decides nothing about configurations.
 
-    python -m recipes.cluster.job begin key=value ...  check everything, make the attempt's directory, print NAME=value
-    python -m recipes.cluster.job again RUN_DIR        may this job be requeued? Exit status 0 or 3
+    python -m recipes.cluster.job key=value ...   check everything, make the attempt's directory, print NAME=value
 
-`begin` ends with status 2 and one sentence for a user's error, and with 3 when the job has been requeued too often
-without progress; neither is worth another requeue.
+Ends with status 2 and one sentence for a user's error, and with 3 when the job has been requeued too often without
+progress; neither is worth another requeue.
 """
 
 from __future__ import annotations
@@ -24,35 +23,12 @@ from configs.schema import Config
 from recipes.checks.model import check_model
 from recipes.checks.settings import load_checked
 from recipes.cluster import attempt, lock
+from recipes.cluster.requeue import exhausted, may_start
 from recipes.cluster.serve import OPTIONS_FILE, Port, port_candidates
 from recipes.models.locate import model_location, prepare_model
 from recipes.rewards import make_verifier
 
 HEARTBEAT_S = 15.0  # the batch script's comes every 2 s; file servers may show it late
-MAX_REQUEUES = 3  # in a row without a newer checkpoint; the environment variable of that name overrules
-
-
-def idle_attempts(run_dir: Path, job: str) -> int:
-    """How many attempts of this job, counted back from the newest, began with the checkpoint that is still newest."""
-    now, count = attempt.checkpoint_step(run_dir), 0
-    for directory in reversed(attempt.attempts(run_dir)):
-        starts = [e for e in attempt.events(directory) if e.role == "job" and e.name == "started"]
-        if not starts or starts[0].details.get("job") != job or starts[0].details.get("step") != now:
-            break
-        count += 1
-    return count
-
-
-def may_start(run_dir: Path, job: str) -> bool:
-    """Whether one more attempt is allowed: the first, and MAX_REQUEUES more for each checkpoint."""
-    return idle_attempts(run_dir, job) <= int(os.environ.get("MAX_REQUEUES", MAX_REQUEUES))
-
-
-def exhausted(run_dir: Path, job: str) -> str:
-    return (
-        f"{idle_attempts(run_dir, job)} attempts in a row ended without a newer checkpoint: not requeued. "
-        f"`python -m recipes.status {run_dir}` shows the first error; MAX_REQUEUES allows more"
-    )
 
 
 def busy(run_dir: Path, job: str, before: Path | None = None) -> str:
@@ -147,18 +123,8 @@ def server_options(config: Config, model_dir: Path) -> dict[str, object]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["again"] and len(words) == 2:
-        run_dir, job = Path(words[1]), os.environ["SLURM_JOB_ID"]
-        if may_start(run_dir, job):
-            return 0
-        print(exhausted(run_dir, job), file=sys.stderr)
-        return 3
-    if words[:1] != ["begin"]:
-        print(__doc__, file=sys.stderr)
-        return 2
     try:
-        variables = begin(words[1:])
+        variables = begin(sys.argv[1:] if argv is None else argv)
     except (ValueError, OSError) as error:  # also a full disk, or one that may not be written
         print(f"error: {error}", file=sys.stderr)
         return 2

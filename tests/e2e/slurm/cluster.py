@@ -9,7 +9,8 @@
 Each node is a set of namespaces with its own host name, address, ports, processes, mounts and /dev/shm, so that what
 differs between nodes of a cluster differs here; other files are shared, like a network file system. slurmctld, slurmd
 and munged are Debian's (`apt-get install slurmctld slurmd slurm-client munge iproute2`). Nothing of the host changes
-but one network interface, and all state is in one directory.
+but one network interface, and all state is in one directory. Several clusters can be up at once, each in a directory
+of its own: interface, subnet, port of slurmctld and job numbers follow from a number that no other cluster holds.
 """
 
 from __future__ import annotations
@@ -28,12 +29,14 @@ import psutil
 
 PACKAGES = "slurmctld slurmd slurm-client munge iproute2"
 PROGRAMS = ("slurmctld", "slurmd", "scontrol", "munged", "ip", "unshare", "nsenter")
-SUBNET, LINK = "10.217.93", "gppo-slurm"
+NETWORKS = 250  # clusters that one machine can hold: 10.217.1.0/24 to 10.217.250.0/24
 NAMESPACES = ("--net", "--uts", "--ipc", "--mount", "--pid")
 CONF = """\
 ClusterName=test
 SlurmctldHost={host}({subnet}.1)
-SlurmctldPort=6917
+SlurmctldPort={port}
+# Other clusters of this machine number their jobs differently: a process tells by its job whose it is.
+FirstJobId={first_job}
 SlurmdPort=6918
 SlurmUser=root
 SlurmdUser=root
@@ -112,6 +115,10 @@ def command_line(process: psutil.Process) -> str:
         return ""
 
 
+def _port(network: int) -> int:
+    return 16000 + network
+
+
 class Cluster:
     """The cluster whose state is in ``directory``; several objects, in several processes, can speak for it."""
 
@@ -128,6 +135,7 @@ class Cluster:
         self.down()
         for name in ("etc", "munge", "ctld", "spool", "log", "run", "dev"):
             (self.dir / name).mkdir(parents=True, exist_ok=True)
+        self._claim_network()
         for path in (self.dir, self.dir / "munge"):
             path.chmod(0o755)
         (self.dir / "munge" / "key").write_bytes(os.urandom(1024))
@@ -139,15 +147,43 @@ class Cluster:
             self.down()
             raise
 
+    @property
+    def network(self) -> int:
+        """This cluster's number on this machine."""
+        return int((self.dir / "etc" / "network").read_text())
+
+    @property
+    def subnet(self) -> str:
+        return f"10.217.{self.network}"
+
+    @property
+    def link(self) -> str:
+        return f"gppo-slurm{self.network}"
+
+    def _claim_network(self) -> None:
+        """Take a number that no other cluster has: the kernel makes an interface of one name only once."""
+        first = os.getpid() % NETWORKS
+        for number in (1 + (first + i) % NETWORKS for i in range(NETWORKS)):
+            names = f"gppo-slurm{number}", "type", "veth", "peer", "name", f"gppo-uplink{number}"
+            if not _free(_port(number)) or subprocess.run(["ip", "link", "add", *names], capture_output=True).returncode:
+                continue
+            (self.dir / "etc" / "network").write_text(str(number))
+            return
+        raise RuntimeError(f"no free interface among gppo-slurm1 to gppo-slurm{NETWORKS}: ip link")
+
     def _configure(self, nodes: int, gpus: int) -> None:
-        host = socket.gethostname().split(".")[0]
-        lines = [CONF.format(host=host, subnet=SUBNET, dir=self.dir)]
+        host, subnet = socket.gethostname().split(".")[0], self.subnet
+        lines = [
+            CONF.format(
+                host=host, subnet=subnet, dir=self.dir, port=_port(self.network), first_job=10_000 * self.network + 1
+            )
+        ]
         hosts = ["127.0.0.1 localhost"]
         for i in range(1, nodes + 1):
             gres = f" Gres=gpu:{gpus}" if gpus else ""
-            address = f"NodeName=node{i} NodeAddr={SUBNET}.{10 + i}"
+            address = f"NodeName=node{i} NodeAddr={subnet}.{10 + i}"
             lines.append(f"{address} SocketsPerBoard=1 CoresPerSocket=64 RealMemory=64000{gres}")
-            hosts.append(f"{SUBNET}.{10 + i} node{i}")
+            hosts.append(f"{subnet}.{10 + i} node{i}")
         lines.append("PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=60 State=UP")
         self.conf.write_text("\n".join(lines) + "\n")
         for i in range(gpus):  # slurmd wants device files, and asks nothing of them
@@ -164,9 +200,9 @@ class Cluster:
         self._spawn("munged", "munged", "--foreground", "--force", *words)
         switch = self._spawn("switch", "unshare", "--net", "sleep", "infinity")
         until("the switch's namespace", lambda: _own_network(switch))
-        _run("ip", "link", "add", LINK, "type", "veth", "peer", "name", "uplink", "netns", str(switch))
-        _run("ip", "addr", "add", f"{SUBNET}.1/24", "dev", LINK)
-        _run("ip", "link", "set", LINK, "up")
+        _run("ip", "link", "set", f"gppo-uplink{self.network}", "netns", str(switch), "name", "uplink")
+        _run("ip", "addr", "add", f"{self.subnet}.1/24", "dev", self.link)
+        _run("ip", "link", "set", self.link, "up")
         setup = "ip link add br0 type bridge && ip link set br0 up && ip link set uplink master br0 up"
         _run("nsenter", "-t", str(switch), "--net", "sh", "-c", setup)
         until("munged's socket", socket_file.exists)
@@ -190,7 +226,7 @@ class Cluster:
         port = f"port{number}"
         plug = f"ip link add {port} type veth peer name eth0 netns {pid} && ip link set {port} master br0 up"
         _run("nsenter", "-t", str(switch), "--net", "sh", "-c", f"ip link del {port} 2>/dev/null; {plug}")
-        address = f"ip link set lo up && ip addr add {SUBNET}.{10 + number}/24 dev eth0 && ip link set eth0 up"
+        address = f"ip link set lo up && ip addr add {self.subnet}.{10 + number}/24 dev eth0 && ip link set eth0 up"
         # The route leads nowhere; programs use it to find their own address.
         _run("nsenter", "-t", str(pid), "--net", "sh", "-c", f"{address} && ip route add default dev eth0")
         ready.touch()
@@ -206,7 +242,8 @@ class Cluster:
         names = [path.stem for path in run.glob("*.pid")] if run.is_dir() else []
         for name in sorted(names, key=lambda name: not name.startswith("node")):  # nodes take their jobs along
             self._stop(name)
-        subprocess.run(["ip", "link", "del", LINK], capture_output=True)
+        if (self.dir / "etc" / "network").exists():
+            subprocess.run(["ip", "link", "del", self.link], capture_output=True)
         for name in ("etc", "munge", "ctld", "spool", "run", "dev"):
             shutil.rmtree(self.dir / name, ignore_errors=True)
 
@@ -263,6 +300,15 @@ class Cluster:
 
 def _run(*command: str, env: dict[str, str] | None = None) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True, env=env)
+
+
+def _free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+    return True
 
 
 def _own_network(pid: int) -> bool:

@@ -13,6 +13,14 @@ from recipes.cluster.attempt import attempts, checkpoint_step, events
 from recipes.cluster.blame import first_error
 
 LOCAL = (*SETTINGS, "eval.every=0", "train.entropy_probe_every=0")
+# What an interactive job leaves in the environment of whoever submits from inside it.
+OUTER_JOB = {
+    **{"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "node9", "SLURM_NNODES": "7", "SLURM_STEP_ID": "0"},
+    **{"SLURM_CPU_BIND": "quiet,map_cpu:999", "SLURM_CPU_BIND_TYPE": "map_cpu:", "SLURM_CPU_BIND_LIST": "999"},
+    **{"SLURM_MEM_PER_CPU": "64000", "SLURM_MEM_PER_GPU": "64000", "SLURM_GPUS_PER_NODE": "3", "SLURM_GRES": "gpu:3"},
+    **{"SLURM_NTASKS_PER_NODE": "9", "SLURM_CPUS_PER_GPU": "9", "SLURM_TRES_PER_TASK": "cpu:9", "SLURM_HET_SIZE": "2"},
+    **{"SLURM_DISTRIBUTION": "arbitrary", "SLURM_EXPORT_ENV": "NONE", "SLURM_STDOUTMODE": "/dev/null"},
+}
 LONG = (*LOCAL, "train.steps=30", "train.save_every=2")
 
 
@@ -36,7 +44,7 @@ def jobs(site: Site) -> Iterator[dict[str, Job]]:
         "next": site.submit(
             "long", *LONG, options=("--job-name=chain", "--dependency=singleton", "--output=/dev/null")
         ),
-        "beside": site.submit("beside", *LOCAL, "train.steps=2"),
+        "beside": site.submit("beside", *LOCAL, "train.steps=2", **OUTER_JOB),
         "typo": site.submit("typo", "optim.lrr=1"),
         "crashing": site.submit("crashing", *LOCAL, nodes="node2", PROGRAM="no.such.module", MAX_REQUEUES="1"),
         "hidden": site.submit("hidden/run", *LOCAL, nodes="node2,node3"),
@@ -88,6 +96,7 @@ def test_a_finished_run_ends_the_chain_at_once(jobs: dict[str, Job]) -> None:
 
 
 def test_two_jobs_share_a_node(jobs: dict[str, Job]) -> None:
+    """The second one was submitted from inside a third, whose SLURM_* variables are not this job's."""
     job, other = jobs["beside"], jobs["long"]
     assert job.until_ended() == ("COMPLETED", "0") and steps(job.run) == 2
     mine, first = events(attempts(job.run)[0]), events(attempts(other.run)[0])

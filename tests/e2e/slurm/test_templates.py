@@ -170,6 +170,12 @@ def test_conversion_is_verified(site: Path) -> None:
     assert lines[1].endswith("-m conversion.verify B --threads 8")  # the numbers differ on purpose
 
 
+def test_a_dry_run_inside_another_job_is_about_this_one(site: Path) -> None:
+    outer = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_SUBMIT_DIR": "/", "SLURM_CPUS_ON_NODE": "1"}
+    template = ROOT / "slurm" / "qwen7b_ce_gppo.sbatch"
+    assert dry(template, site, **outer).stdout == dry(template, site).stdout != ""
+
+
 @pytest.mark.parametrize("runtime, start", [("apptainer", "apptainer exec --nv"), ("pyxis", "srun --overlap")])
 def test_containers(site: Path, tmp_path: Path, runtime: str, start: str) -> None:
     for program in ("apptainer", "srun"):

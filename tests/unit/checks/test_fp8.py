@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 import conversion
+from configs.layout import alignment
 from configs.schema import Config, ModelConfig, ParallelConfig
-from megatron_ext.learner.fp8 import alignment
 from recipes.checks import fp8
 from recipes.checks.settings import load_checked
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from recipes import status
-from recipes.cluster import attempt, job
+from recipes.cluster import attempt, requeue
 from recipes.cluster.blame import first_error
 
 NOW = 1_700_000_000.0  # in the past, so that what is recorded during a test comes later
@@ -66,14 +66,14 @@ def test_requeues_without_progress_are_counted(tmp_path: Path, monkeypatch: pyte
     job_attempt(tmp_path, "1", 0)  # another job's: somebody has looked and submitted again
     for _ in range(2):
         job_attempt(tmp_path, "2", 0)
-    assert job.idle_attempts(tmp_path, "2") == 2 and job.may_start(tmp_path, "2")
+    assert requeue.idle_attempts(tmp_path, "2") == 2 and requeue.may_start(tmp_path, "2")
     job_attempt(tmp_path, "2", 0)
-    assert not job.may_start(tmp_path, "2"), "the first start and two requeues"
-    assert job.may_start(tmp_path, "3")
+    assert not requeue.may_start(tmp_path, "2"), "the first start and two requeues"
+    assert requeue.may_start(tmp_path, "3")
     checkpoint(tmp_path, 20)
-    assert job.idle_attempts(tmp_path, "2") == 0, "a newer checkpoint is progress"
+    assert requeue.idle_attempts(tmp_path, "2") == 0, "a newer checkpoint is progress"
     job_attempt(tmp_path, "2", 20)
-    assert job.idle_attempts(tmp_path, "2") == 1
+    assert requeue.idle_attempts(tmp_path, "2") == 1
 
 
 @pytest.mark.parametrize(
