@@ -47,6 +47,7 @@ from conversion.publish import (
 from megatron_ext.learner import control
 from megatron_ext.learner.checkpoint_files import PlannedFile, SaveStrategy, Staging, collect_reports, report
 from megatron_ext.learner.critic import Critic
+from megatron_ext.learner.finite import SUFFIX, check_finite
 from megatron_ext.learner.learner import Learner, Trainable
 from megatron_ext.learner.model import on_device
 from megatron_ext.learner.optimizer_pieces import use_pieces
@@ -226,8 +227,9 @@ def find_latest(root: Path) -> Path | None:
 def load(learner: Learner, directory: Path, *, critic: Critic | None = None) -> dict[str, Any]:
     """Restore everything :func:`save` wrote, in the present layout; returns ``state`` with its ``step``. A collective.
 
-    Raises ManifestError (a ValueError) when a file is missing or differs from the manifest, and ValueError when the
-    optimizer or the precision is another one, or there is a critic on one side only; nothing is read then.
+    Raises ManifestError (a ValueError) when a file is missing, differs from the manifest or holds a number that is not
+    finite, and ValueError when the optimizer or the precision is another one, or there is a critic on one side only;
+    nothing is restored then.
     """
     manifest = verified_manifest(directory)
     for key, value in _settings(learner).items():
@@ -247,7 +249,9 @@ def load(learner: Learner, directory: Path, *, critic: Critic | None = None) -> 
 
 
 def verified_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest, once all bytes are what it says. Ranks divide the large files, and all raise the same error.
+    """The manifest, once all bytes are what it says and all numbers finite.
+
+    Ranks divide the large files, and all raise the same error.
 
     Raises ManifestError.
     """
@@ -260,6 +264,8 @@ def verified_manifest(directory: Path) -> dict[str, Any]:
         files = sorted(manifest["files"].items(), key=lambda item: (-item[1]["size"], item[0]))
         for name, entry in files[rank::world]:
             check_file(directory / name, entry)
+            if name.endswith(SUFFIX):
+                check_finite(directory, name, manifest)
     except ManifestError as problem:
         error = str(problem)
     # Reading takes as long as it takes: ranks wait on the CPU.

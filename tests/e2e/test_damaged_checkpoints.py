@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import math
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from training import arguments, assert_same_run, launch_here, no_report, run_here
+
+from conversion.digests import range_digest
 
 SETTINGS = ("eval.every=0", "train.entropy_probe_every=0", "train.save_every=1", "train.keep_checkpoints=3")
 
@@ -40,11 +46,27 @@ def truncate(directory: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
+def diverge(directory: Path) -> None:
+    """What a run writes whose weights have become NaN: the manifest vouches for it."""
+    file, path = largest(directory), directory / "manifest.json"
+    manifest = json.loads(path.read_text())
+    segments = manifest["files"][file.relative_to(directory).as_posix()]["segments"]
+    starts = [*map(int, segments), file.stat().st_size]
+    start, stop = max(itertools.pairwise(starts), key=lambda span: span[1] - span[0])
+    data = bytearray(file.read_bytes())
+    middle = start + (stop - start) // 2 // 64 * 64
+    data[middle : middle + 4] = struct.pack("<f", math.nan)
+    file.write_bytes(data)
+    segments[str(start)] = range_digest(file, start, stop)
+    path.write_text(json.dumps(manifest))
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "a flipped bit": (lambda last: flip(last), "does not have the bytes that the manifest promises"),
     "a truncated file": (truncate, "bytes but the manifest says"),
     "a torn manifest": (lambda last: (last / "manifest.json").write_text('{"format"'), "is not a manifest"),
     "no manifest": (lambda last: (last / "manifest.json").unlink(), "has no manifest"),
+    "a NaN": (diverge, "values that are not finite in decoder"),
     "a missing directory": (shutil.rmtree, "names 'step_000004', which is not a checkpoint there"),
     "a pointer elsewhere": (lambda last: (last.parent / "latest").write_text("step_000099\n"), "names 'step_000099'"),
     "a torn pointer": (lambda last: (last.parent / "latest").write_bytes(b"\0\0"), "which is not a checkpoint there"),

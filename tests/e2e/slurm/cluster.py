@@ -165,7 +165,10 @@ class Cluster:
         first = os.getpid() % NETWORKS
         for number in (1 + (first + i) % NETWORKS for i in range(NETWORKS)):
             names = f"gppo-slurm{number}", "type", "veth", "peer", "name", f"gppo-uplink{number}"
-            if not _free(_port(number)) or subprocess.run(["ip", "link", "add", *names], capture_output=True).returncode:
+            if (
+                not _free(_port(number))
+                or subprocess.run(["ip", "link", "add", *names], capture_output=True).returncode
+            ):
                 continue
             (self.dir / "etc" / "network").write_text(str(number))
             return
@@ -209,10 +212,15 @@ class Cluster:
         self._spawn("slurmctld", "slurmctld", "-D", "-c", "-f", str(self.conf))
         until("slurmctld", lambda: "is UP" in self.ask("scontrol", "ping"))
         for i in range(1, nodes + 1):
-            self.start(f"node{i}")
+            self._boot(f"node{i}")
+        until("all nodes idle", lambda: self.ask("sinfo", "-h", "-o", "%t %D") == f"idle {nodes}", 60)
 
     def start(self, node: str) -> None:
         """Boot a node and wait until it can take jobs."""
+        self._boot(node)
+        until(f"{node} idle", lambda: self.ask("sinfo", "-h", "-n", node, "-o", "%t") in ("idle", "mix", "alloc"), 40)
+
+    def _boot(self, node: str) -> None:
         number, switch = int(node.removeprefix("node")), self._pid("switch")
         ready, shared = self.dir / "run" / f"{node}.net", self.dir / "etc"
         ready.unlink(missing_ok=True)
@@ -230,7 +238,6 @@ class Cluster:
         # The route leads nowhere; programs use it to find their own address.
         _run("nsenter", "-t", str(pid), "--net", "sh", "-c", f"{address} && ip route add default dev eth0")
         ready.touch()
-        until(f"{node} idle", lambda: self.ask("sinfo", "-h", "-n", node, "-o", "%t") in ("idle", "mix", "alloc"), 40)
 
     def crash(self, node: str) -> None:
         self._stop(node)
