@@ -73,7 +73,7 @@ def _values(file: IO[bytes], start: int, stop: int) -> Iterator[torch.Tensor]:
         yield torch.frombuffer(wanted, dtype=tensor.dtype)
 
 
-def _data(window: io.BufferedReader) -> tuple[int, int]:
+def _data(window: IO[bytes]) -> tuple[int, int]:
     """Where the numbers begin in a torch archive, and their length in bytes."""
     (record,) = (info for info in zipfile.ZipFile(window).infolist() if info.filename.endswith("/data/0"))
     window.seek(record.header_offset)
