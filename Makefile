@@ -27,7 +27,7 @@ DRY_RUN ?=
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help env train check test theory atlas study keys doctor test-integrations
+.PHONY: help env train check test test-slurm test-distributed theory atlas study keys doctor test-integrations
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -62,14 +62,19 @@ check: env
 	$(PY) -m mypy
 	$(PY) -m pytest -n 2 tests/unit
 
-# A file's tests stay in one process: its fixtures are models, servers and process groups. tests/distributed keeps both cores
-# busy by itself (4 to 8 processes that wait for each other), and all Slurm tests share one cluster.
-# GPU tests skip themselves without a GPU.
+# A file's tests stay in one process: its fixtures are models, servers and process groups.
+# All Slurm tests share one cluster, and mostly wait. tests/distributed (4 to 8 processes that wait for each other) runs
+# beside them with what they leave of the two cores. GPU tests skip themselves without a GPU.
 test: check
 	$(PY) -m pytest -n 2 tests/integration tests/gpu
-	$(PY) -m pytest tests/distributed
+	$(MAKE) -j 2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) test-slurm test-distributed
 	$(PY) -m pytest -n 2 tests/e2e --ignore tests/e2e/slurm
+
+test-slurm: env
 	$(PY) -m pytest tests/e2e/slurm
+
+test-distributed: env
+	nice -n 19 $(PY) -m pytest tests/distributed
 
 # Our losses inside other trainers, with their own packages: one environment each, minutes to install.
 test-integrations: $(addprefix .venv-,$(INTEGRATIONS))

@@ -10,12 +10,12 @@ import io
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
-
-import matplotlib
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recipes.studies import prediction
+
+if TYPE_CHECKING:  # matplotlib takes 0.5 s to import, and only a process that writes a report needs it
+    from matplotlib.figure import Figure
 
 Series = dict[str, list[tuple[float, float]]]
 Pairs = list[tuple[float, float]]  # (step, value)
@@ -114,6 +114,8 @@ def _sentinel(index: int) -> str:
 def _inline(figure: Figure, label: str) -> str:
     """The figure as an SVG element that lives in a page, with the page's colours and fonts."""
     buffer = io.StringIO()
+    import matplotlib
+
     with matplotlib.rc_context({"svg.hashsalt": label}):  # element ids: the same every time, different per chart
         figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight", pad_inches=0.04)
     svg = buffer.getvalue()
@@ -143,6 +145,9 @@ def running_mean(values: list[float]) -> list[float]:
 
 
 def _draw(title: str, plot: Callable[[Any], None]) -> str:
+    import matplotlib
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(4.4, 2.3))
         axes = figure.subplots()
