@@ -86,6 +86,8 @@ def select(
         raise ValueError("selection.name=entropy_bonus: set actor_rollout_ref.actor.entropy_coeff instead.")
     weights = tensors[WEIGHTS] if WEIGHTS in tensors.keys() else torch.ones_like(old)
     sign = torch.where(out.kl_coef.view_as(old) > 0, -1.0, 1.0)
+    if out.weight is not None:
+        weights = weights * out.weight.view_as(old).to(weights)
     tensors[WEIGHTS] = weights * out.keep.view_as(old) * sign.to(weights)
     return metric_values(out.metrics, prefix="")
 

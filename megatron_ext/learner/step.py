@@ -42,6 +42,7 @@ class TrainBatch:
     nll_weight: Tensor | None = None  # coefficient of -logp with its own denominator, when there is such a term
     # Of each sample (fed tokens, layers with experts, top k), the experts to route to; None: the router chooses
     experts: Sequence[Tensor] | None = None
+    token_weight: Tensor | None = None  # >= 0, factor on the policy loss, when the selection weighs tokens
     seq_ids: Tensor = field(init=False)  # int64, index of the token's sample
     offsets: Tensor = field(init=False)  # (samples + 1,) int64: start of each sample in the flat tensors, and T
 
@@ -200,6 +201,7 @@ def training_step(
             ref_coef=reference.kl_coef,
             ref_kl_type=reference.kl_type,
             nll_weight=None if batch.nll_weight is None else at(batch.nll_weight),
+            loss_weight=None if batch.token_weight is None else at(batch.token_weight),
         )
         result = evaluate(loss, inputs, coefficients)
         divisor = torch.tensor(int(mb.counts_divisor), dtype=torch.int, device=device)

@@ -30,6 +30,7 @@ class Coefficients:
     ref_coef: float = 0.0  # of the KL to the reference
     ref_kl_type: str = "k3"  # see `kl_to_reference`
     nll_weight: Tensor | None = None  # of -logp, with its own denominator; None: off
+    loss_weight: Tensor | None = None  # of the policy loss, from a selection that weighs tokens; None: 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class Objective:
 
 
 def evaluate(loss: PolicyLoss, x: LossInputs, c: Coefficients) -> Objective:
-    """sum_t weight (keep loss + kl_coef |logp - old_logp| - entropy_coef H + ref_coef KL_ref) - nll_weight logp.
+    """sum_t weight (keep loss_weight loss + kl_coef |log r| - entropy_coef H + ref_coef KL_ref) - nll_weight logp.
 
     Tokens outside the mask may hold anything in ``x``; they add nothing.
 
@@ -57,7 +58,8 @@ def evaluate(loss: PolicyLoss, x: LossInputs, c: Coefficients) -> Objective:
     # NaN outside the mask would reach the gradient through abs.
     logp, old_logp, entropy = (torch.where(x.mask, v, 0.0) for v in (x.logp, x.old_logp, x.entropy))
     weight = torch.where(x.mask, c.weight.to(out.loss.dtype), 0.0)
-    policy = (weight * torch.where(c.keep, out.loss, 0.0)).sum()
+    per_token = torch.where(c.keep, out.loss, 0.0)
+    policy = (weight * (per_token if c.loss_weight is None else c.loss_weight * per_token)).sum()
     beside = c.kl_coef * (logp - old_logp).abs() - c.entropy_coef * entropy
     kl_ref = None
     if c.ref_logp is not None:

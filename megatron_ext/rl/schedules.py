@@ -272,6 +272,48 @@ class AdaptiveEntropyBonus(Schedule):
         return {"bonus_coef": state["bonus_coef"]}
 
 
+@dataclass(frozen=True, kw_only=True)
+class AutomaticTemperature(Schedule):
+    """Soft actor-critic's automatic temperature: an entropy bonus whose coefficient grows while H is below a target.
+
+    log c += rate (target - H), c kept in [min_coef, max_coef]: a gradient step on log c of the dual objective
+    c (H - target), Haarnoja et al. 2018, arXiv:1812.05905, eq. 18, as its implementations take it (stable-baselines3,
+    CleanRL, with Adam). H is the mean token entropy of the batch before its first update.
+    """
+
+    target: float = 0.2
+    """Nats per token."""
+    rate: float = 0.1
+    """Per nat and rollout step."""
+    initial_coef: float = 1e-3
+    min_coef: float = 1e-5
+    max_coef: float = 1e-2
+
+    def __post_init__(self) -> None:
+        check_number("schedule.target", self.target, 0)
+        check_number("schedule.rate", self.rate, 0)
+        check_number("schedule.min_coef", self.min_coef, 0, exclusive=True)
+        check_number("schedule.max_coef", self.max_coef, self.min_coef)
+        check_number("schedule.initial_coef", self.initial_coef, self.min_coef, self.max_coef)
+
+    def init(self) -> State:
+        return {"temperature": self.initial_coef}
+
+    def observe(self, state: State, *, step: int, total_steps: int, entropy: float) -> State:
+        log_coef = math.log(state["temperature"]) + self.rate * (self.target - entropy)
+        low, high = math.log(self.min_coef), math.log(self.max_coef)
+        return {"temperature": math.exp(min(max(log_coef, low), high))}
+
+    def values(self, state: State, base: Mapping[str, float], *, step: int) -> dict[str, float]:
+        return {ENTROPY_COEF: state["temperature"]}
+
+    def extremes(self, base: Mapping[str, float]) -> list[dict[str, float]]:
+        return [{ENTROPY_COEF: value} for value in (self.min_coef, self.max_coef)]
+
+    def metrics(self, state: State) -> dict[str, float]:
+        return {"temperature": state["temperature"]}
+
+
 ENTROPY_COEF = "entropy_coef"
 """The one quantity besides the loss's parameters that a schedule can move: the coefficient of -H in the objective."""
 
@@ -282,6 +324,7 @@ SCHEDULES: dict[str, type[Schedule]] = {
     "linear": Linear,
     "entropy_target": EntropyTarget,
     "adaptive_entropy_bonus": AdaptiveEntropyBonus,
+    "automatic_temperature": AutomaticTemperature,
 }
 
 

@@ -102,6 +102,9 @@ def select(
             (batch.entropy_coef, out.entropy_coef + entropy_coef * batch.mask[chosen]),
         )
     )
+    if out.weight is not None:
+        weight = torch.ones_like(batch.advantages) if batch.token_weight is None else batch.token_weight.clone()
+        batch.token_weight = weight.masked_scatter(chosen, out.weight.to(weight.dtype))
     metrics.add({name: float(value) for name, value in out.metrics.items()})
 
 

@@ -117,6 +117,7 @@ class _Batch:
     keep: Tensor
     kl_coef: Tensor
     entropy_coef: Tensor
+    weight: Tensor
 
     def slice(self, rows: slice) -> _Batch:
         return _Batch(*(getattr(self, name)[:, rows] for name in self.__dataclass_fields__))
@@ -222,7 +223,7 @@ class _Training:
         offset = (groups.max() + 1) * torch.arange(s)[:, None]
         flat = compute_advantages(self.method.advantage, reward.flatten(), (groups + offset).flatten())
         advantage = flat.view(s, -1).to(logp.dtype)[..., None].expand(shape)
-        keep = torch.ones(shape, dtype=torch.bool)
+        keep, weight = torch.ones(shape, dtype=torch.bool), torch.ones(shape)
         kl_coef, entropy_coef = torch.zeros(shape), torch.zeros(shape)
         if self.method.selection["name"] != "none":
             stats = [x.gather(1, context.flatten(1)).view(shape) for x in _context_statistics(logp)]
@@ -241,9 +242,11 @@ class _Training:
                     )
                 )
                 keep[i] = out.keep.view(shape[1:])
+                if out.weight is not None:
+                    weight[i] = out.weight.view(shape[1:])
                 kl_coef[i], entropy_coef[i] = out.kl_coef.view(shape[1:]), out.entropy_coef.view(shape[1:])
         old_entropy = _entropy(logp).gather(1, context.flatten(1)).view(shape)
-        return _Batch(context, choice, old, old_entropy, advantage, keep, kl_coef, entropy_coef)
+        return _Batch(context, choice, old, old_entropy, advantage, keep, kl_coef, entropy_coef, weight)
 
     def _update(self, mini: _Batch, losses: list[tuple[Loss, Tensor]]) -> dict[str, Tensor]:
         """One optimizer step of every seed; its metrics, (S,) each."""
@@ -264,7 +267,7 @@ class _Training:
         )
         gradient, low, high = _per_token(losses, x)
         keep = mini.keep.flatten(1) & self.selection.inside(x)
-        pull = torch.where(keep, gradient, 0.0)
+        pull = torch.where(keep, gradient * mini.weight.flatten(1), 0.0)
         pull = pull - mini.kl_coef.flatten(1) * (logp - x.old_logp).sign()
         tokens = logp.shape[1]
         onehot = torch.nn.functional.one_hot(choice, chain.CHOICES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_ext.rl.losses import Loss, build_loss
 from megatron_ext.rl.losses.dynamic_clip import DynamicClip
 from megatron_ext.rl.schedules import build_controller
+from megatron_ext.rl.selection import Selection, build_selection
 from megatron_ext.rl.types import LossInputs
 from recipes.studies import figures
 
@@ -23,6 +24,7 @@ class Portrait:
     title: str
     look: str
     params: dict[str, Any]
+    selection: dict[str, Any] = field(default_factory=lambda: {"name": "none"})
 
 
 PORTRAITS: dict[str, Portrait] = {
@@ -71,25 +73,78 @@ PORTRAITS: dict[str, Portrait] = {
         "The lower edge bends: unlikely penalised tokens are pushed down to 0.7, likely ones only to 0.83.",
         {"name": "dynamic_clip", "strategy": "lower"},
     ),
+    "aspo": Portrait(
+        "ASPO",
+        "For rewarded tokens the weight is turned over: it is largest where the token has become less likely.",
+        {"name": "aspo"},
+    ),
+    "bapo": Portrait(
+        "BAPO",
+        "PPO's edges at 0.6 and 1.2, where the search for bounds starts; while penalties dominate a mini-batch, both "
+        "move up, to 0.9 and 3 at most.",
+        {"name": "bapo"},
+    ),
+    "dcpo": Portrait(
+        "DCPO",
+        "The edges move far out for tokens that were unlikely, and are narrow for likely ones.",
+        {"name": "dcpo"},
+    ),
+    "gmpo": Portrait(
+        "GMPO",
+        "The edges lie at e^-0.4 and e^0.4; the weight is the whole sequence's: here every sequence has one token.",
+        {"name": "gmpo"},
+    ),
+    "entropic": Portrait(
+        "EntroPIC (alpha -0.5)",
+        "PPO, but for tokens above p = 0.95: where entropy is below its target, rewarded ones count half, penalised "
+        "ones half as much again.",
+        {"name": "entropic", "control": -0.5},
+    ),
+    "entropy_shaped": Portrait(
+        "entropy-shaped advantages",
+        "PPO with more weight for rewarded and less for penalised tokens, the more so the higher the entropy of their "
+        "state: here that of a choice between two tokens.",
+        {"name": "entropy_shaped"},
+    ),
+    "repo_r": Portrait(
+        "REPO-R (zeta 0.3)",
+        "PPO with more weight for rewarded and less for penalised tokens, the less likely they are. The paper's zeta "
+        "ends at 0.05; 0.3 shows the shape.",
+        {"name": "repo_r", "zeta": 0.3, "adaptive": False},
+    ),
+    "entropy_ratio": Portrait(
+        "PPO with Entropy Ratio Clipping",
+        "Tokens whose distribution has changed its entropy by more than 5 % have no gradient: here with two tokens to "
+        "choose from.",
+        {"name": "ppo"},
+        {"name": "entropy_ratio"},
+    ),
 }
 
 
-def weight(loss: Loss, logp: Tensor, old_logp: Tensor, sign: int) -> Tensor:
-    """F of every token, in the shape of ``logp``, for an advantage of ``sign``."""
-    flat = logp.flatten().double()
+def weight(loss: Loss, logp: Tensor, old_logp: Tensor, sign: int, selection: Selection | None = None) -> Tensor:
+    """F of every token, in the shape of ``logp``, for an advantage of ``sign``, in a vocabulary of two tokens."""
+    flat, old = logp.flatten().double(), old_logp.flatten().double()
     x = LossInputs(
         logp=flat,
-        old_logp=old_logp.flatten().double(),
+        old_logp=old,
         advantages=torch.full_like(flat, float(sign)),
         mask=torch.ones_like(flat, dtype=torch.bool),
         seq_ids=torch.arange(len(flat)),
+        entropy=_binary_entropy(flat.exp()),
+        old_entropy=_binary_entropy(old.exp()),
     )
-    return (loss(x).gradient / sign).view(logp.shape)
+    kept = x.mask if selection is None else selection.inside(x)
+    return (torch.where(kept, loss(x).gradient, 0.0) / sign).view(logp.shape)
+
+
+def _binary_entropy(p: Tensor) -> Tensor:
+    return torch.special.entr(p) + torch.special.entr((1 - p).clamp(min=0))
 
 
 def portrait(of: Portrait) -> Any:
     """F over the ratio for both signs of the advantage, and over (p_old, p_new) with the edges where F jumps."""
-    loss = build_loss(**of.params)
+    loss, selection = build_loss(**of.params), build_selection(**of.selection)
     result, axes = figures.figure(10.5, 3.1, 1, 3)
     line, *maps = axes[0]
     ratio = torch.linspace(0.3, 2.0, 1701, dtype=torch.float64)
@@ -97,14 +152,15 @@ def portrait(of: Portrait) -> Any:
         for p_old, shade in ((0.1, "#000000"), (0.45, "#888888")):
             old = torch.full_like(ratio, math.log(p_old))
             label = f"A {'>' if sign > 0 else '<'} 0, p_old {p_old:g}"
-            line.plot(ratio, weight(loss, old + ratio.log(), old, sign), style, color=shade, label=label, linewidth=1.4)
+            f = weight(loss, old + ratio.log(), old, sign, selection)
+            line.plot(ratio, f, style, color=shade, label=label, linewidth=1.4)
     line.set(xlabel="ratio r", ylabel="gradient weight F")
     line.set_ylim(-0.05, 2.05)
     line.legend(fontsize=6.5, loc="upper left")
     grid = torch.linspace(0.01, 0.99, 197, dtype=torch.float64)
     old, new = torch.meshgrid(grid, grid, indexing="xy")
     for ax, sign in zip(maps, (1, -1), strict=True):
-        values = weight(loss, new.log(), old.log(), sign)
+        values = weight(loss, new.log(), old.log(), sign, selection)
         shown = ax.imshow(values, origin="lower", extent=(0, 1, 0, 1), cmap="gray", vmin=0, vmax=2, aspect="auto")
         ax.plot([0, 1], [0, 1], color="#d1571b", linewidth=0.8)
         ax.set(xlabel="p_old", ylabel="p_new")

@@ -31,10 +31,10 @@ def test_config_line_loads_and_is_what_it_says(line: str) -> None:
 
 METHODS = {  # of the five papers and their baselines; a loss of one's own needs no row
     "loss": {"pg", "grpo", "ppo", "dapo", "clip_lower", "ce_gppo", "cispo", "gspo", "sapo", "dynamic_clip"}
-    | {"aspo", "bapo", "dcpo", "gmpo"},
+    | {"aspo", "bapo", "dcpo", "gmpo", "archer", "entropic", "entropy_shaped", "repo_r"},
     "selection": {"clip_b", "clip_v", "clip_cov", "kl_cov", "forking", "region", "entropy_bonus", "unlikely"}
-    | {"entropy_ratio"},
-    "schedule": {"none", "piecewise", "linear", "entropy_target", "adaptive_entropy_bonus"},
+    | {"entropy_ratio", "steer"},
+    "schedule": {"none", "piecewise", "linear", "entropy_target", "adaptive_entropy_bonus"} | {"automatic_temperature"},
 }
 
 

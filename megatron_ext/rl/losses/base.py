@@ -171,6 +171,13 @@ def max_log_ratio(dtype: torch.dtype) -> float:
     return 0.5 * math.log(torch.finfo(dtype).max)
 
 
+def needed(value: Tensor | None, field_name: str, why: str) -> Tensor:
+    """``value``, an optional field of `LossInputs`. Raises ``ValueError`` if it is missing."""
+    if value is None:
+        raise ValueError(f"LossInputs.{field_name} is None: {why}.")
+    return value
+
+
 def segment_sum(values: Tensor, seq_ids: Tensor) -> Tensor:
     """(T,): for every token the sum of ``values`` over its sequence. Sequences are whole in it, in any order."""
     index, count = seq_ids, 0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_ext.rl.losses.base import Loss, Terms, max_log_ratio, segment_sum
+from megatron_ext.rl.losses.base import Loss, Terms, max_log_ratio, needed, segment_sum
 from megatron_ext.rl.params import check_number
 from megatron_ext.rl.types import LossInputs
 
@@ -29,14 +29,13 @@ class Gmpo(Loss):
         check_number("loss.log_eps_high", self.log_eps_high, 0)
 
     def terms(self, x: LossInputs, ratio: torch.Tensor) -> Terms:
-        if x.seq_ids is None:
-            raise ValueError("LossInputs.seq_ids is None: loss.name=gmpo needs the sequence of every token.")
+        ids = needed(x.seq_ids, "seq_ids", "loss.name=gmpo needs the sequence of every token")
         log_ratio = x.logp - x.old_logp  # 0 outside the mask
         below, above = log_ratio < -self.log_eps_low, log_ratio > self.log_eps_high
         low, high = (x.advantages < 0) & below, (x.advantages > 0) & above
         bounded = torch.where(low, -self.log_eps_low, torch.where(high, self.log_eps_high, log_ratio))
-        length = segment_sum(x.mask.to(ratio.dtype), x.seq_ids).clamp(min=1)
-        seq_ratio = (segment_sum(bounded, x.seq_ids) / length).clamp(max=max_log_ratio(ratio.dtype)).exp()
+        length = segment_sum(x.mask.to(ratio.dtype), ids).clamp(min=1)
+        seq_ratio = (segment_sum(bounded, ids) / length).clamp(max=max_log_ratio(ratio.dtype)).exp()
         value = seq_ratio * x.advantages
         gradient = torch.where(low | high, torch.zeros_like(value), value)
         metrics = {"pg_clipfrac_low": low, "pg_clipfrac_high": high, "seq_ratio_mean": seq_ratio}

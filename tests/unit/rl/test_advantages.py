@@ -130,3 +130,32 @@ def test_gae_over_ragged_tokens_is_the_double_sum(gamma: float, lam: float) -> N
 def test_gae_refuses_a_sequence_in_pieces() -> None:
     with pytest.raises(ValueError, match="contiguous"):
         gae(torch.zeros(3), torch.zeros(3), torch.tensor([0, 1, 0]))
+
+
+def qae_by_definition(rewards: list[float], quantile: float) -> float:
+    """inf {x : F(x) >= quantile} over the values that occur."""
+    shares = {x: sum(r <= x for r in rewards) / len(rewards) for x in rewards}
+    return min(x for x, share in shares.items() if share >= quantile - 1e-12)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.sampled_from([0.0, 1.0]), min_size=2, max_size=12), st.sampled_from([0.2, 0.4, 0.5, 0.6, 0.9]))
+def test_qae_rewards_rare_successes_and_penalises_rare_failures(rewards: list[float], quantile: float) -> None:
+    got = compute_advantages(
+        "qae", torch.tensor(rewards), torch.zeros(len(rewards)).long(), quantile=quantile, delta=0.0
+    )
+    mean, std = sum(rewards) / len(rewards), float(torch.tensor(rewards, dtype=torch.float64).std())
+    if std == 0:
+        assert (got == 0).all()
+        return
+    baseline = qae_by_definition(rewards, quantile)
+    assert baseline == (0.0 if mean <= 1 - quantile + 1e-12 else 1.0)  # the two regimes of the paper
+    assert got.tolist() == pytest.approx([(r - baseline) / std for r in rewards])
+
+
+def test_qae_interpolates_as_the_authors_code_on_request() -> None:
+    rewards, groups = torch.tensor([0, 0, 0, 1, 1, 0.5, 2.0]), torch.tensor([3, 3, 3, 3, 3, 1, 1])
+    got = compute_advantages("qae", rewards, groups, quantile=0.6, delta=0.0, interpolate=True)
+    first, second = rewards[:5].double(), rewards[5:].double()
+    expected = [(v - torch.quantile(v, 0.6)) / v.std() for v in (first, second)]
+    torch.testing.assert_close(got, torch.cat(expected))

@@ -70,11 +70,12 @@ def gradient(name: str, aggregation: str, cuts: list[list[int]]) -> Tensor:
     a = torch.randn(5, generator=g, dtype=torch.float64)[ids]
     logp = logits.log_softmax(-1).gather(1, actions[:, None]).squeeze(1)
     old = logp.detach() + 0.3 * torch.randn(16, generator=g, dtype=torch.float64)
+    entropy = -(logits.detach().softmax(-1) * logits.detach().log_softmax(-1)).sum(-1)
     weights = sequence_weights(aggregation, LENGTHS, GROUPS, max_tokens=10)  # over the whole batch, before any cut
     params = {"strategy": "both"} if name == "dynamic_clip" else {}
     for cut in cuts:
         t = torch.isin(ids, torch.tensor(cut))
-        x = LossInputs(logp[t], old[t], a[t], torch.ones(int(t.sum())).bool(), ids[t])
+        x = LossInputs(logp[t], old[t], a[t], torch.ones(int(t.sum())).bool(), ids[t], entropy[t])
         (build_loss(name, **params)(x).loss * weights[ids[t]]).sum().backward(retain_graph=True)
     assert logits.grad is not None
     return logits.grad

@@ -61,7 +61,7 @@ class Batch:
         )
         x, stats = self.inputs(z_TV)
         keep = chosen.keep & selection.inside(x)
-        c = Coefficients(self.weights, keep, chosen.kl_coef, chosen.entropy_coef)
+        c = Coefficients(self.weights, keep, chosen.kl_coef, chosen.entropy_coef, loss_weight=chosen.weight)
         return evaluate(loss, x, c), x, stats
 
 
@@ -81,7 +81,12 @@ def make_batch(seed: int = 0, states: int = 60, drift: float = 0.5) -> Batch:
     return Batch(z_old_TV, z_TV, actions, advantages, mask, seq_ids, weights)
 
 
-LOSS_PARAMS = {"dynamic_clip": {"strategy": "both"}, "gspo": {"eps_low": 0.05, "eps_high": 0.05}}
+LOSS_PARAMS: dict[str, dict[str, Any]] = {
+    "dynamic_clip": {"strategy": "both"},
+    "gspo": {"eps_low": 0.05, "eps_high": 0.05},
+    "entropic": {"likely": 0.4, "control": -0.5},
+    "repo_r": {"zeta": 0.05},
+}
 SELECTION_PARAMS: dict[str, dict[str, Any]] = {
     "clip_b": {"mu_low": 0.5},
     "clip_v": {"mu_low": 0.5, "mu_high": 0.5},
@@ -90,6 +95,7 @@ SELECTION_PARAMS: dict[str, dict[str, Any]] = {
     "region": {"region": "e2"},
     "entropy_bonus": {"coef": 0.1},
     "entropy_ratio": {"low": 0.8, "high": 1.2},
+    "steer": {"weight_min": 0.5},
 }
 
 

@@ -17,6 +17,7 @@ from megatron_ext.rl.losses import LOSSES, DifferentiableLoss, build_loss
 from megatron_ext.rl.types import LossInputs
 
 F64 = torch.float64
+ENTROPY = 0.7  # nats, of every token in `evaluate`
 INF = math.inf
 FAR = [-40.0, -20.0, -5.0, -1.0, -0.05, 0.0, 0.05, 1.0, 5.0, 20.0, 40.0]
 WeightOf = Callable[[float, float, float], float]  # (r, A, p) -> F
@@ -82,6 +83,21 @@ def dcpo_weight(r: float, a: float, p: float) -> float:
     return ppo_weight(low, high, 10.0)(r, a, p)
 
 
+def repo_weight(r: float, a: float, p: float) -> float:
+    return max(1 - 0.3 * math.copysign(1, a) * math.log(p), 0) * ppo_weight(1 - 0.2, 1 + 0.2)(r, a, p)
+
+
+def shaped_weight(r: float, a: float, p: float) -> float:
+    """A' / A times PPO's weight, at the entropy of `evaluate`."""
+    bonus = min(0.4 * ENTROPY, abs(a) / 2)
+    return (1 + bonus / a if a else 1.0) * ppo_weight(1 - 0.2, 1 + 0.2)(r, a, p)
+
+
+def entropic_weight(r: float, a: float, p: float) -> float:
+    extra = 0.5 * r * math.copysign(1, a) if p > 0.5 else 0.0
+    return ppo_weight(1 - 0.2, 1 + 0.2, DUAL)(r, a, p) + extra
+
+
 # id -> (loss, parameters, closed form, absolute bounds on r to test at and one ulp either side)
 CASES: dict[str, tuple[str, dict[str, Any], WeightOf, list[float]]] = {
     "pg": ("pg", {}, lambda r, a, p: 1.0, [1.0]),
@@ -129,6 +145,10 @@ CASES: dict[str, tuple[str, dict[str, Any], WeightOf, list[float]]] = {
     "bapo": ("bapo", {"dual_clip": DUAL}, ppo_weight(0.6, 1.2, DUAL), [0.6, 1.2, DUAL]),
     "dcpo": ("dcpo", {}, dcpo_weight, []),
     "gmpo": ("gmpo", {}, ppo_weight(math.exp(-0.4), math.exp(0.4)), []),  # one token: s = r
+    "repo_r": ("repo_r", {"zeta": 0.3, "adaptive": False}, repo_weight, []),
+    "entropy_shaped": ("entropy_shaped", {}, shaped_weight, [1 - 0.2, 1 + 0.2]),
+    "entropic": ("entropic", {"control": 0.5, "likely": 0.5, "dual_clip": DUAL}, entropic_weight, []),
+    "archer": ("archer", {"dual_clip": DUAL}, ppo_weight(1 - 0.2, 1 + 0.2, DUAL), [1 - 0.2, 1 + 0.2, DUAL]),
     "dynamic-upper": ("dynamic_clip", {"strategy": "upper"}, dynamic_weight(1, 0), []),
     "dynamic-lower": ("dynamic_clip", {"strategy": "lower"}, dynamic_weight(0, 1), []),
     "dynamic-both": ("dynamic_clip", {"strategy": "both"}, dynamic_weight(1, 1), []),
@@ -180,7 +200,7 @@ def dynamic_edges(weight: WeightOf, p: float) -> Iterator[float]:
 
 
 def is_dynamic(case: str) -> bool:
-    return CASES[case][0] in ("dynamic_clip", "dcpo")
+    return CASES[case][0] in ("dynamic_clip", "dcpo", "repo_r", "entropic")
 
 
 def log_ratios(case: str, p: float) -> list[float]:
@@ -198,7 +218,8 @@ def evaluate(name: str, params: dict[str, Any], logp: Tensor, old: Tensor, a: Te
     """(loss, d loss / d logp) of one-token sequences."""
     logp = logp.clone().requires_grad_()
     ids = torch.arange(logp.numel())
-    out = build_loss(name, **params)(LossInputs(logp, old, a, torch.ones_like(ids).bool(), ids))
+    mask, entropy = torch.ones_like(ids).bool(), torch.full_like(a, ENTROPY)
+    out = build_loss(name, **params)(LossInputs(logp, old, a, mask, ids, entropy))
     out.loss.sum().backward()
     return out.loss.detach(), logp.grad
 
@@ -242,6 +263,19 @@ def textbook(case: str, logp: Tensor, old: Tensor, a: Tensor) -> Tensor:
         up = torch.where(1 / positive > 3, a * 3 * (logp - logp.detach() + 1), up)
         down = torch.where(negative > 3, a * 3 * (logp - logp.detach() + 1), negative * a)
         return torch.where(a < 0, down, up)
+    if case == "entropy_shaped":  # the paper's printed code, before PPO's objective
+        a = a + torch.min(0.4 * torch.full_like(a, ENTROPY), a.abs() / 2)
+    if case == "entropic":  # the authors' compute_policy_loss_entropic
+        likely = logp > math.log(0.5)
+        ppo = torch.where(
+            a < 0, torch.max(torch.min(r * a, r.clamp(0.8, 1.2) * a), DUAL * a), torch.min(r * a, r.clamp(0.8, 1.2) * a)
+        )
+        return ppo + 0.5 * torch.where(likely, r * a.abs(), 0.0)
+    if case == "repo_r":
+        rescaled = torch.where(
+            a > 0, (a * (1 - 0.3 * logp.detach())).clamp(min=0), (a * (1 + 0.3 * logp.detach())).clamp(max=0)
+        )
+        return torch.min(r * rescaled, r.clamp(0.8, 1.2) * rescaled)
     if case == "sapo":
         tau = torch.where(a > 0, torch.tensor(1.0, dtype=F64), torch.tensor(1.05, dtype=F64))
         return torch.sigmoid(tau * (r - 1)) * 4 / tau * a
@@ -255,6 +289,7 @@ def textbook(case: str, logp: Tensor, old: Tensor, a: Tensor) -> Tensor:
     eps = torch.full_like(p, 0.2)
     low, high = {
         "ppo": (eps, eps),
+        "entropy_shaped": (eps, eps),
         "ppo-dual": (eps, eps),
         "dapo": (eps, eps + 0.08),
         "clip-lower": (eps - 0.05, eps + INF),
@@ -270,7 +305,7 @@ def textbook(case: str, logp: Tensor, old: Tensor, a: Tensor) -> Tensor:
 TEXTBOOK = ["pg", "aspo", "cispo", "sapo", "ce-1.5b", "ce-7b", "ce-swapped", "ppo", "ppo-dual", "dapo", "clip-lower"]
 
 
-@pytest.mark.parametrize("case", [*TEXTBOOK, "dynamic-both", "id-1/4"])
+@pytest.mark.parametrize("case", [*TEXTBOOK, "dynamic-both", "id-1/4", "entropy_shaped", "entropic", "repo_r"])
 def test_value_and_gradient_are_those_of_the_textbook_objective(case: str) -> None:
     g = torch.Generator().manual_seed(0)
     logp = -3 * torch.rand(400, generator=g, dtype=F64)
@@ -372,7 +407,8 @@ def test_huge_ratios_stay_finite_and_are_counted(name: str, params: dict[str, An
     loss, grad = evaluate(name, params, logp, logp - log_r, a)
     assert torch.isfinite(loss).all() and torch.isfinite(grad).all() and torch.isfinite(grad.double().square()).all()
     ids = torch.arange(20)
-    out = build_loss(name, **params)(LossInputs(logp, logp - log_r, a, torch.ones(20).bool(), ids))
+    x = LossInputs(logp, logp - log_r, a, torch.ones(20).bool(), ids, torch.full_like(a, ENTROPY))
+    out = build_loss(name, **params)(x)
     beyond = 4 if dtype == torch.float32 else 2  # of the ten log-ratios: 88, 89, 400, 1000; or 400, 1000
     assert out.metrics["ratio_overflow"].item() == pytest.approx(beyond / 10)
     assert all(torch.isfinite(v) for v in out.metrics.values())
@@ -389,10 +425,11 @@ def test_masked_tokens_neither_count_nor_push(name: str, params: dict[str, Any])
     logp, old, a = random_inputs(3, 6, 0.5, F64)
     ids = torch.tensor([0, 0, 0, 1, 1, 1])
     mask = torch.tensor([True, True, False, True, False, True])
-    kept = build_loss(name, **params)(LossInputs(logp[mask], old[mask], a[mask], mask[mask], ids[mask]))
+    h = torch.rand(6, dtype=F64, generator=torch.Generator().manual_seed(4))
+    kept = build_loss(name, **params)(LossInputs(logp[mask], old[mask], a[mask], mask[mask], ids[mask], h[mask]))
     nan = torch.where(mask, 0.0, math.nan).to(F64)
     leaf = (logp + nan).requires_grad_()
-    out = build_loss(name, **params)(LossInputs(leaf, old + nan, a + nan, mask, ids))
+    out = build_loss(name, **params)(LossInputs(leaf, old + nan, a + nan, mask, ids, h + nan))
     out.loss.sum().backward()
     assert torch.equal(out.loss[mask].detach(), kept.loss) and (out.loss[~mask] == 0).all()
     assert (leaf.grad[~mask] == 0).all()
@@ -409,10 +446,11 @@ def test_outputs_carry_the_gradient_and_the_events(case: str) -> None:
     mask = torch.arange(60) % 5 != 0
     ids = torch.arange(60) // 4
     leaf = logp.clone().requires_grad_()
-    out = build_loss(name, **params)(LossInputs(leaf, old, a, mask, ids))
+    x = LossInputs(leaf, old, a, mask, ids, torch.rand(60, dtype=F64, generator=torch.Generator().manual_seed(2)))
+    out = build_loss(name, **params)(x)
     out.loss.sum().backward()
     assert torch.equal(out.gradient, -leaf.grad)
-    flipped = build_loss(name, **params)(LossInputs(logp, old, -a, mask, ids))
+    flipped = build_loss(name, **params)(replace(x, logp=logp, advantages=-a))
     for event, other in ((out.below, flipped.below), (out.above, flipped.above)):
         assert torch.equal(event, other) and not event[~mask].any() and not event.requires_grad
     negative = out.below & (a < 0)
@@ -458,7 +496,7 @@ def test_empty_mask_and_no_tokens(name: str, params: dict[str, Any]) -> None:
     for n in (0, 3):
         logp = torch.full((n,), -1.0, requires_grad=True)
         out = build_loss(name, **params)(
-            LossInputs(logp, torch.zeros(n), torch.ones(n), torch.zeros(n).bool(), torch.zeros(n).long())
+            LossInputs(logp, torch.zeros(n), torch.ones(n), torch.zeros(n).bool(), torch.zeros(n).long(), torch.ones(n))
         )
         out.loss.sum().backward()
         assert (logp.grad == 0).all() and all(v.item() == 0 for v in out.metrics.values())
@@ -467,10 +505,11 @@ def test_empty_mask_and_no_tokens(name: str, params: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("name", "params"), ANY, ids=list(LOSSES))
 def test_half_precision_is_computed_in_float32_and_metrics_are_detached_scalars(name: str, params: Any) -> None:
     logp, old, a = random_inputs(5, 8, 0.5, torch.float32)
-    half = LossInputs(logp.bfloat16().requires_grad_(), old, a, torch.ones(8).bool(), torch.arange(8))
+    h, mask, ids = torch.ones(8), torch.ones(8).bool(), torch.arange(8)
+    half = LossInputs(logp.bfloat16().requires_grad_(), old, a, mask, ids, h)
     out = build_loss(name, **params)(half)
     assert out.loss.dtype == torch.float32 and out.loss.requires_grad
-    wide = build_loss(name, **params)(LossInputs(logp.bfloat16().float(), old, a, half.mask, half.seq_ids))
+    wide = build_loss(name, **params)(LossInputs(logp.bfloat16().float(), old, a, mask, ids, h))
     assert torch.equal(out.loss.detach(), wide.loss)
     assert all(v.ndim == 0 and not v.requires_grad for v in out.metrics.values())
 
@@ -606,3 +645,30 @@ def test_bapo_moves_its_bounds_until_the_target_is_met(seed: int, target: float,
     assert (got.ratio_min, got.ratio_max) == (low, high)  # type: ignore[attr-defined]
     assert quotient(low, high) >= target or (low, high) == (0.9, 3.0)
     assert build_loss("ppo").fit(ratio, a) == build_loss("ppo")
+
+
+@pytest.mark.parametrize("q", [0.0, 0.35, 0.8, 1.0])
+def test_archer_widens_the_interval_above_the_quantile_of_each_response(q: float) -> None:
+    """By `torch.nanquantile` over the rows, as the authors have it; masked tokens do not count."""
+    g = torch.Generator().manual_seed(5)
+    h = torch.rand(4, 9, dtype=F64, generator=g)
+    mask = torch.rand(4, 9, generator=g) < 0.7
+    mask[3] = False
+    ids = torch.arange(4)[:, None].expand(4, 9)
+    quantiles = torch.nanquantile(torch.where(mask, h, math.nan), q, dim=1, keepdim=True)
+    uncertain = (h > quantiles) & mask
+    shuffled = torch.randperm(36, generator=g)
+    flat = [v.flatten()[shuffled] for v in (h, mask, ids, uncertain)]
+    for log_r, a in ((0.3, 1.0), (-0.3, -1.0)):  # between the two intervals
+        logp = torch.full((36,), -1.0, dtype=F64)
+        x = LossInputs(logp, logp - log_r, torch.full_like(logp, a), flat[1], flat[2], flat[0])
+        out = build_loss("archer", quantile=q)(x)
+        assert torch.equal(out.gradient != 0, flat[3])
+        assert out.metrics["uncertain_frac"].item() == pytest.approx((uncertain.sum() / mask.sum()).item())
+
+
+def test_losses_that_need_the_entropy_say_so() -> None:
+    x = LossInputs(*(torch.zeros(3) for _ in range(3)), torch.ones(3).bool(), torch.zeros(3).long())
+    for name in ("archer", "entropy_shaped"):
+        with pytest.raises(ValueError, match="LossInputs.entropy is None"):
+            build_loss(name)(x)

@@ -26,6 +26,9 @@ CONTROLLERS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
     "target-ce": ("ce_gppo", {}, "entropy_target", {"curve": "cosine", "end": 0.3}),
     "target-ppo": ("ppo", {}, "entropy_target", {"curve": "did", "end": 0.5, "peak": 0.9}),
     "target-od": ("dynamic_clip", {"strategy": "od"}, "entropy_target", {"curve": "od", "end": 0.5}),
+    "repo_r": ("repo_r", {}, "none", {}),
+    "entropic": ("entropic", {"target_entropy": 0.4}, "none", {}),
+    "temperature": ("ce_gppo", {}, "automatic_temperature", {"target": 0.4}),
     "target-alpha": (
         "dynamic_clip",
         {"strategy": "both"},
@@ -288,3 +291,43 @@ def test_the_closed_loop_moves_an_entropy_bonus_with_any_loss_and_says_when_it_c
     assert "out of reach" in str(warnings[20]) and "entropy_coef in [0, 0.01]" in str(warnings[20])
     with pytest.raises(ValueError, match="give schedule.limits"):
         build_controller("cispo", {}, "entropy_target")
+
+
+def run_controller(controller: Controller, measured: list[float]) -> list[dict[str, Any]]:
+    """States after each observed entropy."""
+    states, state = [], controller.init()
+    for step, entropy in enumerate(measured):
+        state = controller.observe(state, step=step, total_steps=len(measured), entropy=entropy)
+        states.append(state)
+    return states
+
+
+def test_the_zeta_of_repo_r_doubles_halves_and_changes_sign_at_its_minimum() -> None:
+    """The first batch is the target; its limits are the paper's."""
+    controller = build_controller("repo_r", {"zeta": 4e-4})
+    measured = [1.0, *[1.2] * 4, *[0.8] * 3, 1.0, *[0.8] * 12]
+    zetas = [s["zeta"] for s in run_controller(controller, measured)]
+    expected = [4e-4, 2e-4, 1e-4, -1e-4, -2e-4, -1e-4, 1e-4, 2e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3, 6.4e-3, 12.8e-3]
+    assert zetas[:15] == pytest.approx(expected) and zetas[-3:] == [0.05] * 3
+    params = controller.loss_params({"zeta": -0.01, "step": 0}, step=0, total_steps=9)
+    assert params == {"current_zeta": -0.01}
+    assert build_controller("repo_r", {"zeta": 0.3, "adaptive": False}).loss_params({}, step=0, total_steps=9) == {}
+
+
+def test_the_alpha_of_entropic_is_proportional_and_integral() -> None:
+    """alpha_t = k_p e_t + k_i (e_0 + ... + e_{t-1}), in [-1, 1], as the authors' actor accumulates."""
+    controller = build_controller("entropic", {"target_entropy": 0.5, "k_p": 1.5, "k_i": 0.1})
+    alphas = [s["alpha"] for s in run_controller(controller, [0.9, 0.4, 0.5, 3.0])]
+    errors = [0.4, -0.1, 0.0, 2.5]
+    assert alphas == pytest.approx([1.5 * e + 0.1 * sum(errors[:i]) for i, e in enumerate(errors[:3])] + [1.0])
+
+
+def test_the_automatic_temperature_is_a_gradient_step_on_its_logarithm() -> None:
+    """d/d log c of c (H - target), the dual objective, taken at c = 1 as its implementations do: H - target."""
+    schedule = {"target": 0.3, "rate": 0.5, "initial_coef": 1e-3, "min_coef": 5e-4, "max_coef": 2e-3}
+    controller = build_controller("ppo", {}, "automatic_temperature", **schedule)
+    states = run_controller(controller, [0.1, 0.3, 0.5, 5.0, 0.0, *[0.0] * 20])
+    first, *_, low, _ = [controller.entropy_coef(s, step=0) for s in states[:5]]
+    assert first == pytest.approx(1e-3 * math.exp(0.1)) and low == pytest.approx(5e-4)
+    assert [controller.entropy_coef(s, step=0) for s in states[1:3]] == pytest.approx([first, 1e-3])
+    assert controller.entropy_coef(states[-1], step=0) == pytest.approx(2e-3)

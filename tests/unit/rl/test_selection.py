@@ -18,14 +18,8 @@ from torch import Tensor
 
 from megatron_ext.rl.advantages import unlikely
 from megatron_ext.rl.diagnostics import centred_discriminant, discriminant
-from megatron_ext.rl.global_stats import _splitmix64, exact_sum, random_keys
-from megatron_ext.rl.selection import (
-    SELECTIONS,
-    Local,
-    SelectionInputs,
-    SelectionOutputs,
-    build_selection,
-)
+from megatron_ext.rl.global_stats import Local, _splitmix64, exact_sum, random_keys
+from megatron_ext.rl.selection import SELECTIONS, SelectionInputs, SelectionOutputs, build_selection
 from megatron_ext.rl.types import LossInputs, TokenStats
 
 
@@ -122,6 +116,8 @@ def test_the_set_does_not_depend_on_the_shards(case: str, ranks: int) -> None:
     for part, out in zip(parts, outs, strict=True):
         assert torch.equal(out.keep, whole.keep[part])
         assert torch.equal(out.kl_coef, whole.kl_coef[part]) and torch.equal(out.entropy_coef, whole.entropy_coef[part])
+        assert (out.weight is None) == (whole.weight is None)
+        assert out.weight is None or torch.equal(out.weight, whole.weight[part])
         assert {k: v.item() for k, v in out.metrics.items()} == {k: v.item() for k, v in whole.metrics.items()}
 
 
@@ -394,3 +390,26 @@ def test_entropy_ratio_clipping_is_strict_and_two_sided() -> None:
     assert selection.inside(x).tolist() == [False, True, True, False, False, True, False]  # 0 / 0 counts as unchanged
     with pytest.raises(ValueError, match="old_entropy is None"):
         selection.inside(replace(x, old_entropy=None))
+
+
+@pytest.mark.parametrize("floor", [1e-6, 100.0])
+def test_steer_is_the_authors_exponential_weight(floor: float) -> None:
+    """`compute_token_weights` of the authors' code in plain Python, the largest |Omega| over the whole batch."""
+    x = batch(dtype=torch.float64)
+    old = x.stats.logp + 0.2 * torch.randn(x.mask.numel(), generator=torch.Generator().manual_seed(8))
+    x = replace(x, old_logp=old.to(torch.float64))
+    out = build_selection("steer", weight_min=0.7, omega_floor=floor).select(x)
+    tensors = (x.stats.logp, x.stats.entropy, x.old_logp, x.advantages, x.mask)
+    omegas = [
+        abs(a / math.exp(before) * math.exp(lp) * (1 - math.exp(lp)) * (lp + h)) if counts else 0.0
+        for lp, h, before, a, counts in zip(*(t.tolist() for t in tensors), strict=True)
+    ]
+    k = -math.log(0.7) / max(*omegas, floor)
+    assert out.weight is not None
+    got = out.weight[x.mask].tolist()
+    assert got == pytest.approx([math.exp(-k * o) for o, counts in zip(omegas, x.mask.tolist(), strict=True) if counts])
+    assert min(got) == pytest.approx(0.7) if floor < 1 else min(got) > 0.9
+    assert torch.equal(out.keep, x.mask) and not out.kl_coef.any()
+    both = build_selection("steer", weight_min=0.7, omega_floor=floor, also=[{"name": "steer", "omega_floor": floor}])
+    alone = build_selection("steer", omega_floor=floor).select(x).weight
+    torch.testing.assert_close(both.select(x).weight, out.weight * alone)

@@ -22,6 +22,13 @@ from recipes.studies.portraits import PORTRAITS, bounds, controller, portrait, w
         ("ce_gppo", 0.5, -1, 0.4),
         ("dynamic_upper", 1.45, 1, 1.45),  # p = 0.145: the bound is 1.464
         ("pg", 1.5, 1, 1.0),
+        ("aspo", 0.5, 1, 2.0),
+        ("bapo", 0.7, -1, 0.7),
+        ("gmpo", 1.45, 1, 1.45),
+        ("dcpo", 1.5, 1, 1.5),  # p_old 0.1: the bound is 2.25
+        ("repo_r", 1.1, 1, 1.1 * (1 - 0.3 * math.log(0.11))),
+        ("entropy_shaped", 1.1, 1, 1.1 * (1 - 0.4 * (0.11 * math.log(0.11) + 0.89 * math.log(0.89)))),
+        ("entropic", 1.1, 1, 1.1),  # p = 0.11: not likely
     ],
 )
 def test_weight(name: str, ratio: float, sign: int, expected: float) -> None:
