@@ -284,10 +284,13 @@ class AutomaticTemperature(Schedule):
     target: float = 0.2
     """Nats per token."""
     rate: float = 0.1
-    """Per nat and rollout step."""
+    """Change of log(coefficient) per nat and rollout step."""
     initial_coef: float = 1e-3
+    """Coefficient before the first step."""
     min_coef: float = 1e-5
+    """Smallest coefficient."""
     max_coef: float = 1e-2
+    """Largest coefficient."""
 
     def __post_init__(self) -> None:
         check_number("schedule.target", self.target, 0)

@@ -25,11 +25,15 @@ class Archer(Loss):
     """
 
     eps_low: float = 0.2
+    """Lower offset; 1 switches clip-low off."""
     eps_high: float = 0.2
+    """Upper offset; inf switches clip-high off."""
     uncertain_eps_low: float = 0.5
-    """Offsets for the tokens above the quantile."""
+    """Lower offset for tokens above the quantile."""
     uncertain_eps_high: float = 0.5
+    """Upper offset for tokens above the quantile."""
     quantile: float = 0.8
+    """Of the entropies of a response, above which a token is uncertain."""
     dual_clip: float | None = 3.0
     """As in PPO; the default of verl, in which the authors' code runs."""
 

@@ -31,15 +31,17 @@ class Entropic(Loss):
     runtime = ("control",)
 
     eps_low: float = 0.2
+    """Lower offset; 1 switches clip-low off."""
     eps_high: float = 0.2
+    """Upper offset; inf switches clip-high off."""
     dual_clip: float | None = 3.0
     """As in PPO; the default of verl, in which the authors' code runs."""
     target_entropy: float = 0.1
     """Nats per token."""
     k_p: float = 1.0
-    """Per nat."""
+    """Gain of the error H - target_entropy, per nat."""
     k_i: float = 0.01
-    """Per nat and rollout step."""
+    """Gain of the sum of earlier errors, per nat and rollout step."""
     likely: float = 0.95
     """Probability above which a token is weighed."""
     control: float = 0.0

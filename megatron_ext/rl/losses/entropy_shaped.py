@@ -25,10 +25,13 @@ class EntropyShaped(Loss):
     """
 
     eps_low: float = 0.2
+    """Lower offset; 1 switches clip-low off."""
     eps_high: float = 0.2
+    """Upper offset; inf switches clip-high off."""
     dual_clip: float | None = None
+    """Absolute upper bound on r for A < 0, >= 1; None is off."""
     alpha: float = 0.4
-    """Per nat. The paper: 0.4 with GRPO, 0.1 with PPO."""
+    """Bonus per nat of entropy. The paper: 0.4 with GRPO, 0.1 with PPO."""
     kappa: float = 2.0
     """Bound on the bonus: |A| / kappa; > 1."""
 

@@ -31,17 +31,21 @@ class RepoR(Loss):
     runtime = ("current_zeta",)
 
     eps_low: float = 0.2
+    """Lower offset; 1 switches clip-low off."""
     eps_high: float = 0.2
+    """Upper offset; inf switches clip-high off."""
     dual_clip: float | None = None
+    """Absolute upper bound on r for A < 0, >= 1; None is off."""
     zeta: float = 1e-3
-    """At the first rollout step; of either sign."""
+    """Strength of the rescaling at the first rollout step; positive raises entropy, negative lowers it."""
     adaptive: bool = True
     """Whether the controller moves zeta once per rollout step."""
     target_entropy: float | None = None
     """Nats per token; None: the first batch's."""
     zeta_min: float = 1e-4
-    """Limits of |zeta|, by the paper."""
+    """Smallest |zeta|, where the controller changes its sign."""
     zeta_max: float = 0.05
+    """Largest |zeta|."""
     current_zeta: float | None = None
     """zeta of this rollout step; None: ``zeta``."""
 

@@ -88,7 +88,9 @@ class Steer(Selection):
     statistics: ClassVar[tuple[str, ...]] = ("logp", "entropy")
 
     weight_min: float = 0.8
+    """Weight of the token of largest |Omega|."""
     omega_floor: float = 0.02
+    """The largest |Omega| counts at least this much."""
 
     def __post_init__(self) -> None:
         check_number("selection.weight_min", self.weight_min, 0, 1, exclusive=True)
