@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recipes.studies import figures, pages
-from recipes.studies.checks import CHECKS, ETA, POLICIES, Check, Outcome
+from recipes.studies.checks import CHECKS
+from recipes.studies.checks.kinds import ETA, POLICIES, Check, Outcome
 
 
 def _charts(found: list[tuple[Check, Outcome]]) -> list[tuple[str, str]]:

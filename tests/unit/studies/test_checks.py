@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from recipes.studies import checks, theorems
-from recipes.studies.checks import CHECKS, Check
+from recipes.studies import theorems
+from recipes.studies.checks import CHECKS, entropy_dynamics, own_weights
+from recipes.studies.checks.kinds import Check, drifted, first_order
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: f"{check.paper.split(',')[0]}: {check.label}")
@@ -17,7 +18,7 @@ def test_check(check: Check) -> None:
 
 
 def _run(label: str) -> str:
-    papers = (checks.DYNAMICS, "every loss, its own F")
+    papers = (entropy_dynamics.PAPER, own_weights.PAPER)
     return next(check for check in CHECKS if check.label == label and check.paper in papers).run().verdict
 
 
@@ -37,14 +38,14 @@ def test_a_clip_at_the_wrong_bound_is_found(monkeypatch: pytest.MonkeyPatch) -> 
     direction = theorems.clipped_gradient
 
     def claim(seed: int) -> tuple[Tensor, theorems.FirstOrder]:
-        z, old = checks.drifted(seed)
+        z, old = drifted(seed)
         right = direction(z, old, eps_low=0.2, eps_high=0.2)
         monkeypatch.setattr(theorems, "clip_events", swapped)
         wrong = direction(z, old, eps_low=0.2, eps_high=0.2)
         monkeypatch.setattr(theorems, "clip_events", events)
         return z, theorems.FirstOrder(right.direction, wrong.slope)
 
-    assert checks.first_order(claim)().verdict == "fails"
+    assert first_order(claim)().verdict == "fails"
 
 
 def test_exponential_fit() -> None:
