@@ -22,7 +22,7 @@ class Claim:
     study: str
     method: str
     other: str
-    """A method, or ``start``: the run's own value before training."""
+    """A method, or ``start``: the seed's value before training."""
     metric: str
     sign: int
     settings: tuple[str, ...]
@@ -139,7 +139,7 @@ def decide(claim: Claim, rows: list[Row]) -> list[Finding]:
         methods = table.get(setting, {})
         mine = values(methods.get(claim.method, []), claim.metric)
         if claim.other == "start":
-            theirs = values(methods.get(claim.method, []), claim.metric.replace("final", "start"))
+            theirs = values(methods.get(BASELINE, []), claim.metric.replace("final", "start"))
         else:
             theirs = values(methods.get(claim.other, []), claim.metric)
         if mine.keys() & theirs.keys():

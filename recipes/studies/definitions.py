@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from recipes.studies import methods
 from recipes.studies.engine import Method, Setting
@@ -12,6 +13,8 @@ MILD = Setting()  # 16 updates a batch: at most 1 % of tokens are clipped under 
 MANY = Setting(epochs=4, lr=0.03)  # 64 updates a batch: 6 % clipped below and 3 % above
 MILD_L2 = Setting(level="L2", steps=60, lr=0.0005)
 MANY_L2 = Setting(level="L2", steps=60, epochs=4, lr=0.001)
+Value = TypeVar("Value")
+ONE, BOTH = {"16 updates": MILD}, {"16 updates": MILD, "64 updates": MANY}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,17 +25,25 @@ class Study:
     question: str
     settings: Mapping[str, Setting]
     methods: Mapping[str, Method]
-    l2_methods: tuple[str, ...] = ()
-    """Methods that level L2 runs; empty: all of them."""
+    only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Setting or level -> the methods that it runs; others run all."""
     seeds: Mapping[str, int]
-    """Level -> number of seeds."""
-    probe: bool = False
+    """Setting or level -> number of seeds."""
+    probe: str = ""
+    """One of `probes.PROBES`."""
     curves: bool = True
     """Keep the mean curves of every method, for the page."""
 
-    def of(self, setting: Setting) -> dict[str, Method]:
-        chosen = self.l2_methods if setting.level == "L2" and self.l2_methods else tuple(self.methods)
-        return {name: self.methods[name] for name in chosen}
+    def of(self, label: str) -> dict[str, Method]:
+        chosen = _either(self.only, label, self.settings[label].level)
+        return {name: self.methods[name] for name in chosen or self.methods}
+
+    def seeds_of(self, label: str) -> int:
+        return _either(self.seeds, label, self.settings[label].level) or 0
+
+
+def _either(table: Mapping[str, Value], label: str, level: str) -> Value | None:
+    return table.get(label, table.get(level))
 
 
 def _grid(level: str, rates: tuple[float, ...], updates: tuple[int, ...], steps: int) -> dict[str, Setting]:
@@ -46,21 +57,26 @@ def _grid(level: str, rates: tuple[float, ...], updates: tuple[int, ...], steps:
     return grid
 
 
-def _why() -> dict[str, Setting]:
-    """64 updates a batch under other optimizers: what of the border is Adam's?"""
-    settings = {"Adam (0.9, 0.95)": MANY, "Adam (0, 0.95)": replace(MANY, betas=(0.0, 0.95))}
-    settings |= {"Adam (0.9, 0.999)": replace(MANY, betas=(0.9, 0.999))}
-    return settings | {f"SGD {lr:g}": replace(MANY, optimizer="sgd", lr=lr) for lr in (3.0, 30.0)}
+# 64 updates a batch under other optimizers: what of the border is Adam's? AMSGrad never forgets a large gradient, and a
+# large eps keeps small gradients small.
+OPTIMIZERS = {
+    "Adam (0.9, 0.95)": MANY,
+    "Adam (0, 0.95)": replace(MANY, betas=(0.0, 0.95)),
+    "Adam (0.9, 0.999)": replace(MANY, betas=(0.9, 0.999)),
+    "AMSGrad (0.9, 0.95)": replace(MANY, optimizer="amsgrad"),
+    "Adam (0.9, 0.95), eps 1e-3": replace(MANY, eps=1e-3),
+    **{f"SGD {lr:g}": replace(MANY, optimizer="sgd", lr=lr) for lr in (3.0, 30.0)},
+}
 
 
 STUDIES: dict[str, Study] = {
     "losses": Study(
         title="All losses and selections on the same start",
         question="Which method keeps how much entropy at which accuracy, and which survive many updates per batch?",
-        settings={"16 updates": MILD, "64 updates": MANY, "L2, 16 updates": MILD_L2, "L2, 64 updates": MANY_L2},
+        settings={**BOTH, "L2, 16 updates": MILD_L2, "L2, 64 updates": MANY_L2},
         methods=methods.LOSSES,
-        l2_methods=methods.NETWORK,
-        seeds={"L1": 64, "L2": 20},
+        only={"L2, 64 updates": methods.HEADLINE},
+        seeds={"L1": 64, "L2": 20, "L2, 64 updates": 12},
     ),
     "random_rewards": Study(
         title="Clipping without a learning signal",
@@ -70,41 +86,41 @@ STUDIES: dict[str, Study] = {
             "L2, random": replace(MILD_L2, reward="random", steps=60),
         },
         methods=methods.RANDOM_REWARDS,
-        l2_methods=("GRPO", "eps_low 0.05", "eps_low off", "eps_high 0.05", "eps_high off", "CE-GPPO (0, 1)"),
+        only={"L2": ("GRPO", "eps_low 0.05", "eps_low off", "eps_high 0.05", "eps_high off", "CE-GPPO (0, 1)")},
         seeds={"L1": 64, "L2": 20},
     ),
     "betas": Study(
         title="CE-GPPO over beta1 and beta2",
         question="Is entropy a dial of (beta1, beta2), falling in the first and rising in the second?",
-        settings={"16 updates": MILD, "64 updates": MANY},
+        settings=BOTH,
         methods=methods.BETAS,
         seeds={"L1": 32},
     ),
     "flexible": Study(
         title="Dynamic clipping: ID, DID, OD, phase ratios, static thresholds",
         question="Do the schedules bend entropy as they say, and does a threshold that depends on p add anything?",
-        settings={"16 updates": MILD, "64 updates": MANY},
+        settings=BOTH,
         methods=methods.FLEXIBLE,
         seeds={"L1": 32},
     ),
     "regions": Study(
         title="E1 to E4 of Flexible Entropy Control",
         question="Does dropping E1 or E4 raise entropy, and dropping E2 or E3 lower it?",
-        settings={"16 updates": MILD, "64 updates": MANY},
+        settings=BOTH,
         methods=methods.REGIONS,
         seeds={"L1": 32},
     ),
     "discriminators": Study(
         title="The sign of S, Clip_B and Clip_V over mu",
         question="Does the sign of S decide the direction of entropy, and does mu set how much is kept?",
-        settings={"16 updates": MILD},
+        settings=ONE,
         methods=methods.DISCRIMINATORS,
         seeds={"L1": 32},
     ),
     "targets": Study(
         title="A closed loop on entropy",
         question="Does entropy follow a step and a ramp, and what happens at a target out of reach?",
-        settings={"16 updates": MILD},
+        settings=ONE,
         methods=methods.TARGETS,
         seeds={"L1": 32},
     ),
@@ -112,18 +128,28 @@ STUDIES: dict[str, Study] = {
         title="Stability over updates per batch and learning rate",
         question="Where does learning break, per method, and does the border carry over to shared weights?",
         settings=_grid("L1", (0.0125, 0.025, 0.05, 0.1), (4, 16, 64, 192), 60)
-        | _grid("L2", (0.0005, 0.001), (16, 64), 40),
+        | _grid("L2", (0.0005, 0.001, 0.002), (4, 16, 64, 192), 40),
         methods=methods.MAP,
-        l2_methods=("GRPO", "eps_low 0.05", "CE-GPPO (0, 1)"),
+        only={"L2": ("GRPO", "eps_low 0.05", "CE-GPPO (0, 1)")},
         seeds={"L1": 16, "L2": 6},
         curves=False,
     ),
     "why": Study(
         title="What the border is made of",
         question="At 64 updates a batch, is the break a property of clipping or of Adam on clipped gradients?",
-        settings=_why(),
+        settings=OPTIMIZERS,
         methods=methods.WHY,
-        seeds={"L1": 8},
+        seeds={"L1": 16},
+        curves=False,
+    ),
+    "passes": Study(
+        title="What each pass over a batch does",
+        question="At 64 updates a batch, do later passes undo the first, and what does the clip leave of rewards?",
+        settings={name: replace(s, steps=30) for name, s in OPTIMIZERS.items() if s.optimizer != "sgd"},
+        methods=methods.WHY,
+        seeds={"L1": 16},
+        probe="passes",
+        curves=False,
     ),
     "prediction": Study(
         title="Predicted against measured change of entropy",
@@ -135,8 +161,9 @@ STUDIES: dict[str, Study] = {
             "L2, Adam": MILD_L2,
         },
         methods=methods.PREDICTION,
-        seeds={"L1": 32, "L2": 24},
-        probe=True,
+        only={"L2": ("GRPO", "eps_low 0.05", "CE-GPPO (0, 1)", "GSPO", "Clip_V 1")},
+        seeds={"L1": 16, "L2": 8},
+        probe="entropy",
         curves=False,
     ),
 }

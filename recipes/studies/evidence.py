@@ -202,7 +202,7 @@ def fill(text: str, read: Results) -> str:
 def random_figure(read: Results) -> Any:
     """Clip-Low/Clip-High fig. 3 as final entropy over each bound."""
     methods = {s.method: s for s in summarise(by_setting(read("random_rewards"))["random"])}
-    start = [row["start_entropy"] for row in read("random_rewards") if row["setting"] == "random"]
+    start = values(by_setting(read("random_rewards"))["random"][BASELINE], "start_entropy").values()
     result, axes = figures.figure(8.6, 3.0, 1, 2, sharey=True)
     for ax, side, other in zip(axes[0], ("low", "high"), ("high", "low"), strict=True):
         ticks = ["0.05", "0.1", "0.15", "0.2", "0.3", "off"]

@@ -95,13 +95,6 @@ HEADLINE = (
 )
 
 
-NETWORK = (
-    BASELINE,
-    "eps_low 0.05",
-    "CE-GPPO (0, 1)",
-)
-
-
 def _sweep() -> dict[str, Method]:
     names = {0.05: "0.05", 0.1: "0.1", 0.15: "0.15", 0.3: "0.3"}
     low = {f"eps_low {name}": Method(loss=_ppo(eps, 0.2)) for eps, name in names.items()}

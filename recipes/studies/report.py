@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from recipes.studies import figures, pages, results
+from recipes.studies.engine import PASS_K
 from recipes.studies.methods import BASELINE, HEADLINE
-from recipes.studies.results import PASS_K, Row
+from recipes.studies.results import Row
 from recipes.studies.statistics import Interval, interval, student_quantile, wilson
-from recipes.studies.summary import Summary, by_setting, summarise
+from recipes.studies.summary import Summary, by_setting, summarise, values
 
 CURVE_TITLES = {
     "entropy": "Entropy, nats per token",
@@ -169,7 +170,7 @@ def leaderboard(rows: list[Row], left: str = "16 updates", right: str = "64 upda
                             textcoords="offset points", fontsize=7)  # fmt: skip
     base = many[BASELINE]
     stable.axvline(100 * base.means["avg_at_k"].mean, color="black", linestyle="--", linewidth=0.9)
-    start = [row["start_avg_at_k"] for row in rows if row["setting"] == right]
+    start = values(settings[right][BASELINE], "start_avg_at_k").values()
     stable.axvline(100 * sum(start) / len(start), color="#999999", linestyle=":", linewidth=1.2)
     for ax in (entropy, accuracy):
         ax.axvline(0, color="black", linestyle="--", linewidth=0.9)

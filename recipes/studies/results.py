@@ -1,7 +1,8 @@
 """The results of a study on disk: a line per run, and a line of mean curves per block of seeds.
 
 ``benchmarks/results/studies/<study>.jsonl`` has one JSON object a run; ``curves/<study>.jsonl`` beside it has, per
-method and block of seeds, means and standard deviations over the block. Lines are only ever appended.
+method and block of seeds, means and standard deviations over the block. Lines are only ever appended. Where a seed
+starts (``start_entropy``, ``start_avg_at_k``) is in the baseline's lines alone: all methods start there.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import math
 import os
 import platform
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from recipes.studies.engine import PASS_K, Curves, Method, Setting, evaluation_steps
+from recipes.studies.engine import Curves, Method, Setting, evaluation_steps
+from recipes.studies.methods import BASELINE
 
 ROOT = Path("benchmarks/results/studies")
 KEPT_CURVES = ("entropy", "avg", "pass", "clip_low", "clip_high")
@@ -28,9 +31,14 @@ Row = dict[str, Any]
 
 
 def digest(setting: Setting, method: Method) -> str:
-    """Changes when anything about the run's definition does: such results are not continued."""
-    plain = [repr(setting), *(sorted(getattr(method, g).items(), key=str) for g in ("loss", "selection", "schedule"))]
-    return hashlib.sha256(repr([*plain, method.advantage]).encode()).hexdigest()[:10]
+    """Changes when anything about the run's definition does: such results are not continued.
+
+    Fields of a setting without repr count only when they are not at their default.
+    """
+    later = [f for f in fields(setting) if not f.repr and getattr(setting, f.name) != f.default]
+    plain = [repr(setting), *(f"{f.name}={getattr(setting, f.name)!r}" for f in later)]
+    parts = (sorted(getattr(method, g).items(), key=str) for g in ("loss", "selection", "schedule"))
+    return hashlib.sha256(repr([*plain, *parts, method.advantage]).encode()).hexdigest()[:10]
 
 
 def machine() -> str:
@@ -72,6 +80,7 @@ def rows_of(
     study: str, label: str, setting: Setting, name: str, method: Method, seeds: list[int], curves: Curves
 ) -> list[Row]:
     """One result per seed."""
+    starts = {"entropy": curves["entropy"][:, 0], "avg_at_k": curves["avg"][:, 0]} if name == BASELINE else {}
     mean = {key: curves[key].double().nanmean(1) for key in ("entropy", "clip_low", "clip_high", "kl")}
     rows = []
     for i, seed in enumerate(seeds):
@@ -82,18 +91,17 @@ def rows_of(
             "seed": seed,
             "level": setting.level,
             "setting": label,
-            "start_entropy": _round(curves["entropy"][i, 0]),
+            **{f"start_{key}": _round(values[i]) for key, values in starts.items()},
             "final_entropy": _round(curves["entropy"][i, -1]),
             "entropy_auc": _round(mean["entropy"][i]),
-            "start_avg_at_k": _round(avg[0]),
             "avg_at_k": _round(avg[-1]),
             "pass_at_k": _round(curves["pass"][i, -1]),
-            "k": PASS_K,
             "clip_low": _round(mean["clip_low"][i], 5),
             "clip_high": _round(mean["clip_high"][i], 5),
             "collapsed": collapsed(avg, setting.reward),
             **at_equal_reward(setting, curves, i),
         }
+        row |= per_pass({k: v[i] for k, v in curves.items() if k.startswith("pass_")})
         if "measured" in curves:
             row |= agreement({k: v[i] for k, v in curves.items() if k == "measured" or k.startswith("predicted")})
         if method.schedule["name"] == "entropy_target":
@@ -123,8 +131,17 @@ def at_equal_reward(setting: Setting, curves: Curves, i: int) -> Row:
     k = int(reached[0])
     u = float((EQUAL_REWARD - avg[k - 1]) / (avg[k] - avg[k - 1]))
     entropy, passed = ((1 - u) * values[k - 1] + u * values[k] for values in (entropies, passes))
-    step = (1 - u) * steps[k - 1] + u * steps[k]
-    return {"step_at_equal": round(step, 2), "entropy_at_equal": _round(entropy), "pass_at_equal": _round(passed)}
+    return {"entropy_at_equal": _round(entropy), "pass_at_equal": _round(passed)}
+
+
+def per_pass(series: Mapping[str, Tensor]) -> Row:
+    """Means over a run's steps of what `probes.Passes` measured: a list per quantity, a number per pass."""
+    row: Row = {}
+    for key in sorted(series):
+        name, number = key.rsplit("_", 1)
+        row.setdefault(name, []).append(_round(series[key].double().nanmean(), 5))
+        assert len(row[name]) == int(number), "ten passes and more are not sorted"
+    return row
 
 
 def agreement(series: Mapping[str, Tensor]) -> Row:

@@ -14,7 +14,7 @@ import torch
 
 from recipes.studies import results
 from recipes.studies.definitions import Study
-from recipes.studies.engine import Method, Setting, train
+from recipes.studies.engine import PASS_K, Method, Setting, train
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Item:
     name: str
     method: Method
     seeds: tuple[int, ...]
-    probe: bool
+    probe: str
 
     @property
     def cost(self) -> float:
@@ -47,8 +47,8 @@ def missing(
     for label, setting in study.settings.items():
         if (level and setting.level != level) or (only and label != only):
             continue
-        wanted = range(study.seeds[setting.level] if seeds is None else seeds)
-        for method_name, method in study.of(setting).items():
+        wanted = range(study.seeds_of(label) if seeds is None else seeds)
+        for method_name, method in study.of(label).items():
             have = done.get((label, method_name, results.digest(setting, method)), set())
             if lacking := tuple(seed for seed in wanted if seed not in have):
                 yield Item(name, label, setting, method_name, method, lacking, study.probe)
@@ -102,7 +102,7 @@ def run(
         mean = sum(row["avg_at_k"] or 0.0 for row in rows) / len(rows)
         entropy = sum(row["final_entropy"] or 0.0 for row in rows) / len(rows)
         report(
-            f"[{count}/{len(items)}] {item.label}, {item.name}: avg@{results.PASS_K} {mean:.3f}, entropy "
+            f"[{count}/{len(items)}] {item.label}, {item.name}: avg@{PASS_K} {mean:.3f}, entropy "
             f"{entropy:.3f} ({len(rows)} seeds); {elapsed:.0f} s, about {left:.0f} s left"
         )
     return results.read(path)

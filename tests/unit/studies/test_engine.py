@@ -11,10 +11,10 @@ from torch import Tensor
 from megatron_ext.rl.losses import build_loss
 from megatron_ext.rl.objective import Coefficients, evaluate
 from megatron_ext.rl.types import LossInputs
-from recipes.studies import chain, policies
-from recipes.studies.engine import MAX_GRAD_NORM, Method, Setting, clip_norms, log_softmax, train
+from recipes.studies import chain, policies, results
+from recipes.studies.engine import MAX_GRAD_NORM, Method, Setting, clip_norms, train
 from recipes.studies.methods import LOSSES
-from recipes.studies.policies import Network, Table, warm_started
+from recipes.studies.policies import Network, Table, log_softmax, warm_started
 
 SMALL = Setting(steps=3, prompts=4, mini_batches=4)
 
@@ -142,7 +142,7 @@ def test_small_steps_change_entropy_as_predicted(level: str, lr: float, short_wa
     """<grad H, step> is the measured change to first order, whatever the optimizer; under SGD it is eta <grad H, g>."""
     for optimizer in ("sgd", "adam"):
         setting = replace(SMALL, level=level, lr=lr if optimizer == "sgd" else lr / 30, optimizer=optimizer)
-        curves = {k: v[:, 1:] for k, v in train(setting, Method(loss={"name": "ppo"}), [0, 1], probe=True).items()}
+        curves = {k: v[:, 1:] for k, v in train(setting, Method(loss={"name": "ppo"}), [0, 1], probe="entropy").items()}
         scale = curves["measured"].abs().mean()
         assert (curves["predicted_step"] - curves["measured"]).abs().mean() < 0.1 * scale + 2e-7
         if optimizer == "sgd":
@@ -154,3 +154,16 @@ def test_gradient_norms_are_clipped_per_seed() -> None:
     a, b = clip_norms([first, second])
     assert a[:, 0].tolist() == pytest.approx([0.6 * MAX_GRAD_NORM, 0.3])
     assert b[:, 0].tolist() == pytest.approx([0.8 * MAX_GRAD_NORM, 0.4])
+
+
+def test_passes_add_up_to_the_step() -> None:
+    """Gains of the passes sum to the change of accuracy; before any update the clip leaves both sides whole."""
+    setting = replace(SMALL, steps=2, mini_batches=2, epochs=3)
+    curves = train(setting, LOSSES["GRPO"], [0, 1], probe="passes")
+    gains = sum(curves[f"pass_gain_{number}"][:, 1:] for number in (1, 2, 3))
+    torch.testing.assert_close(gains, curves["avg"].diff(dim=1), rtol=1e-4, atol=1e-6)
+    kept = curves["pass_reward_1"] + curves["pass_penalty_1"]
+    assert kept[:, 1:].abs().max() < 0.05  # advantages of a group sum to zero, and so do their pulls near r = 1
+    assert "pass_gain_4" not in curves
+    row = results.per_pass({k: v[0] for k, v in curves.items() if k.startswith("pass_")})
+    assert len(row["pass_step"]) == 3 and min(row["pass_step"]) > 0

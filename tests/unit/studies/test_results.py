@@ -92,7 +92,7 @@ def test_equal_reward_is_interpolated() -> None:
     assert evaluation_steps(setting) == [0, 1, 2]
     curves = {"avg": [0.2, 0.5, 0.7], "entropy": [1.0, 0.8, 0.4], "pass": [0.5, 0.8, 0.9]}
     found = results.at_equal_reward(setting, {k: torch.tensor([v]) for k, v in curves.items()}, 0)
-    assert found == {"step_at_equal": 1.5, "entropy_at_equal": 0.6, "pass_at_equal": 0.85}
+    assert found == {"entropy_at_equal": 0.6, "pass_at_equal": 0.85}
     curves["avg"] = [0.2, 0.5, 0.55]
     assert results.at_equal_reward(setting, {k: torch.tensor([v]) for k, v in curves.items()}, 0) == {}
 
@@ -160,3 +160,9 @@ def test_a_runs_metrics_become_a_row() -> None:
     metrics[-1]["val-core/chain/avg@8"] = 0.2
     assert run_summary(metrics, "chain", 8)["collapsed"] is True
     assert run_summary([], "chain", 8, failed=True)["collapsed"] is True
+
+
+def test_a_younger_field_leaves_committed_digests_valid() -> None:
+    """The digest is one that committed results carry; a setting that differs in the field has another."""
+    assert results.digest(Setting(), LOSSES["GRPO"]) == "73a4fb2be3"
+    assert results.digest(Setting(eps=1e-3), LOSSES["GRPO"]) != "73a4fb2be3"
