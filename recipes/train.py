@@ -34,9 +34,10 @@ from recipes.launch import launch
 from recipes.loop.advantages import assign_advantages, update_critic
 from recipes.loop.batch import (
     aggregation_weights,
-    correct_mismatch,
+    describe_old_policy,
     fit_loss,
     make_batch,
+    needs_statistics,
     positive_nll_weights,
     select,
     split,
@@ -124,22 +125,14 @@ def train_step(
         return controller_state
     with metrics.clock("statistics"):
         batch, groups_B, include_B = make_batch(config, samples)
-        stats = learner.statistics(batch)
+        stats = learner.statistics(batch) if needs_statistics(config, controller, step) else None
         batch.ref_logp = learner.reference_logp(batch)
-    rollout_logp = torch.cat([torch.as_tensor(s.rollout.logprobs, dtype=stats.logp.dtype) for s in samples])
+    rollout_logp = torch.cat([torch.as_tensor(s.rollout.logprobs, dtype=learner.dtype) for s in samples])
     if not guard.accepts(step, samples, rollout_logp, stats):
         metrics.add({"actor/nonfinite_updates": guard.skipped})
         return controller_state
-    batch.old_entropy = stats.entropy
-    batch.old_logp = stats.logp if config.train.old_logprobs == "learner" else rollout_logp
-    correct_mismatch(config, batch, stats, rollout_logp, metrics)
-    # A replay may follow other settings, and then its later weights are not those that wrote the rollouts.
-    limit = config.rollout.agreement_limit if step == 0 or config.rollout.replay is None else float("inf")
-    metrics.agreement(samples, rollout_logp, stats, version=step, limit=limit)
-    metrics.statistics(stats, batch.seq_ids)
-
+    entropy = describe_old_policy(config, batch, stats, rollout_logp, samples, step, metrics)
     total = config.train.steps
-    entropy = float(stats.entropy.double().mean())
     controller_state = controller.observe(controller_state, step=step, total_steps=total, entropy=entropy)
     overrides = controller.loss_params(controller_state, step=step, total_steps=total)
     loss = build_loss(config.loss["name"], **{**_params(config.loss), **overrides})
@@ -147,7 +140,9 @@ def train_step(
     if (warning := controller.warning(controller_state)) and torch.distributed.get_rank() == 0:
         print(f"step {step + 1}: {warning}", flush=True)
 
-    targets = assign_advantages(config, selection, samples, stats, batch, critic, metrics)
+    targets = assign_advantages(
+        config, selection, samples, rollout_logp if stats is None else stats.logp, batch, critic, metrics
+    )
     bonus = controller.entropy_coef(controller_state, step=step)
     select(config, selection, batch, stats, step, range(len(samples)), metrics, bonus)
     with metrics.clock("update"):

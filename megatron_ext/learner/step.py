@@ -214,12 +214,18 @@ DIAGNOSTIC = "diagnostic/"  # prefix of the sums that `diagnostics` takes
 
 
 def metric_sums(inputs: LossInputs, stats: TokenStats, result: Objective) -> dict[str, Tensor]:
-    """Additive float64 scalars: the loss's metrics times the token count, ``tokens``, ``loss`` (the objective),
-    ``pg_loss`` (the policy loss in it), and the sums that `megatron_ext.rl.diagnostics.diagnostics` takes.
+    """Additive float64 scalars: the loss's metrics times the token count, ``tokens``, ``entropy``, ``loss`` (the
+    objective), ``pg_loss`` (the policy loss in it), and the sums that `megatron_ext.rl.diagnostics.diagnostics` takes.
     """
     count = inputs.mask.sum().double()
     sums = {name: value.detach().double() * count for name, value in result.outputs.metrics.items()}
-    sums |= {"tokens": count, "loss": result.total.detach().double(), "pg_loss": result.policy.double()}
+    entropy = torch.where(inputs.mask, stats.entropy.detach().double(), 0.0).sum()
+    sums |= {
+        "tokens": count,
+        "entropy": entropy,
+        "loss": result.total.detach().double(),
+        "pg_loss": result.policy.double(),
+    }
     if result.kl_ref is not None:
         sums["kl_ref"] = result.kl_ref.sum().double()
     if torch.is_grad_enabled():

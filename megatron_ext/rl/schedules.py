@@ -341,6 +341,11 @@ class Controller:
     """Its parameters, defaults filled in, and ``entropy_coef``."""
     schedule: Schedule
 
+    @property
+    def reads_entropy(self) -> bool:
+        """Whether anything that :meth:`observe` returns depends on the entropy."""
+        return type(self.schedule).observe is not Schedule.observe or type(self.loss).observe is not Loss.observe
+
     def init(self) -> State:
         """State before the first step; JSON-serialisable."""
         return {"step": -1, "total_steps": 0, **self.schedule.init(), **self.loss.init_state()}

@@ -19,7 +19,7 @@ from megatron_ext.learner.step import TrainBatch
 from megatron_ext.rl.advantages import compute_advantages, gae, soft_overlong_penalty
 from megatron_ext.rl.aggregation import sequence_weights
 from megatron_ext.rl.selection import Selection
-from megatron_ext.rl.types import Sample, TokenStats
+from megatron_ext.rl.types import Sample
 from megatron_ext.rl.value import explained_variance, last_token_rewards, whiten
 from recipes.loop.metrics import StepMetrics
 
@@ -36,14 +36,15 @@ def assign_advantages(
     config: Config,
     selection: Selection,
     samples: list[Sample],
-    stats: TokenStats,
+    logp_T: Tensor,
     batch: TrainBatch,
     critic: Critic | None,
     metrics: StepMetrics,
 ) -> Targets | None:
     """Rewards, shaped, to advantages: one per response, or per token with a critic, whose targets are returned.
 
-    Written per token into the batch, and into the samples (with a critic, the mean over their tokens).
+    ``logp_T``: of the response tokens before the first update. Written per token into the batch, and into the samples
+    (with a critic, the mean over their tokens).
     """
     groups_B = torch.tensor([s.group for s in samples])
     rewards_B = torch.tensor([s.reward for s in samples], dtype=torch.float64)
@@ -55,12 +56,12 @@ def assign_advantages(
             buffer=config.advantage.overlong_buffer,
             factor=config.advantage.overlong_factor,
         )
-    seq_logp_B = torch.zeros(len(samples), dtype=torch.float64).index_add_(0, batch.seq_ids, stats.logp.double())
+    seq_logp_B = torch.zeros(len(samples), dtype=torch.float64).index_add_(0, batch.seq_ids, logp_T.double())
     rewards_B = selection.shape_rewards(rewards_B, groups_B, seq_logp_B)
     targets: Targets | None = None
     if critic is None:
         advantages_B = compute_advantages(config.advantage.name, rewards_B, groups_B, **config.advantage.params)
-        batch.advantages = advantages_B[batch.seq_ids].to(stats.logp.dtype)
+        batch.advantages = advantages_B[batch.seq_ids].to(logp_T.dtype)
     else:
         targets = _gae(config, critic, rewards_B, batch, metrics)
         sums_B = torch.zeros(len(samples), dtype=torch.float64).index_add_(0, batch.seq_ids, batch.advantages.double())

@@ -12,6 +12,7 @@ from megatron_ext.learner.step import TrainBatch
 from megatron_ext.rl import mismatch
 from megatron_ext.rl.aggregation import sequence_weights
 from megatron_ext.rl.losses import Loss
+from megatron_ext.rl.schedules import Controller
 from megatron_ext.rl.selection import Selection, SelectionInputs
 from megatron_ext.rl.types import Sample, TokenStats
 from recipes.loop.metrics import StepMetrics
@@ -46,6 +47,45 @@ def make_batch(config: Config, samples: list[Sample]) -> tuple[TrainBatch, torch
     return batch, torch.tensor([s.group for s in samples]), include_B
 
 
+def needs_statistics(config: Config, controller: Controller, step: int) -> bool:
+    """Whether a step needs the pass over the batch before its first update.
+
+    With ``train.old_logprobs=rollout`` the loss needs none. Others may: a selection, a schedule or loss that follows
+    the entropy, the entropy probe; and the first step, which compares rollout with learner.
+    """
+    train = config.train
+    probed = train.entropy_probe_every > 0 and (step + 1) % train.entropy_probe_every == 0
+    selects = config.selection["name"] != "none"
+    return train.old_logprobs == "learner" or step == 0 or selects or controller.reads_entropy or probed
+
+
+def describe_old_policy(
+    config: Config,
+    batch: TrainBatch,
+    stats: TokenStats | None,
+    rollout_logp_T: torch.Tensor,
+    samples: list[Sample],
+    step: int,
+    metrics: StepMetrics,
+) -> float:
+    """Write the policy before the first update into the batch, and how far it is from the engine; its mean entropy.
+
+    Without ``stats`` (see `needs_statistics`) that is the engine's log-probabilities, and 0 stands for the entropy.
+    """
+    batch.old_logp = rollout_logp_T
+    if stats is None:
+        return 0.0
+    batch.old_entropy = stats.entropy
+    if config.train.old_logprobs == "learner":
+        batch.old_logp = stats.logp
+    correct_mismatch(config, batch, stats, rollout_logp_T, metrics)
+    # A replay may follow other settings, and then its later weights are not those that wrote the rollouts.
+    limit = config.rollout.agreement_limit if step == 0 or config.rollout.replay is None else float("inf")
+    metrics.agreement(samples, rollout_logp_T, stats, version=step, limit=limit)
+    metrics.statistics(stats, batch.seq_ids)
+    return float(stats.entropy.double().mean())
+
+
 def correct_mismatch(
     config: Config, batch: TrainBatch, stats: TokenStats, rollout_logp_T: torch.Tensor, metrics: StepMetrics
 ) -> None:
@@ -70,7 +110,7 @@ def select(
     config: Config,
     selection: Selection,
     batch: TrainBatch,
-    stats: TokenStats,
+    stats: TokenStats | None,
     step: int,
     samples: Sequence[int],
     metrics: StepMetrics,
@@ -78,8 +118,12 @@ def select(
 ) -> None:
     """Token selection over ``samples``, written into the batch. The whole batch is here, so nothing is reduced.
 
-    ``entropy_coef`` is added to the selection's own, on all tokens: a schedule moves it.
+    ``entropy_coef`` is added to the selection's own, on all tokens: a schedule moves it. Without ``stats`` there is no
+    selection (see `needs_statistics`).
     """
+    if stats is None:
+        batch.keep, batch.entropy_coef = batch.mask, entropy_coef * batch.mask
+        return
     chosen = torch.isin(batch.seq_ids, torch.tensor(list(samples)))
     first_seq_id = step * config.rollout.prompts_per_step * config.rollout.n
     out = selection.select(

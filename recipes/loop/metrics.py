@@ -132,6 +132,8 @@ class StepMetrics:
         if self._updates:
             tokens = sum(u.tokens for u in self._updates)
             for name in self._updates[0].means:
+                if name == "entropy" and "actor/entropy" in values:
+                    continue  # the statistics pass has it of one policy; updates see the policy move
                 per_token = sum(u.means[name] * u.tokens for u in self._updates) / max(tokens, 1.0)
                 per_update = sum(u.means[name] for u in self._updates) / len(self._updates)
                 values[f"actor/{name}"] = per_update if name in PER_UPDATE else per_token

@@ -40,15 +40,19 @@ class Guard:
         self._in_a_row = self._update = 0
         self.skipped = 0  # updates of the present step; a whole batch counts as one
 
-    def accepts(self, step: int, samples: Sequence[Sample], rollout_logp: torch.Tensor, stats: TokenStats) -> bool:
+    def accepts(
+        self, step: int, samples: Sequence[Sample], rollout_logp: torch.Tensor, stats: TokenStats | None
+    ) -> bool:
         """Whether the batch of a step (counted from 0) is trained on. See :class:`NotFinite` for what is raised."""
         self._update = self.skipped = 0
         lengths = [len(sample.rollout.response_ids) for sample in samples]
-        for what, values in (
+        checks = [
             ("reward", [math.isfinite(sample.reward) for sample in samples]),
             ("log-probability of the rollout", _finite(rollout_logp, lengths)),
-            ("log-probability of the learner", _finite(stats.logp + stats.entropy, lengths)),
-        ):
+        ]
+        if stats is not None:
+            checks.append(("log-probability of the learner", _finite(stats.logp + stats.entropy, lengths)))
+        for what, values in checks:
             if bad := [sample for sample, good in zip(samples, values, strict=True) if not good]:
                 self._set_aside(step, WHOLE, what, bad)
                 return False

@@ -73,6 +73,48 @@ def test_replay_is_bit_identical(model: Path, recorded: Path, tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("no_report", "no_engine")
+def test_rollout_logprobs_save_the_statistics_pass(
+    model: Path, recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the first step, which compares them with the learner's; what is learned is the same."""
+    from megatron_ext.learner.learner import Learner
+
+    passes: list[int] = []
+    statistics = Learner.statistics
+    monkeypatch.setattr(Learner, "statistics", lambda *a, **k: passes.append(1) or statistics(*a, **k))
+    settings = (f"rollout.replay={recorded}", "train.old_logprobs=rollout", "train.entropy_probe_every=0")
+    saved = run_here(model, tmp_path / "saved", *settings)
+    assert len(passes) == 1
+    monkeypatch.setattr("recipes.train.needs_statistics", lambda *_: True)
+    whole = run_here(model, tmp_path / "whole", *settings)
+    assert len(passes) == 5
+    mine, theirs = weights(saved), weights(whole)
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    for a, b in zip(metrics(saved), metrics(whole), strict=True):
+        assert a["actor/pg_loss"] == b["actor/pg_loss"]
+        assert a["actor/entropy"] == pytest.approx(b["actor/entropy"], abs=0.2), "of the policy during the updates"
+    assert "rollout_agreement/abs_dp_mean" in metrics(saved)[0]
+    followed = ("schedule=entropy_target", "selection=clip_v", "train.entropy_probe_every=1")
+    monkeypatch.undo()
+    for setting in followed:
+        assert _needs(model, setting), setting
+    assert not _needs(model)
+
+
+def _needs(model: Path, *settings: str) -> bool:
+    from configs.load import load_config
+    from megatron_ext.rl.schedules import build_controller
+    from recipes.loop.batch import needs_statistics
+
+    config = load_config(
+        arguments(model, Path("unused"), "train.old_logprobs=rollout", "train.entropy_probe_every=0", *settings)
+    )
+    schedule = dict(config.schedule)
+    controller = build_controller(config.loss["name"], config.loss, schedule.pop("name"), **schedule)
+    return needs_statistics(config, controller, 1)
+
+
+@pytest.mark.usefixtures("no_report", "no_engine")
 def test_replay_follows_the_settings(model: Path, recorded: Path, tmp_path: Path) -> None:
     """The comparison above can fail: another learning rate, and nothing but the first statistics are the same."""
     replay = run_here(model, tmp_path / "replay", f"rollout.replay={recorded}", "optim.lr=1e-3")
