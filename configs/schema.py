@@ -51,6 +51,7 @@ class ModelConfig:
     recompute: bool = False  # recompute activations of every layer in backward
     recompute_modules: list[str] = field(default_factory=list)  # with `recompute`: mlp, moe, core_attn; empty: layers
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"  # auto: the last in bfloat16 on GPUs
+    moe_permute_fusion: bool = False  # one kernel sorts tokens by expert; needs Transformer Engine
     fp8: Literal["e4m3", "hybrid"] | None = None  # matrix products in FP8; hybrid: gradients in e5m2; None: `dtype`
     fp8_recipe: Literal["blockwise", "tensorwise", "delayed", "mxfp8"] = "blockwise"  # scaling; see docs/gpu.md
     num_layers_at_start_in_bf16: int = 0  # first layers that stay in bfloat16 under FP8
@@ -204,6 +205,8 @@ class ParallelConfig:
     tp: int = 1  # tensor parallel size
     pp: int = 1  # pipeline parallel size
     vpp: int = 1  # virtual pipeline stages per rank
+    first_stage_layers: int | None = None  # of pp rank 0, which has the embedding too; None: as many as the others
+    last_stage_layers: int | None = None  # of the last pp rank, which has the head too; None: as many as the others
     cp: int = 1  # context parallel size: ranks over which every sequence is split
     ep: int = 1  # expert parallel size: ranks over which the experts of a layer are distributed
     sp: bool = False  # sequence parallelism: norms and residuals hold 1/tp of the tokens; experts with tp > 1 need it

@@ -116,6 +116,29 @@ def savings(config: Config, hf: conversion.HFConfig) -> list[tuple[str, float]]:
     return sorted(found, key=lambda item: item[1])
 
 
+def cheapest_recomputation(config: Config, hf: conversion.HFConfig, limit: float) -> tuple[str, float, float] | None:
+    """(override, bytes per rank, cost) of the recomputation that fits ``limit`` bytes and costs least; None: none does.
+
+    The cost is time, as a share of an update without recomputation (a forward pass is a third of it), by the products
+    that are made again.
+    """
+    part = "moe" if hf.experts else "mlp"
+    width = hf.experts.ffn_hidden_size * hf.experts.top_k if hf.experts else hf.ffn_hidden_size
+    attention = 2 * hf.head_dim * (hf.num_heads + hf.num_kv_heads)
+    share = 3 * width / (3 * width + attention)
+    choices = (
+        ("model.recompute=false", False, [], 0.0),
+        (f"model.recompute=true model.recompute_modules=[{part}]", True, [part], share / 3),
+        ("model.recompute=true", True, [], 1 / 3),
+    )
+    for override, recompute, modules, cost in choices:
+        changed = replace(config, model=replace(config.model, recompute=recompute, recompute_modules=modules))
+        total = learner_memory(changed, hf).total
+        if total <= limit:
+            return override, total, cost
+    return None
+
+
 def _alternatives(config: Config, hf: conversion.HFConfig) -> list[tuple[str, Config]]:
     p, batch = config.parallel, batch_plan(config)
     part = "moe" if hf.experts else "mlp"
@@ -220,7 +243,12 @@ def print_plan(config: Config, gpu_gib: float | None = None) -> None:
     console.print(f"[bold]{config.run.name}[/bold] in {config.run.dir}: {hf.architecture}, {_count(hf)} ({source})")
     console.print(Columns([_table("Work", _work_rows(config)), _table("Memory", _memory_rows(config, hf))]))
     limit = gpu_gib or _gpu_memory()
-    console.print(_verdict(learner_memory(config, hf).total, limit))
+    total = learner_memory(config, hf).total
+    console.print(_verdict(total, limit))
+    asks = limit and (config.model.recompute or total > 0.9 * limit * GIB)
+    if limit and asks and (found := cheapest_recomputation(config, hf, 0.9 * limit * GIB)):
+        override, total, cost = found
+        console.print(f"  Cheapest recomputation that fits: {override} ({_gib(total)}, {cost:.0%} more time an update)")
     for override, total in savings(config, hf)[:4]:
         fits = " (fits)" if limit and total <= limit * GIB else ""
         console.print(f"  {_gib(total)} with {override}{fits}")

@@ -67,6 +67,7 @@ class NotFinite(FloatingPointError):
 class Trainable:
     """A Megatron model with its optimizer and learning-rate schedule, and how packed micro-batches go through it."""
 
+    most_padding = 0.02  # by which micro-batches may grow, as a share, so that pipeline stages need send no shapes
     replays_routing = False  # whether a batch's experts are routed to; see `routing`
 
     def __init__(self, config: Config, model_dir: Path, *, total_updates: int, value_head: bool = False) -> None:
@@ -211,12 +212,14 @@ class Trainable:
     ) -> list[Any]:
         """Plan, pack and push micro-batches through Megatron's schedule; what the last stage collected."""
         micro_batches: list[MicroBatch] = []
-        for number, members in enumerate(self._plan(batch, samples)):
+        planned = self._plan(batch, samples)
+        pad_to = self._padding([[self._fed_length(batch, samples[i]) for i in members] for members in planned])
+        for number, members in enumerate(planned):
             mb = make_micro_batch(
                 batch,
                 [samples[i] for i in members],
                 weights_B,
-                pad_to=token_multiple(self.config),
+                pad_to=pad_to,
                 pad_sequences_to=sequence_multiple(self.config),
             )
             if batch.experts is not None and self.replays_routing:
@@ -228,7 +231,7 @@ class Trainable:
             chunk.train(not forward_only)
         schedule = get_forward_backward_func()
         iterators = [iter(micro_batches) for _ in self.chunks]
-        fed = ((packing.fed_length(len(batch.prompts[i]), n), n) for i in samples for n in (len(batch.responses[i]),))
+        fed = ((self._fed_length(batch, i), len(batch.responses[i])) for i in samples)
         self.work.begin(fed, sum(len(mb.local_M) for mb in micro_batches), forward_only=forward_only)
         with megatron.on_device():
             collected: list[Any] = schedule(
@@ -253,7 +256,7 @@ class Trainable:
     def _plan(self, batch: TrainBatch, samples: Sequence[int]) -> list[list[int]]:
         """Places in ``samples`` by micro-batch of this data-parallel rank."""
         parallel, budget = self.config.parallel, self.config.train.micro_batch_tokens
-        lengths = [packing.fed_length(len(batch.prompts[i]), len(batch.responses[i])) for i in samples]
+        lengths = [self._fed_length(batch, i) for i in samples]
         multiple, cost = sequence_multiple(self.config), packing.attention_cost(self.hf.hidden_size)
         planned = packing.plan(
             [packing.padded_length(n, multiple) for n in lengths],
@@ -266,6 +269,25 @@ class Trainable:
             planned, lengths, pad_to_multiple=token_multiple(self.config), pad_sequences_to=multiple, cost=cost
         )
         return planned[self._dp_rank]
+
+    @staticmethod
+    def _fed_length(batch: TrainBatch, sample: int) -> int:
+        return packing.fed_length(len(batch.prompts[sample]), len(batch.responses[sample]))
+
+    def _padding(self, lengths: Sequence[Sequence[int]]) -> int:
+        """What the tokens of each micro-batch of a pass are padded to a multiple of; ``lengths`` by micro-batch.
+
+        Between pipeline stages Megatron sends the shape of every tensor ahead, and the receiving host waits for it.
+        Micro-batches of nearly one length are padded to the longest instead, and no shapes are sent.
+        """
+        multiple = token_multiple(self.config)
+        if self.config.parallel.pp == 1:
+            return multiple
+        padded = [packing.packed_length(part, multiple, sequence_multiple(self.config)) for part in lengths]
+        longest = max(padded)
+        alike = longest * len(padded) <= (1 + self.most_padding) * sum(padded)
+        self.chunks[0].config.variable_seq_lengths = not alike
+        return longest if alike else multiple
 
     def packing_report(self) -> dict[str, float]:
         """What packing has cost since the last call, as `packing.PackingCost.report` says."""

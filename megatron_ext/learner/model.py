@@ -60,6 +60,10 @@ def transformer_impl(model: ModelConfig) -> str:
     chosen = model.transformer_impl
     if chosen == "auto":  # its packed attention has no float32 kernel
         chosen = "transformer_engine" if installed and ON_GPU and model.dtype == "bfloat16" else "local"
+    if model.moe_permute_fusion and chosen == "local":
+        raise ValueError(
+            "model.moe_permute_fusion=true needs Transformer Engine's layers (bfloat16, on a GPU): set it to false"
+        )
     if model.fp8 is not None and chosen == "local":
         raise ValueError(f"model.fp8={model.fp8} needs Transformer Engine on a GPU: set model.fp8=null")
     return chosen
@@ -146,6 +150,7 @@ def transformer_engine_settings(model: ModelConfig, moe: bool) -> dict[str, Any]
         "transformer_impl": "transformer_engine",
         "apply_rope_fusion": True,  # Megatron's own loops over the sequences of a pack, in Python
         "moe_grouped_gemm": moe,
+        "moe_permute_fusion": moe and model.moe_permute_fusion,
         "fp8": model.fp8,
     }
     if model.fp8 is not None:
@@ -198,6 +203,8 @@ def transformer_config(hf: conversion.HFConfig, parallel: ParallelConfig, model:
         tensor_model_parallel_size=parallel.tp,
         pipeline_model_parallel_size=parallel.pp,
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
+        num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
         context_parallel_size=parallel.cp,
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=1,  # experts are spread, never cut: gloo cannot gather parts of different sizes
@@ -205,7 +212,7 @@ def transformer_config(hf: conversion.HFConfig, parallel: ParallelConfig, model:
         params_dtype=torch_dtype,
         pipeline_dtype=torch_dtype,
         bf16=torch_dtype is torch.bfloat16,
-        variable_seq_lengths=True,  # packed micro-batches have different lengths
+        variable_seq_lengths=True,  # packed micro-batches have different lengths; see Trainable._padding
         calculate_per_token_loss=True,  # gradients are summed, never averaged: our weights hold the denominator
         # Weights always come from a checkpoint. Initialisation stays on, because Megatron marks which parameters are
         # tensor-parallel while it initialises (without the mark the gradient norm is wrong), but fills in nothing.

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import conversion
+from configs.layout import stage_layers
 from configs.schema import Config
 from conversion import HFConfig
 from recipes.checks import fp8
@@ -42,12 +43,12 @@ def check_model(config: Config, directory: Path, *, lengths: bool = True) -> Non
             f"parallel.tp={p.tp} is neither a divisor nor a multiple of the model's {hf.num_kv_heads} key-value heads; "
             "choose one"
         )
-    if hf.num_layers % (p.pp * p.vpp):
-        raise ValueError(
-            f"parallel.pp={p.pp} x parallel.vpp={p.vpp} does not divide the model's {hf.num_layers} layers"
-        )
+    stage_layers(p, hf.num_layers)
     _check_experts(config, hf)
     _check_window(config, hf)
+    if config.model.moe_permute_fusion and (hf.experts is None or _local_layers(config)):
+        why = "the model has no experts" if hf.experts is None else "it needs Transformer Engine (bfloat16, on a GPU)"
+        raise ValueError(f"model.moe_permute_fusion=true, but {why}: set it to false")
     fp8.check_model(config, hf)
     if config.reference.path is not None:  # it runs in the policy's place: see megatron_ext/learner/reference.py
         other = conversion.read_config(Path(config.reference.path))
@@ -125,12 +126,17 @@ def _check_experts(config: Config, hf: HFConfig) -> None:
         raise ValueError(f"parallel.tp={p.tp} with a mixture of experts needs sequence parallelism: parallel.sp=true")
 
 
+def _local_layers(config: Config) -> bool:
+    """Whether this machine trains with Megatron's own layers; see `megatron_ext.learner.model.transformer_impl`."""
+    model = config.model
+    has_te = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    return model.transformer_impl == "local" or model.dtype != "bfloat16" or not has_te
+
+
 def _check_window(config: Config, hf: HFConfig) -> None:
     """Sliding windows need Transformer Engine, and whole sequences; those that fit into a window need nothing."""
-    model, longest = config.model, config.rollout.max_model_len
-    has_te = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-    local = model.transformer_impl == "local" or model.dtype != "bfloat16" or not has_te
-    if hf.window is not None and longest > hf.window and (local or config.parallel.cp > 1):
+    longest = config.rollout.max_model_len
+    if hf.window is not None and longest > hf.window and (_local_layers(config) or config.parallel.cp > 1):
         raise ValueError(
             f"rollout.max_model_len={longest} exceeds the model's sliding window of {hf.window} tokens, which needs "
             "Transformer Engine's attention (bfloat16, on a GPU) and parallel.cp=1: set "

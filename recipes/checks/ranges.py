@@ -13,7 +13,8 @@ _AT_LEAST_1 = """
 rollout.prompts_per_step rollout.n rollout.max_tokens rollout.num_servers rollout.max_model_len rollout.max_num_seqs
 rollout.generated_prompts train.mini_batch_prompts train.epochs train.steps train.micro_batch_tokens
 train.keep_checkpoints train.nonfinite_in_a_row eval.problems eval.n eval.k eval.max_tokens data.max_prompt_tokens
-parallel.tp parallel.pp parallel.vpp parallel.cp parallel.ep parallel.nproc model.warm_start.batch
+parallel.tp parallel.pp parallel.vpp parallel.first_stage_layers parallel.last_stage_layers parallel.cp parallel.ep
+parallel.nproc model.warm_start.batch
 model.warm_start.check_every model.warm_start.check_problems
 """
 _AT_LEAST_0 = """

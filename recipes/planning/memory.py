@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 import conversion
-from configs.layout import learner_processes
+from configs.layout import learner_processes, stage_layers
 from configs.schema import Config, OptimConfig, ParallelConfig
 from megatron_ext.kernels.linear_statistics import block_elements
 
@@ -82,21 +82,23 @@ def vocabulary_parameters(hf: conversion.HFConfig, parallel: ParallelConfig) -> 
     return conversion.padded_vocab(hf.vocab_size, parallel.tp) // parallel.tp * hf.hidden_size
 
 
-def stage_parameters(hf: conversion.HFConfig, parallel: ParallelConfig) -> tuple[int, int]:
-    """Parameters that one rank of the first and of the last pipeline stage holds (the same number without stages).
+def stage_parameters(hf: conversion.HFConfig, parallel: ParallelConfig) -> list[int]:
+    """Parameters that one rank of each pipeline stage holds.
 
     Tensor parallelism cuts what `conversion.layout` says it cuts and repeats the norms. The embedding is on the first
-    stage, the output layer on the last, which holds a copy of a tied embedding. Layers are spread evenly, experts over
-    ep.
+    stage, the output layer on the last, which holds a copy of a tied embedding. Experts are spread over ep.
     """
     vocabulary = vocabulary_parameters(hf, parallel)
     layers = sum(_layer_parameters(hf, parallel))
-    first = round(layers / parallel.pp) + vocabulary
-    last = round(layers / parallel.pp) + hf.hidden_size  # and the final norm
-    if parallel.pp > 1:
-        return first, last + vocabulary
-    whole = first + hf.hidden_size + (0 if hf.tied else vocabulary)
-    return whole, whole
+    stages = [round(layers * share) for share in _stage_shares(hf, parallel)]
+    stages[0] += vocabulary
+    stages[-1] += hf.hidden_size + (0 if hf.tied and parallel.pp == 1 else vocabulary)  # the final norm, and the head
+    return stages
+
+
+def _stage_shares(hf: conversion.HFConfig, parallel: ParallelConfig) -> list[float]:
+    """Of the layers, by pipeline rank."""
+    return [number / hf.num_layers for number in stage_layers(parallel, hf.num_layers)]
 
 
 def _layer_parameters(hf: conversion.HFConfig, parallel: ParallelConfig) -> tuple[float, float]:
@@ -231,41 +233,44 @@ def learner_memory(config: Config, hf: conversion.HFConfig) -> Memory:
 
     Without pipeline stages one rank has everything. With pp stages the first keeps the activations of up to pp
     micro-batches (1F1B; interleaving with v chunks multiplies by 1 + (pp - 1) / (pp v), Korthikanti et al. sec. 4.2.3),
-    the last those of one, and the head; the larger of the two counts. Recomputation keeps each layer's input, and
-    one layer in full. A critic (``advantage.name=gae``) is a second model, which never runs at the same time. A
+    the next one less, the last those of one, and the head; the fullest counts. Recomputation keeps each layer's input,
+    and one layer in full. A critic (``advantage.name=gae``) is a second model, which never runs at the same time. A
     reference policy takes the policy's place: it and the policy it displaces are on the host.
     """
     p = config.parallel
     tokens = micro_batch(config) / p.cp
-    layers, per_layer = hf.num_layers / p.pp, layer_activations(config, hf)
+    per_layer = layer_activations(config, hf)
     interleaving = 1 + (p.pp - 1) / (p.pp * p.vpp) if p.vpp > 1 else 1.0
-    kept, once = layers * per_layer, 0.0
+    kept, once = per_layer, 0.0  # by a layer
     if config.model.recompute and config.model.recompute_modules:
         once = recomputed_activations(config, hf)
-        kept -= layers * once
+        kept -= once
     elif config.model.recompute:
-        kept, once = layers * hf.hidden_size * ITEM_BYTES[config.model.dtype] / (p.tp if p.sp else 1), per_layer
+        kept, once = hf.hidden_size * ITEM_BYTES[config.model.dtype] / (p.tp if p.sp else 1), per_layer
     stages = []
-    for last, in_flight in ((False, p.pp * interleaving), (True, interleaving)):
-        parts = _parameter_bytes(config, hf, last=last)
+    for rank, number in enumerate(stage_layers(p, hf.num_layers)):
+        in_flight, last = (p.pp - rank) * interleaving, rank + 1 == p.pp
+        parts = _parameter_bytes(config, hf, rank)
         layer = tokens * once + backward_transients(config, hf, tokens)
         if hf.tied and p.pp == 1:  # the head's part of this gradient waits for the embedding's
             layer += vocabulary_parameters(hf, p) * ITEM_BYTES[config.model.dtype]
-        head = head_memory(config, hf, tokens) if last or p.pp == 1 else 0.0
-        stages.append(replace(parts, activations=tokens * kept * in_flight, momentary=max(head, layer)))
+        head = head_memory(config, hf, tokens) if last else 0.0
+        activations = tokens * number * kept * in_flight
+        stages.append(replace(parts, activations=activations, momentary=max(head, layer)))
     return max(stages, key=lambda memory: memory.total)
 
 
-def _parameter_bytes(config: Config, hf: conversion.HFConfig, *, last: bool) -> Memory:
-    """Weights, gradients and optimizer state of the first or the last stage, without anything else."""
+def _parameter_bytes(config: Config, hf: conversion.HFConfig, stage: int) -> Memory:
+    """Weights, gradients and optimizer state of a pipeline stage, without anything else."""
     p, dtype = config.parallel, config.model.dtype
     shards = data_parallel(config) * p.cp
-    shared, experts = (part / p.pp for part in _layer_parameters(hf, p))
-    shared = stage_parameters(hf, p)[last] - experts
+    share = _stage_shares(hf, p)[stage]
+    experts = _layer_parameters(hf, p)[1] * share
+    shared = stage_parameters(hf, p)[stage] - experts
     models = 2 if config.advantage.name == "gae" else 1
     weights, gradients, state = (models * size for size in bytes_per_parameter(dtype, config.optim, shards))
     expert_state = models * bytes_per_parameter(dtype, config.optim, max(1, shards // p.ep))[2]
-    fp8 = 2 * (sum(_layer_parameters(hf, p)) / p.pp) if config.model.fp8 else 0.0  # rows and columns, a byte each
+    fp8 = 2 * sum(_layer_parameters(hf, p)) * share if config.model.fp8 else 0.0  # rows and columns, a byte each
     optimizer = state * shared + expert_state * experts
     policy = weights / models * (shared + experts)
     return Memory(

@@ -56,6 +56,7 @@ class Variant:
     tokens: int = 16  # token budget of a micro-batch
     recompute: bool = False
     modules: tuple[str, ...] = ()  # with recompute
+    static: bool = False  # micro-batches of one length between pipeline stages, whatever the padding
     overlap: bool = False  # of gradient reduction, in buckets of a few parameters
     chunk: int = 0  # train.loss_chunk_tokens
     order: tuple[int, ...] = tuple(range(len(cases.LENGTHS)))
@@ -88,7 +89,7 @@ VARIANTS = (
     _variant("one-moe, all at once, shuffled", tokens=1 << 16, order=SHUFFLED, moe=True),
     _variant("tp2", 2, {"tp": 2}),
     _variant("tp2 sp", 2, TP2_SP, recompute=True, modules=("mlp",)),
-    _variant("pp2", 2, {"pp": 2}),
+    _variant("pp2", 2, {"pp": 2, "first_stage_layers": 1}, static=True),
     _variant("pp2 vpp2", 2, {"pp": 2, "vpp": 2}),
     _variant("cp2", 2, {"cp": 2}),
     _variant("dp2", 2, overlap=True),
@@ -102,14 +103,14 @@ VARIANTS = (
     _variant("tp2 cp2", 4, {"tp": 2, "cp": 2}, tokens=40, order=SHUFFLED),
     _variant("tp2 sp cp2", 4, {**TP2_SP, "cp": 2}, tokens=40, chunk=3),
     _variant("tp2 pp2", 4, {"tp": 2, "pp": 2}, tokens=24),
-    _variant("pp2 cp2", 4, {"pp": 2, "cp": 2}, tokens=24, recompute=True),
+    _variant("pp2 cp2", 4, {"pp": 2, "cp": 2, "last_stage_layers": 1}, tokens=24, recompute=True),
     _variant("pp2 vpp2 dp2", 4, {"pp": 2, "vpp": 2}, order=SHUFFLED, overlap=True),
     _variant("tp2 dp2 distributed optimizer", 4, {"tp": 2}, sharded=True),
     _variant("cp2 ep2", 4, {"cp": 2, "ep": 2}, moe=True, tokens=40, order=SHUFFLED),
     _variant("pp2 ep2", 4, {"pp": 2, "ep": 2}, moe=True, tokens=24, recompute=True, modules=("moe",)),
     _variant("dp4 ep2 distributed optimizer", 4, {"ep": 2}, moe=True, sharded=True),
     _variant("tp2 pp2 cp2", 8, {"tp": 2, "pp": 2, "cp": 2}, tokens=40),
-    _variant("tp2 sp pp2 vpp2 cp2", 8, {**TP2_SP, "pp": 2, "vpp": 2, "cp": 2}, tokens=40, recompute=True),
+    _variant("tp2 sp pp2 vpp2 cp2", 8, {**TP2_SP, "pp": 2, "vpp": 2, "cp": 2}, tokens=40, recompute=True, static=True),
     _variant("cp2 dp4", 8, {"cp": 2}, tokens=80, overlap=True),
     _variant("tp2 sp cp2 dp2 distributed optimizer", 8, {**TP2_SP, "cp": 2}, tokens=80, sharded=True),
     _variant("tp2 sp cp2 dp2 ep4", 8, {**TP2_SP, "cp": 2, "ep": 4}, moe=True, tokens=80, overlap=True),
@@ -175,7 +176,10 @@ def _learner(variant: Variant, model_dir: Path, dtype: str, optimizer: str) -> L
     config.model.recompute, config.train.loss_chunk_tokens = variant.recompute, variant.chunk
     config.model.recompute_modules = list(variant.modules)
     config.optim.overlap_grad_reduce, config.optim.bucket_parameters = variant.overlap, 500
-    return Learner(config, model_dir, total_updates=100)
+    learner = Learner(config, model_dir, total_updates=100)
+    if variant.static:
+        learner.most_padding = 99.0
+    return learner
 
 
 def _exported(learner: Learner) -> Results:

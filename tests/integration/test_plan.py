@@ -150,6 +150,12 @@ def test_plan_needs_only_config_json(capsys: pytest.CaptureFixture[str], tmp_pat
     [
         ("parallel.tp=8", "parallel.tp=8 does not divide the model's 28 attention heads"),
         ("parallel.pp=3", "parallel.pp=3 x parallel.vpp=1 does not divide the model's 28 layers"),
+        ("parallel.pp=2 parallel.first_stage_layers=28", "the other 0 layers cannot be spread evenly over the other 1"),
+        ("parallel.pp=4 parallel.last_stage_layers=6", "the other 22 layers cannot be spread evenly over the other 3"),
+        ("parallel.last_stage_layers=6", "last_stage_layers=6 without pipeline stages: set parallel.pp >= 2"),
+        ("parallel.pp=2 parallel.vpp=2 parallel.first_stage_layers=13", "x parallel.vpp=2 does not divide"),
+        ("model.moe_permute_fusion=true", "model.moe_permute_fusion=true, but the model has no experts"),
+        ("rollout.routing_replay=true", "rollout.routing_replay=true, and the model has no experts"),
         ("rollout.n=x", "rollout.n=x is not of the right type"),
         ("gpu_gib=big", "gpu_gib=big is not a number: give the memory of one GPU"),
     ],
@@ -158,7 +164,7 @@ def test_plan_refuses_in_one_line(
     arguments: str, said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(QWEN2_5_7B))
-    assert plan.main([f"model.path={tmp_path}", arguments]) == 2
+    assert plan.main([f"model.path={tmp_path}", *arguments.split()]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said in error and error.count("\n") == 1
 

@@ -52,7 +52,7 @@ def test_parameters_of_pipeline_stages_and_tensor_slices() -> None:
     """The tiny model: hidden 128, 2 layers, q 128, kv 64 each, MLP 256, vocabulary 32, tied."""
     hf = conversion.parse_config(plan.GENERATED_MODELS["tiny"])
     matrices, norms, table = 128 * (128 + 2 * 64) + 128 * 128 + 3 * 128 * 256, 2 * 128, 32 * 128
-    assert memory.stage_parameters(hf, ParallelConfig()) == (2 * (matrices + norms) + table + 128,) * 2
+    assert memory.stage_parameters(hf, ParallelConfig()) == [2 * (matrices + norms) + table + 128]
     # Two stages: each one layer; the embedding first, the final norm and a copy of the embedding last.
     first, last = memory.stage_parameters(hf, ParallelConfig(pp=2))
     assert (first, last) == (matrices + norms + table, matrices + norms + table + 128)
@@ -234,3 +234,37 @@ def test_colocated_servers_send_all_of_the_learner_to_the_host(base: Config) -> 
     turns = memory.learner_memory(change(base, "rollout", colocated=True), TINY)
     assert alone.host == 0 and turns.host == alone.weights + alone.optimizer
     assert turns.total == alone.total, "the learner has the GPU to itself in its turn"
+
+
+def test_uneven_stages_and_full_middle_ones(base: Config) -> None:
+    """Eight layers over three stages: one with the embedding, one with the head, and the rest between them."""
+    hf = replace(TINY, num_layers=8)
+    even = ParallelConfig(pp=2)
+    layer = memory.stage_parameters(hf, even)[0] // 4 - 32 * 128 // 4
+    p = ParallelConfig(pp=3, first_stage_layers=1, last_stage_layers=1)
+    table = 32 * 128
+    assert memory.stage_parameters(hf, p) == [layer + table, 6 * layer, layer + table + 128]
+    uneven = memory.learner_memory(replace(base, parallel=p), hf)
+    assert uneven.weights == 4 * 6 * layer
+    assert uneven.activations == TOKENS * 6 * LAYER * 2, "of two micro-batches"
+
+
+def test_the_cheapest_recomputation_that_fits(base: Config) -> None:
+    """7B in bfloat16 on eight GPUs: nothing, the MLP, whole layers, as memory gets tighter; or nothing helps."""
+    hf = conversion.parse_config(QWEN2_5_7B)
+    config = change(base, "model", dtype="bfloat16")
+    config = change(change(config, "optim", distributed=True), "parallel", nproc=8)
+    config = change(config, "train", micro_batch_tokens=16384)
+    sizes = {}
+    for recompute, modules in ((False, []), (True, ["mlp"]), (True, [])):
+        changed = change(config, "model", recompute=recompute, recompute_modules=modules)
+        sizes[recompute, *modules] = memory.learner_memory(changed, hf).total
+    found = [plan.cheapest_recomputation(config, hf, size) for size in sizes.values()]
+    assert [override for override, _, _ in found] == [
+        *("model.recompute=false", "model.recompute=true model.recompute_modules=[mlp]", "model.recompute=true")
+    ]
+    assert [total for _, total, _ in found] == list(sizes.values())
+    costs = [cost for _, _, cost in found]
+    # Of a layer's parameters 3 x 3584 x 18944 are the MLP's, 2 x 3584 x 3584 + 2 x 3584 x 512 attention's.
+    assert costs == pytest.approx([0, 203.7 / (203.7 + 29.36) / 3, 1 / 3], rel=1e-3)
+    assert plan.cheapest_recomputation(config, hf, min(sizes.values()) - 1) is None
