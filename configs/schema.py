@@ -194,6 +194,7 @@ class OptimConfig:
     min_lr: float = 0.0  # learning rate at the last step, unless `decay` is constant
     distributed: bool = False  # Megatron's distributed optimizer: state sharded over data-parallel ranks
     overlap_grad_reduce: bool = False  # reduce gradients bucket by bucket during backward
+    overlap_param_gather: bool = False  # gather updated weights during the next forward; needs `distributed`
     bucket_parameters: int | None = None  # parameters of a bucket; None: Megatron's choice, 40 million or more
     offload: bool = False  # keep optimizer state on the host between optimizer steps; free gradients after updates
 

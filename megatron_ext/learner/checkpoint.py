@@ -435,6 +435,7 @@ def _chunks(model: Trainable) -> dict[str, Any]:
 
 def _sharded_state(model: Trainable, *, is_loading: bool, scales: bool) -> dict[str, Any]:
     state: dict[str, Any] = {}
+    model.settle()
     for name, chunk in _chunks(model).items():
         tensors = chunk.sharded_state_dict()
         state[name] = {key: value for key, value in tensors.items() if scales or EXTRA_STATE not in key}

@@ -114,6 +114,8 @@ class Trainable:
         State and weights wait in host memory, gradients are dropped, so call it between updates. Local to this rank. A
         second call may add the weights; while they are away only :meth:`reload` may be called.
         """
+        if weights:
+            self.settle()
         for chunk in self.chunks:
             chunk.offload_grad_buffers(empty_cache=False)
         self._state.park(optimizer_tensors(self.optimizer, self.chunks))
@@ -131,6 +133,18 @@ class Trainable:
         self._weights.unpark()
         if optimizer or (optimizer is None and not self.config.optim.offload):
             self._state.unpark()
+
+    def settle(self) -> None:
+        """Gather weights that an optimizer step has left on their ranks: before anything but a forward pass reads them.
+
+        A forward pass gathers them itself under ``optim.overlap_param_gather``; without it they are never left.
+        A collective of all data-parallel ranks.
+        """
+        if self.config.optim.overlap_param_gather:
+            for chunk in self.chunks:
+                for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+                    if group.param_gather_handle is not None or not group.param_gather_dispatched:
+                        group.start_param_sync(force_sync=True)
 
     def rest(self) -> None:
         """What ``optim.offload`` asks for whenever no optimizer step is being made."""
@@ -368,10 +382,14 @@ class Learner(Trainable):
     @torch.no_grad()
     def reference_logp(self, batch: TrainBatch) -> Tensor | None:
         """log p of every response token under the reference policy, (T,), on every rank; None when there is none."""
-        return None if self.reference is None else self.reference.logp(batch)
+        if self.reference is None:
+            return None
+        self.settle()
+        return self.reference.logp(batch)
 
     def export(self, *, explicit_lm_head: bool = False) -> Iterator[tuple[str, Tensor]]:
         """All weights under Hugging Face names, full, on rank 0; a collective that every rank must exhaust."""
+        self.settle()
         return weights.export_hf(self.hf, self.chunks, explicit_lm_head=explicit_lm_head)
 
     def _statistics_step(self, iterator: Iterator[MicroBatch], model: Any) -> Any:

@@ -272,6 +272,7 @@ def build_chunks(
             use_distributed_optimizer=optim.distributed,
             grad_reduce_in_fp32=config.bf16,
             overlap_grad_reduce=optim.overlap_grad_reduce,
+            overlap_param_gather=optim.overlap_param_gather,
             bucket_size=optim.bucket_parameters,
             check_for_nan_in_grad=False,  # the optimizer step reports it
         )
@@ -298,6 +299,7 @@ def build_optimizer(
         bf16=dtype == "bfloat16",
         params_dtype=DTYPES[dtype],
         use_distributed_optimizer=optim.distributed,
+        overlap_param_gather=optim.overlap_param_gather,
     )
     with on_device():
         optimizer = get_megatron_optimizer(config, chunks)

@@ -24,7 +24,7 @@ from configs.schema import Config
 
 FREE = """
 run resume logging tracking model.cache_dir model.recompute model.recompute_modules train.save_every
-train.keep_checkpoints optim.overlap_grad_reduce optim.bucket_parameters
+train.keep_checkpoints optim.overlap_grad_reduce optim.overlap_param_gather optim.bucket_parameters
 train.stop_after_silent_steps train.async_save train.threads train.loss_chunk_tokens optim.offload reward.workers
 reward.memory_mb rollout.num_servers rollout.urls rollout.weight_sync rollout.sync_dir rollout.colocated
 rollout.gpu_memory_utilization rollout.server_gpus rollout.extra_args rollout.max_num_seqs rollout.timeout_s

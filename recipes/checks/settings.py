@@ -166,6 +166,11 @@ def _check_learner(c: Config) -> None:
         raise ValueError(
             f"model.recompute_modules={c.model.recompute_modules} has no effect: set model.recompute=true or unset it"
         )
+    if c.optim.overlap_param_gather and not (c.optim.distributed and c.optim.overlap_grad_reduce):
+        raise ValueError(
+            "optim.overlap_param_gather=true works with optim.distributed=true, whose ranks gather weights, and "
+            "optim.overlap_grad_reduce=true, whose buckets it uses: set both, or optim.overlap_param_gather=false"
+        )
     if c.optim.bucket_parameters is not None and not c.optim.overlap_grad_reduce:
         raise ValueError(
             f"optim.bucket_parameters={c.optim.bucket_parameters} has no effect: set optim.overlap_grad_reduce=true or "

@@ -105,10 +105,10 @@ VARIANTS = (
     _variant("tp2 pp2", 4, {"tp": 2, "pp": 2}, tokens=24),
     _variant("pp2 cp2", 4, {"pp": 2, "cp": 2, "last_stage_layers": 1}, tokens=24, recompute=True),
     _variant("pp2 vpp2 dp2", 4, {"pp": 2, "vpp": 2}, order=SHUFFLED, overlap=True),
-    _variant("tp2 dp2 distributed optimizer", 4, {"tp": 2}, sharded=True),
+    _variant("tp2 dp2 distributed optimizer", 4, {"tp": 2}, sharded=True, overlap=True),
     _variant("cp2 ep2", 4, {"cp": 2, "ep": 2}, moe=True, tokens=40, order=SHUFFLED),
     _variant("pp2 ep2", 4, {"pp": 2, "ep": 2}, moe=True, tokens=24, recompute=True, modules=("moe",)),
-    _variant("dp4 ep2 distributed optimizer", 4, {"ep": 2}, moe=True, sharded=True),
+    _variant("dp4 ep2 distributed optimizer", 4, {"ep": 2}, moe=True, sharded=True, overlap=True),
     _variant("tp2 pp2 cp2", 8, {"tp": 2, "pp": 2, "cp": 2}, tokens=40),
     _variant("tp2 sp pp2 vpp2 cp2", 8, {**TP2_SP, "pp": 2, "vpp": 2, "cp": 2}, tokens=40, recompute=True, static=True),
     _variant("cp2 dp4", 8, {"cp": 2}, tokens=80, overlap=True),
@@ -175,6 +175,7 @@ def _learner(variant: Variant, model_dir: Path, dtype: str, optimizer: str) -> L
     config = cases.make_config(variant.layout, dtype, optim, micro_batch_tokens=variant.tokens)
     config.model.recompute, config.train.loss_chunk_tokens = variant.recompute, variant.chunk
     config.model.recompute_modules = list(variant.modules)
+    config.optim.overlap_param_gather = variant.overlap and variant.layout.distributed_optimizer
     config.optim.overlap_grad_reduce, config.optim.bucket_parameters = variant.overlap, 500
     learner = Learner(config, model_dir, total_updates=100)
     if variant.static:
