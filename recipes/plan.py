@@ -126,7 +126,7 @@ def cheapest_recomputation(config: Config, hf: conversion.HFConfig, limit: float
     width = hf.experts.ffn_hidden_size * hf.experts.top_k if hf.experts else hf.ffn_hidden_size
     attention = 2 * hf.head_dim * (hf.num_heads + hf.num_kv_heads)
     share = 3 * width / (3 * width + attention)
-    choices = (
+    choices: tuple[tuple[str, bool, list[str], float], ...] = (
         ("model.recompute=false", False, [], 0.0),
         (f"model.recompute=true model.recompute_modules=[{part}]", True, [part], share / 3),
         ("model.recompute=true", True, [], 1 / 3),
