@@ -226,7 +226,8 @@ class _Training:
         flat = compute_advantages(self.method.advantage, reward.flatten(), (groups + offset).flatten())
         advantage = flat.view(s, -1).to(logp.dtype)[..., None].expand(shape)
         keep, weight = torch.ones(shape, dtype=torch.bool), torch.ones(shape)
-        kl_coef, entropy_coef = torch.zeros(shape), torch.zeros(shape)
+        bonus = torch.tensor([self.controller.entropy_coef(state, step=step) for state in self.states])
+        kl_coef, entropy_coef = torch.zeros(shape), bonus[:, None, None].expand(shape).clone()
         if self.method.selection["name"] != "none":
             stats = [x.gather(1, context.flatten(1)).view(shape) for x in _context_statistics(logp)]
             positions = torch.arange(chain.TOKENS).expand(shape[1:]).flatten()
@@ -246,7 +247,8 @@ class _Training:
                 keep[i] = out.keep.view(shape[1:])
                 if out.weight is not None:
                     weight[i] = out.weight.view(shape[1:])
-                kl_coef[i], entropy_coef[i] = out.kl_coef.view(shape[1:]), out.entropy_coef.view(shape[1:])
+                kl_coef[i] = out.kl_coef.view(shape[1:])
+                entropy_coef[i] += out.entropy_coef.view(shape[1:])
         old_entropy = entropy(logp).gather(1, context.flatten(1)).view(shape)
         return _Batch(context, choice, old, old_entropy, advantage, keep, kl_coef, entropy_coef, weight)
 

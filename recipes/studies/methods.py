@@ -32,6 +32,7 @@ def _select(name: str, loss: Mapping[str, Any] | None = None, /, **params: Any) 
     return Method(loss=loss or _ppo(), selection={"name": name, **params})
 
 
+TARGET = 0.8  # nats, between the start (1.40) and where GRPO ends at 16 updates a batch (0.54)
 STATIC = {"alpha_high": 0.0, "b_high": 0.28, "alpha_low": 0.0, "b_low": 0.28}  # Flexible Entropy Control app. E.3
 
 LOSSES: dict[str, Method] = {
@@ -68,6 +69,14 @@ LOSSES: dict[str, Method] = {
     "BAPO": Method(loss=_loss("bapo")),
     "DCPO": Method(loss=_loss("dcpo")),
     "GMPO": Method(loss=_loss("gmpo")),
+    "Archer": Method(loss=_loss("archer")),
+    "EntroPIC 0.8": Method(loss=_loss("entropic", target_entropy=TARGET)),
+    "entropy-shaped": Method(loss=_loss("entropy_shaped")),
+    "REPO-R": Method(loss=_loss("repo_r")),
+    "QAE 0.4": Method(loss=_ppo(), advantage="qae"),
+    "Dr. GRPO": Method(loss=_ppo(), advantage="dr_grpo"),
+    "adaptive bonus 0.8": Method(loss=_ppo(), schedule={"name": "adaptive_entropy_bonus", "target": TARGET}),
+    "automatic temperature 0.8": Method(loss=_ppo(), schedule={"name": "automatic_temperature", "target": TARGET}),
     "ERC (0.95, 1.05)": _select("entropy_ratio"),
     "Clip_B 2.5": _select("clip_b", mu_low=2.5),
     "Clip_B 1": _select("clip_b", mu_low=1.0),
@@ -76,6 +85,7 @@ LOSSES: dict[str, Method] = {
     "Clip-Cov": _select("clip_cov"),
     "KL-Cov": _select("kl_cov", _ppo(1.0, INF)),
     "forking tokens 20 %": _select("forking"),
+    "STEER": _select("steer"),
     "entropy bonus 0.003": _select("entropy_bonus", coef=0.003),
     "unlikely 0.25": _select("unlikely"),
 }
@@ -191,7 +201,7 @@ PREDICTION = {
 
 def overrides(method: Method) -> list[str]:
     """The method as ``key=value`` words of `recipes.train`."""
-    words = []
+    words = [] if method.advantage == "grpo" else [f"advantage.name={method.advantage}"]
     for group in ("loss", "selection", "schedule"):
         params = dict(getattr(method, group))
         words.append(f"{group}={params.pop('name')}")
