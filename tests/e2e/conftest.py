@@ -1,24 +1,26 @@
-"""A tiny random Qwen2 model with a real tokenizer, made on the fly: what the end-to-end tests serve."""
+"""The models of the end-to-end tests: the quick start's, and a random Qwen2 with a byte-pair tokenizer."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from tokenizers.trainers import BpeTrainer
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 EOS, PAD = "<eos>", "<pad>"
 
 
-def make_tiny_model(path: Path, *, seed: int = 0, vocab_size: int = 96) -> Path:
+def make_qwen2(path: Path, *, vocab_size: int = 96) -> Path:
     """Write a loadable Hugging Face directory: 2 layers, hidden 64 = 2 heads of 32, tied embeddings, float32.
 
     The initial weights are large enough that the next-token distribution is far from uniform, so that a stale or
     mixed weight shows in the log-probabilities at once.
     """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers.trainers import BpeTrainer
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
     trainer = BpeTrainer(
         vocab_size=vocab_size, special_tokens=[EOS, PAD], initial_alphabet=[chr(i) for i in range(33, 112)]
     )
@@ -42,11 +44,29 @@ def make_tiny_model(path: Path, *, seed: int = 0, vocab_size: int = 96) -> Path:
         bos_token_id=None,
         dtype="float32",
     )
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     Qwen2ForCausalLM(config).save_pretrained(path)
     return path
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_qwen2(tmp_path_factory.mktemp("qwen2") / "model")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quick start's model, not trained."""
+    from recipes.models.prepare import make_tiny_model
+
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model", seed=0)
+
+
+@pytest.fixture(scope="module")
+def no_report() -> Iterator[None]:
+    """No report.html: reports take most of the time of a short run, and have tests of their own."""
+    from recipes.loop.run_dir import RunDir
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunDir, "_report", lambda self: self.path / "report.html")
+        yield

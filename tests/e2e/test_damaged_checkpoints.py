@@ -11,19 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from training import arguments, assert_same_run, launch_here, no_report, run_here
+from training import arguments, assert_same_run, launch_here, run_here
 
 from conversion.digests import range_digest
 
+pytestmark = pytest.mark.usefixtures("no_report")
 SETTINGS = ("eval.every=0", "train.entropy_probe_every=0", "train.save_every=1", "train.keep_checkpoints=3")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from recipes.models.prepare import make_tiny_model
-
-    no_report()
-    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", seed=0)
 
 
 @pytest.fixture(scope="module")

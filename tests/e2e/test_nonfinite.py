@@ -12,19 +12,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import arguments, assert_same_run, journal, launch_here, metrics, no_report, run_here, weights
+from training import arguments, assert_same_run, journal, launch_here, metrics, run_here, weights
 
 from recipes import train
 
+pytestmark = pytest.mark.usefixtures("no_report")
 SETTINGS = ("eval.every=0", "train.entropy_probe_every=0", "train.save_every=1")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from recipes.models.prepare import make_tiny_model
-
-    no_report()
-    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", seed=0)
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, what: str, when: Callable[[int], bool]) -> None:

@@ -27,13 +27,6 @@ SETTINGS = (
 TIMEOUT_S = 240.0  # of one start, on a machine busy with other things
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from recipes.models.prepare import make_tiny_model
-
-    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", seed=0)
-
-
 # --- faults, called in the child before the run ---------------------------------------------------------------------
 
 

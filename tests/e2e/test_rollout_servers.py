@@ -29,10 +29,10 @@ input()
 """
 
 
-def test_servers_die_with_a_killed_parent(tiny_model: Path, tmp_path: Path) -> None:
+def test_servers_die_with_a_killed_parent(qwen2: Path, tmp_path: Path) -> None:
     """At any moment, so also while vLLM is still importing and its engine has not started."""
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(tiny_model), str(tmp_path)],
+        [sys.executable, "-c", PARENT, str(qwen2), str(tmp_path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -51,7 +51,7 @@ def test_servers_die_with_a_killed_parent(tiny_model: Path, tmp_path: Path) -> N
     assert not alive
 
 
-def test_a_server_that_cannot_start_quotes_its_log(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_server_that_cannot_start_quotes_its_log(qwen2: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="ended while starting(?s:.*)no-such-flag"):
         rollout = RolloutConfig(engine="vllm", max_model_len=64, max_num_seqs=4, extra_args=["--no-such-flag"])
-        make_engine(rollout, tiny_model, tmp_path)
+        make_engine(rollout, qwen2, tmp_path)

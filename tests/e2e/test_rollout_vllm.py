@@ -51,17 +51,17 @@ CONTROL_ROUTES = (
 
 
 @pytest.fixture(scope="module")
-def pool(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMPool]:
+def pool(qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMPool]:
     rollout = RolloutConfig(engine="vllm", num_servers=2, max_num_seqs=64, update_timeout_s=60.0, probe_s=8.0)
-    engine = make_engine(rollout, tiny_model, tmp_path_factory.mktemp("logs"))
+    engine = make_engine(rollout, qwen2, tmp_path_factory.mktemp("logs"))
     assert isinstance(engine, VLLMPool)
     yield engine
     engine.close()
 
 
 @pytest.fixture(scope="module")
-def weights(tiny_model: Path) -> dict[str, Tensor]:
-    return load_file(tiny_model / "model.safetensors")
+def weights(qwen2: Path) -> dict[str, Tensor]:
+    return load_file(qwen2 / "model.safetensors")
 
 
 @contextmanager
@@ -118,9 +118,9 @@ def lists(rollouts: list[Rollout]) -> list[Rollout]:
     ]
 
 
-def test_logprobs_equal_transformers(pool: VLLMPool, tiny_model: Path, weights: dict[str, Tensor]) -> None:
+def test_logprobs_equal_transformers(pool: VLLMPool, qwen2: Path, weights: dict[str, Tensor]) -> None:
     rollouts = generate(pool)
-    mean, worst = worst_difference(tiny_model, weights, rollouts)
+    mean, worst = worst_difference(qwen2, weights, rollouts)
     print(f"vLLM against transformers, float32: mean {mean:.1e}, max {worst:.1e} nats")
     assert mean < 1e-5 and worst < 2e-4
     assert [r.prompt_ids for r in rollouts] == [p for p in PROMPTS for _ in range(4)]
@@ -140,9 +140,7 @@ def test_seeds_decide_the_tokens(pool: VLLMPool) -> None:
 
 
 @pytest.mark.parametrize("transport", ["disk", "gloo"])
-def test_push_changes_every_weight(
-    pool: VLLMPool, tiny_model: Path, weights: dict[str, Tensor], transport: str
-) -> None:
+def test_push_changes_every_weight(pool: VLLMPool, qwen2: Path, weights: dict[str, Tensor], transport: str) -> None:
     """Regression: with tied embeddings vLLM's output head stays at the old weights after a reload."""
     with settings(pool, weight_sync=transport):
         generate(pool)  # fills the prefix cache with the old weights' keys and values
@@ -153,16 +151,16 @@ def test_push_changes_every_weight(
             pool.push(version, new.items())
             print(f"push by {transport}: {time.perf_counter() - start:.3f} s")
             rollouts = generate(pool)
-            mean, worst = worst_difference(tiny_model, new, rollouts)
+            mean, worst = worst_difference(qwen2, new, rollouts)
             assert mean < 1e-5 and worst < 2e-4
             assert {v for r in rollouts for v in r.weight_versions} == {version}
             assert all(server.usable for server in pool.servers)
-        old_mean, _ = worst_difference(tiny_model, weights, rollouts)
+        old_mean, _ = worst_difference(qwen2, weights, rollouts)
         assert old_mean > 0.1, "the change must be large enough to be seen"
 
 
 def test_staging_in_place_leaves_the_served_weights_alone(
-    pool: VLLMPool, tiny_model: Path, weights: dict[str, Tensor]
+    pool: VLLMPool, qwen2: Path, weights: dict[str, Tensor]
 ) -> None:
     """The files of the version before are written again while the servers generate: nothing of them may be in use."""
     served = changed(weights, 30)
@@ -171,7 +169,7 @@ def test_staging_in_place_leaves_the_served_weights_alone(
     stage_weights(pool._sync, pool.version + 1, changed(weights, 31).items())
     again = sorted(Path(pool._sync.info["directory"]).iterdir())  # type: ignore[index]
     assert [file.stat().st_ino for file in again] and not files[0].exists()
-    assert worst_difference(tiny_model, served, generate(pool))[1] < 2e-4
+    assert worst_difference(qwen2, served, generate(pool))[1] < 2e-4
     assert {"export", "stage", "digest", "pause", "transfer", "receive", "check", "load", "confirm"} == set(
         pool.sync_seconds
     )
@@ -187,7 +185,7 @@ FAULTS = [
 def test_bad_update_is_refused(
     pool: VLLMPool,
     weights: dict[str, Tensor],
-    tiny_model: Path,
+    qwen2: Path,
     monkeypatch: pytest.MonkeyPatch,
     transport: str,
     fault: str,
@@ -229,7 +227,7 @@ def test_bad_update_is_refused(
         monkeypatch.undo()
         pool.push(before + 2, weights.items())
         rollouts = generate(pool)
-        assert worst_difference(tiny_model, weights, rollouts)[1] < 2e-4
+        assert worst_difference(qwen2, weights, rollouts)[1] < 2e-4
         assert {v for r in rollouts for v in r.weight_versions} == {before + 2}
 
 
@@ -251,7 +249,7 @@ def tamper(sync: Any, name: str, fault: str) -> None:
 
 @pytest.mark.parametrize("mode", ["keep", "abort"])
 def test_responses_that_an_update_cuts_through(
-    pool: VLLMPool, weights: dict[str, Tensor], tiny_model: Path, mode: str
+    pool: VLLMPool, weights: dict[str, Tensor], qwen2: Path, mode: str
 ) -> None:
     """Every token is labelled with the weights that wrote it, which its logprob proves.
 
@@ -266,7 +264,7 @@ def test_responses_that_an_update_cuts_through(
         time.sleep(0.1)
         pool.push(before + 1, new.items())
         rollouts = lists(future.result())
-    old_model, new_model = reference(tiny_model, weights), reference(tiny_model, new)
+    old_model, new_model = reference(qwen2, weights), reference(qwen2, new)
     mixed = [r for r in rollouts if len(set(r.weight_versions)) == 2]
     assert len(mixed) > 4, "the update must come while responses are being written"
     assert pool.counters["continued"] >= (len(mixed) if mode == "abort" else 0)
@@ -284,7 +282,7 @@ def asleep(pool: VLLMPool) -> list[bool]:
     return [pool._run(pool.fleet.get(server, "/is_sleeping"))["is_sleeping"] for server in pool.servers]
 
 
-def test_learner_and_servers_take_turns(pool: VLLMPool, tiny_model: Path, weights: dict[str, Tensor]) -> None:
+def test_learner_and_servers_take_turns(pool: VLLMPool, qwen2: Path, weights: dict[str, Tensor]) -> None:
     """Colocated mode's turns with real servers. On a CPU vLLM's sleep frees nothing, but it stops the scheduler."""
 
     class Model:
@@ -302,7 +300,7 @@ def test_learner_and_servers_take_turns(pool: VLLMPool, tiny_model: Path, weight
         with turns.rollout(lambda version=version, new=new: pool.push(version, new.items())):  # type: ignore[misc]
             assert asleep(pool) == [False, False]
             rollouts = generate(pool)
-            mean, worst = worst_difference(tiny_model, new, rollouts)
+            mean, worst = worst_difference(qwen2, new, rollouts)
             assert mean < 1e-5 and worst < 2e-4
             assert {v for r in rollouts for v in r.weight_versions} == {version}
         assert asleep(pool) == [True, True]

@@ -26,10 +26,7 @@ def wait_for(what: Callable[[], object]) -> None:
 
 
 @pytest.fixture
-def words(tmp_path: Path) -> list[str]:
-    from recipes.models.prepare import make_tiny_model
-
-    model = make_tiny_model(tmp_path / "tiny", seed=0)
+def words(model: Path, tmp_path: Path) -> list[str]:
     endless = ("train.steps=100000", "eval.every=0", "parallel.tp=2", "train.save_every=0")
     return arguments(model, tmp_path / "run", *endless)
 

@@ -8,11 +8,9 @@ from pathlib import Path
 from training import run_here
 
 from recipes.data.tasks import chain_problem
-from recipes.models.prepare import make_tiny_model
 
 
-def test_several_sets_on_their_schedules_and_the_best_policy(tmp_path: Path) -> None:
-    model = make_tiny_model(tmp_path / "tiny", seed=0)
+def test_several_sets_on_their_schedules_and_the_best_policy(model: Path, tmp_path: Path) -> None:
     paths = []
     for name, first in (("often", 0), ("seldom", 50)):
         problems = [chain_problem(9, first + i) for i in range(5)]

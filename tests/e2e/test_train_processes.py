@@ -18,20 +18,7 @@ from training import arguments, assert_same_run, journal, metrics, run_here
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 240.0
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from recipes.models.prepare import make_tiny_model
-
-    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", seed=0)
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    from recipes.loop.run_dir import RunDir
-
-    monkeypatch.setattr(RunDir, "_report", lambda self: self.path / "report.html")
+pytestmark = pytest.mark.usefixtures("no_report")
 
 
 def command(words: list[str]) -> list[str]:

@@ -17,13 +17,6 @@ from megatron_ext.rl.aggregation import AGGREGATIONS
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from recipes.models.prepare import make_tiny_model
-
-    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", seed=0)
-
-
-@pytest.fixture(scope="module")
 def recorded(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A live run of four steps; the only one here that writes a report."""
     return run_here(model, tmp_path_factory.mktemp("recorded") / "run", "run.report_every=10")
