@@ -23,7 +23,7 @@ class RunConfig:
     peak_tflops: float | None = None  # peak of a learner GPU, for MFU; None: bfloat16 peak by GPU name
     report_every: int = 10  # steps between two writes of report.html; 0: only at the end
     collective_timeout_s: float = 600.0  # limit of GPU collectives; waits for rollouts and files have none
-    hang_s: float = 60.0  # a rank without progress for this long is reported; under Slurm the job restarts
+    hang_s: float | None = None  # a rank without progress for this long ends the run; None: 60 on GPUs, 600 on CPUs
     hang_phases_s: dict[str, float] = field(default_factory=dict)  # limits of single phases, e.g. {save: 7200}
 
 

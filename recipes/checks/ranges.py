@@ -49,6 +49,7 @@ _INSTEAD = {  # what the user may have meant by a value out of range
     "optim.clip_grad": "; 0 switches clipping off",
     "critic.clip_range": "; null switches clipping off",
     "train.tis_cap": "; null switches the correction off",
+    "run.hang_s": "; null takes 60, or 600 on a CPU",
     "run.peak_tflops": "; null looks it up by the GPU's name",
     "eval.max_tokens": "; null takes rollout.max_tokens",
     "rollout.generated_prompts": "; null takes rollout.prompts_per_step",

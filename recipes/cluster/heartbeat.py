@@ -3,6 +3,7 @@
 Started by `start` for every rank, by path, with the standard library only. It tells what the rank does (the record of
 `megatron_ext.progress`), how its process is (running, stopped, gone) and, once an operation takes long, where
 its main thread is. FILE is written in place, so that a file server shows the newest content to whoever opens it.
+Where no batch script watches the heartbeats, rank 0's process does (`recipes.cluster.watch.Guard`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +36,25 @@ LIMITS: dict[str, float | None] = {
     "finish": 3600.0,
 }
 FIRST_TIME = 10  # a phase's first pass compiles kernels and opens connections: that many times its limit
+DEBUGGER = "in the debugger"
 COLLECTIVE = re.compile(r'File ".*/(torch/distributed/\S+|megatron_ext/learner/control)\.py", line (\d+) in (\w+)')
 
 
-def start(attempt: Path, rank: int, record: int, hang_s: float, limits: Mapping[str, float]) -> subprocess.Popen[bytes]:
-    """Start this process's heartbeat. ``record``: descriptor from `progress.open_record`."""
+def start(
+    attempt: Path, rank: int, record: int, hang_s: float, limits: Mapping[str, float], *, guarded_ranks: int = 0
+) -> subprocess.Popen[bytes]:
+    """Start this process's heartbeat.
+
+    Args:
+        record: descriptor from `progress.open_record`.
+        guarded_ranks: above 0, it also watches the heartbeats of so many ranks and ends a run that hangs.
+    """
     directory = attempt / DIRECTORY
     directory.mkdir(exist_ok=True)
     stacks = (directory / f"rank{rank}.stacks").open("w")
     faulthandler.register(signal.SIGUSR2, stacks, all_threads=True)  # works without the interpreter lock
     settings = {"hang_s": hang_s, "limits": {**LIMITS, **limits}, "rank": rank, "stacks": stacks.name}
+    settings["guarded_ranks"] = guarded_ranks
     words = [str(os.getpid()), str(record), str(directory / f"rank{rank}.json"), json.dumps(settings)]
     command = [sys.executable, "-I", "-S", str(Path(__file__).resolve()), *words]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[record], start_new_session=True)
@@ -56,12 +67,21 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         process.wait(10)
 
 
-def process_state(pid: int) -> str:
-    """One letter of /proc/PID/stat: R running, S asleep, D in the kernel, T stopped, Z dead; "" when it is gone."""
+@dataclass(frozen=True)
+class Process:
+    """What /proc says of a process."""
+
+    state: str = ""  # R running, S asleep, D in the kernel, T stopped, Z dead; "": gone
+    terminal: bool = False  # it has a controlling one
+    born: int = 0  # ticks since boot: with the pid, this names one process for good
+
+
+def process(pid: int) -> Process:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return ""
+        return Process()
+    return Process(fields[0], int(fields[4]) != 0, int(fields[19]))
 
 
 class Heart:
@@ -78,29 +98,45 @@ class Heart:
             "since": 0.0,
         }
         self._asked = -1  # the operation whose stack was asked for
+        self._last = time.monotonic()
+        self._stopped_s = 0.0  # of the present operation: Ctrl-Z is no hang, and what follows `fg` is none either
+        self._operation = -1
         self._beats = 0
 
     def beat(self) -> dict[str, Any]:
         """The next sign of life."""
         with contextlib.suppress(ValueError):  # just being written
             self._record = json.loads(bytes(self._memory[:]))
-        record, state = self._record, process_state(self._pid)
-        age = time.monotonic() - record["since"]
+        record, rank = self._record, process(self._pid)
+        age = self._age(rank.state)
         limit = self._limit(record["phase"], record["first"])
-        where = self._where(record["done"], state) if limit is not None and age > limit / 2 else ""
+        where = self._where(record["done"], rank.state) if limit is not None and age > limit / 2 else ""
+        limit = None if where == DEBUGGER else limit
         self._beats += 1
         return {
             "beat": self._beats,
             "node": os.environ.get("SLURMD_NODENAME", socket.gethostname()),
             "rank": self._settings["rank"],
             "pid": self._pid,
-            "state": state,
+            "born": rank.born,
+            "terminal": rank.terminal,
+            "state": rank.state,
             **{key: record[key] for key in ("phase", "operation", "step", "phases")},
             "age": round(age, 1),
             "limit": limit,
             "where": where,
             "hang_s": self._settings["hang_s"],
         }
+
+    def _age(self, state: str) -> float:
+        """Seconds since the rank got something done, without those in which it was stopped."""
+        now, done = time.monotonic(), self._record.get("done", 0)
+        if done != self._operation:
+            self._operation, self._stopped_s = done, 0.0
+        elif state in ("T", "t"):
+            self._stopped_s += now - self._last
+        self._last = now
+        return float(now - self._record["since"] - self._stopped_s)
 
     def _limit(self, phase: str, first: bool) -> float | None:
         limit: float | None = self._settings["limits"].get(phase, self._settings["hang_s"])
@@ -138,11 +174,20 @@ def main_thread(stacks: str) -> str:
     calls = [found for line in lines if (found := re.search(r'File "(.+)", line (\d+) in (\S+)', line))]
     if not calls:
         return ""
+    if any(re.search(r"/(pdb|bdb)\.py$", found[1]) for found in calls):
+        return DEBUGGER
     inside = [found for line in lines if (found := COLLECTIVE.search(line))]
     if inside:
         outermost = inside[-1]
         return f"waits in {outermost[3]} ({outermost[1].rpartition('/')[2]}.py:{outermost[2]})"
     return f"in {calls[0][3]} ({os.path.basename(calls[0][1])}:{calls[0][2]})"
+
+
+def _guard(attempt: Path, ranks: int) -> Any:
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this process was started with a path of its own
+    from recipes.cluster.watch import Guard
+
+    return Guard(attempt, ranks)
 
 
 def main() -> None:
@@ -153,6 +198,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, _: woken.append(number))  # Slurm, too, sends it to a whole step
     heart = Heart(pid, mmap.mmap(descriptor, 0, prot=mmap.PROT_READ), settings)
     interval = min(5.0, settings["hang_s"] / 12)
+    guard = _guard(Path(path).parents[1], settings["guarded_ranks"]) if settings["guarded_ranks"] else None
     while True:
         beat = heart.beat()
         with contextlib.suppress(OSError):  # a full disk
@@ -161,6 +207,8 @@ def main() -> None:
             os.close(file)
         if os.getppid() != pid or beat["phase"] == "end":
             return
+        if guard is not None:
+            guard.look(interval)
         for _ in range(max(1, round(interval / 0.25))):
             time.sleep(min(interval, 0.25))
             if os.getppid() != pid or woken:

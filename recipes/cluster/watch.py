@@ -3,6 +3,7 @@
 It reads the ranks' heartbeats (`recipes.cluster.heartbeat`) until it is killed, or until one rank is stopped, without a
 sign of life, or without progress for too long. Then it says which rank on which node, in which phase and since when,
 records that as the attempt's first error, writes the node to `ATTEMPT/hung_nodes`, and ends with status 4.
+Outside a batch job the heartbeat of rank 0 does the same (`Guard`) and ends the ranks of its host.
 
 Ages are measured by this process's clock, or by one rank's own: clocks of different nodes are never compared.
 """
@@ -13,6 +14,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.cluster import attempt
-from recipes.cluster.heartbeat import DIRECTORY, LIMITS
+from recipes.cluster.heartbeat import DIRECTORY, LIMITS, process
 
 HUNG_NODES = "hung_nodes"
 POLL_S = 2.0
@@ -110,6 +112,11 @@ class Watch:
                 self._last[rank] = json.loads((self._directory / f"rank{rank}.json").read_text())
         return [self._rank(number, beat) for number, beat in sorted(self._last.items())]
 
+    @property
+    def beats(self) -> list[Mapping[str, Any]]:
+        """The newest heartbeat of every rank that has shown itself."""
+        return list(self._last.values())
+
     def missing(self) -> list[int]:
         return [rank for rank in range(self._ranks) if rank not in self._last]
 
@@ -154,15 +161,58 @@ def main(argv: list[str] | None = None) -> int:
         found = culprits(ranks, hang_limit(arguments.attempt))
         late = watch.missing() if time.monotonic() - started > alarm_s(LIMITS["start"] or 0.0) else []
         if found or (late and ranks):
-            what = sentence(found, arguments.ranks) if found else f"learner rank {late[0]} has never started"
-            print(f"[watch] hung: {what}", flush=True)
-            role = f"learner-rank{found[0].rank if found else late[0]}"
-            attempt.record(arguments.attempt, role, "failed", error=what, hung=True)
-            nodes = sorted({rank.node for rank in found})
-            (arguments.attempt / HUNG_NODES).write_text("\n".join(nodes) + "\n", encoding="utf-8")
+            print(f"[watch] hung: {accuse(arguments.attempt, found, late, arguments.ranks)}", flush=True)
             return STATUS
         time.sleep(POLL_S)
     return 0
+
+
+def accuse(directory: Path, found: Sequence[Rank], late: Sequence[int], total: int) -> str:
+    """Record who hangs, as the attempt's first error; the sentence."""
+    what = sentence(found, total) if found else f"learner rank {late[0]} has never started"
+    role = f"learner-rank{found[0].rank if found else late[0]}"
+    attempt.record(directory, role, "failed", error=what, hung=True)
+    nodes = sorted({rank.node for rank in found})
+    with contextlib.suppress(OSError):  # a full disk: the sentence is still printed
+        (directory / HUNG_NODES).write_text("\n".join(nodes) + "\n", encoding="utf-8")
+    return what
+
+
+class Guard:
+    """Ends a run that hangs where nobody else would: started by hand, by `make train` or by torchrun.
+
+    It lives in the heartbeat process of rank 0. The ranks of this host are killed, whereupon torchrun ends the others
+    and itself with a status that is not 0. A run that its user has stopped with Ctrl-Z is left alone.
+    """
+
+    def __init__(self, directory: Path, ranks: int) -> None:
+        self._directory, self._total = directory, ranks
+        self._watch = Watch(directory, ranks)
+        self._last = self._began = time.monotonic()
+
+    def look(self, interval_s: float) -> None:
+        """Called about every ``interval_s``."""
+        now = time.monotonic()
+        ranks = self._watch.look(min(now - self._last, interval_s + 1.0))
+        self._last = now
+        found = culprits(ranks, hang_limit(self._directory))
+        late = self._watch.missing() if now - self._began > alarm_s(LIMITS["start"] or 0.0) else []
+        if (not found and not late) or self._suspended(ranks):
+            return
+        what = accuse(self._directory, found, late, self._total)
+        stacks = f"stacks in {self._directory / DIRECTORY}"
+        print(
+            f"error: hung: {what}. The run ends ({stacks}); the same command continues it", file=sys.stderr, flush=True
+        )
+        here = os.uname().nodename
+        for beat in self._watch.beats:
+            if beat["node"] == here and process(beat["pid"]).born == beat["born"]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(beat["pid"], signal.SIGKILL)  # nothing less reaches one that is stopped
+
+    def _suspended(self, ranks: Sequence[Rank]) -> bool:
+        alive = [rank for rank in ranks if rank.phase != END]
+        return all(rank.stopped_s for rank in alive) and any(beat["terminal"] for beat in self._watch.beats)
 
 
 def hang_limit(directory: Path) -> float:

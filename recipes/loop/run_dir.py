@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # importing Megatron takes seconds
     from megatron_ext.learner.learner import Learner
 
 SAMPLES_PER_STEP = 4  # completions kept in samples.jsonl
+HANG_S, CPU_HANG_S = 60.0, 600.0  # without ``run.hang_s``; a CPU may compute on one micro-batch for minutes
 TOKENS_PER_SAMPLE = 4096  # longer ones are kept without their tokens' entropies
 ROLE = "learner"  # rank 0 speaks for the learner; under Slurm each rank's errors and exit status are recorded besides
 
@@ -46,6 +47,7 @@ class RunDir:
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / LOGS / LATEST  # of this attempt, once entered
         self._first = torch.distributed.get_rank() == 0
+        self._world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         self._role = f"{ROLE}-rank{torch.distributed.get_rank()}"
         self._lock: IO[str] | None = None
         self._metrics: IO[str] | None = None
@@ -60,8 +62,8 @@ class RunDir:
 
     def __enter__(self) -> RunDir:
         if not self._first:
-            if VARIABLE in os.environ:
-                self._start_heartbeat(Path(os.environ[VARIABLE]))
+            if self._world > 1:
+                self._start_heartbeat(self._shared_attempt())
             return self
         replay = self.config.rollout.replay
         if replay is not None and Path(replay).resolve() == self.path.resolve():
@@ -74,7 +76,18 @@ class RunDir:
         except BaseException:
             self._lock.close()  # refused: the directory is free again at once
             raise
+        self._shared_attempt()
         return self
+
+    def _shared_attempt(self) -> Path:
+        """The attempt's directory on every rank: the batch script has named it, or else rank 0 does. A collective."""
+        if VARIABLE in os.environ:
+            return Path(os.environ[VARIABLE])
+        if self._world == 1:
+            return self.logs
+        from megatron_ext.learner import control
+
+        return Path(control.broadcast_bytes(str(self.logs.absolute()).encode(), src=0).decode())
 
     def _enter(self) -> None:
         """Check what is there, make the attempt's logs and begin its heartbeat; the lock is held."""
@@ -99,10 +112,16 @@ class RunDir:
     def _start_heartbeat(self, attempt: Path) -> None:
         rollout, run = self.config.rollout, self.config.run
         # An answer comes within `timeout_s` while a server lives, and else one must come back within the other.
-        limits = {"rollout": rollout.timeout_s + rollout.revive_timeout_s + run.hang_s}
+        hang_s = run.hang_s or (HANG_S if torch.cuda.is_available() else CPU_HANG_S)
+        limits = {"rollout": rollout.timeout_s + rollout.revive_timeout_s + hang_s}
         record = progress.open_record()
         self._heartbeat = heartbeat.start(
-            attempt, torch.distributed.get_rank(), record, run.hang_s, limits | run.hang_phases_s
+            attempt,
+            torch.distributed.get_rank(),
+            record,
+            hang_s,
+            limits | run.hang_phases_s,
+            guarded_ranks=self._world if self._first and VARIABLE not in os.environ else 0,
         )
         os.close(record)
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
+import mmap
 import os
+import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from recipes.cluster import watch
+from recipes.cluster import heartbeat, watch
 from recipes.cluster.attempt import events
 from recipes.cluster.heartbeat import main_thread
 from recipes.cluster.watch import Rank, culprits, sentence
@@ -76,18 +82,49 @@ def test_faulthandler_text_is_understood() -> None:
     assert main_thread(text.replace("torch/distributed", "numpy")) == "in w (c10d_logger.py:9)"
 
 
+def test_time_in_which_a_rank_was_stopped_is_not_held_against_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-Z for an hour, then `fg`."""
+    now = 100.0
+    memory = mmap.mmap(-1, 512)
+
+    def note(done: int, since: float) -> None:
+        record = {"phase": "update", "operation": "", "step": 1, "phases": 3, "done": done, "since": since}
+        memory[:] = json.dumps(record | {"first": False}).encode().ljust(512)
+
+    def beat(state: str, seconds: float) -> float:
+        nonlocal now
+        now += seconds
+        monkeypatch.setattr(heartbeat, "process", lambda pid: heartbeat.Process(state))
+        return float(heart.beat()["age"])
+
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now)
+    monkeypatch.setattr(heartbeat.Heart, "_where", lambda *_: "")
+    note(5, 100.0)
+    heart = heartbeat.Heart(1, memory, {"limits": {}, "hang_s": 60.0, "rank": 0})
+    assert beat("S", 3.0) == 3.0
+    assert beat("T", 5.0) == 3.0
+    for _ in range(700):
+        assert beat("T", 5.0) == 3.0
+    assert beat("S", 5.0) == 8.0
+    note(6, now)
+    assert beat("S", 2.0) == 2.0 and beat("S", 5.0) == 7.0
+
+
 RANK = """
-import ctypes, sys, time
+import ctypes, os, signal, sys, time
 from pathlib import Path
+from typing import Any
 from megatron_ext import progress
 from recipes.cluster import heartbeat
-how, attempt, number = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+how, attempt, number, guarded = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 record = progress.open_record()
-heartbeat.start(attempt, number, record, 2.0, {"start": 2.0})
+heartbeat.start(attempt, number, record, 2.0, {"start": 2.0}, guarded_ranks=guarded)
 for step in range(3):  # work, then hang
     progress.at("statistics", step=step); time.sleep(0.05)
     progress.at("update", step=step); time.sleep(0.05)
 progress.beat("micro-batch 2 of 4")
+if how == "debugs": breakpoint()
+if how == "stopped": os.kill(os.getpid(), signal.SIGSTOP)
 if how == "holds the lock": ctypes.PyDLL(None).sleep(60)
 time.sleep(60)
 """
@@ -100,13 +137,11 @@ def test_real_processes(
     """Asleep with a living heartbeat, stopped, and inside a call that holds the interpreter's lock."""
     monkeypatch.setattr(watch, "POLL_S", 0.5)
     words = [sys.executable, "-c", RANK]
-    process = subprocess.Popen([*words, how, str(tmp_path), "0"])
+    process = subprocess.Popen([*words, how, str(tmp_path), "0", "0"])
     try:
         file = tmp_path / "heartbeats" / "rank0.json"
         while not file.exists() or (how != "holds the lock" and "micro-batch" not in file.read_text()):
             time.sleep(0.05)
-        if how == "stopped":
-            os.kill(process.pid, signal.SIGSTOP)
         begin = time.monotonic()
         assert watch.main([str(tmp_path), "--ranks", "1"]) == watch.STATUS
         assert time.monotonic() - begin < 30.0, "2 s, and those of a busy machine"
@@ -122,3 +157,50 @@ def test_real_processes(
     finally:
         process.kill()
         process.wait()
+
+
+def started(how: str, directory: Path, **options: Any) -> subprocess.Popen[bytes]:
+    """A rank that guards itself, in the last operation that it gets done."""
+    words = [sys.executable, "-c", RANK, how, str(directory), "0", "1"]
+    rank_process = subprocess.Popen(words, start_new_session=True, **options)
+    file = directory / "heartbeats" / "rank0.json"
+    while not file.exists() or "micro-batch" not in file.read_text():
+        assert rank_process.poll() is None
+        time.sleep(0.05)
+    return rank_process
+
+
+@pytest.mark.parametrize("how", ["sleeps", "stopped"])
+def test_without_a_batch_system_the_run_ends(how: str, tmp_path: Path) -> None:
+    """Nobody watches from outside: rank 0's heartbeat ends the process, and says why."""
+    with (tmp_path / "err").open("wb") as err:
+        hung = started(how, tmp_path, stderr=err)
+    assert hung.wait(30) == -signal.SIGKILL
+    said = (tmp_path / "err").read_text()
+    assert said.startswith(f"error: hung: {os.uname().nodename}: learner rank 0 ") and said.count("\n") == 1
+    assert re.search(r" (no progress|stopped or gone) for \d+ s \(in update of step 3", said)
+    (event,) = events(tmp_path)
+    assert (event.role, event.details["hung"]) == ("learner-rank0", True)
+
+
+def test_a_user_who_stops_or_debugs_a_run_is_left_alone(tmp_path: Path) -> None:
+    """Ctrl-Z, or a breakpoint, for longer than the limit."""
+    runs, terminals = [], []
+    for how in ("stopped", "debugs"):
+        (tmp_path / how).mkdir()
+        terminals += (pair := os.openpty())
+        streams = dict.fromkeys(("stdin", "stdout", "stderr"), pair[1])
+        runs.append(started(how, tmp_path / how, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0), **streams))
+    suspended, debugged = runs
+    try:
+        time.sleep(3.5)
+        assert suspended.poll() is None and debugged.poll() is None
+        os.kill(suspended.pid, signal.SIGCONT)
+        assert suspended.wait(30) == -signal.SIGKILL, "what it does then is watched as before"
+        assert debugged.poll() is None
+    finally:
+        for one in runs:
+            one.kill()
+            one.wait()
+        for descriptor in terminals:
+            os.close(descriptor)
