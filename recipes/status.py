@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from recipes.cluster import attempt
+from recipes.cluster import attempt, flight
 from recipes.cluster.attempt import Event
 from recipes.cluster.blame import first_error
 from recipes.cluster.lock import is_locked
@@ -129,7 +129,10 @@ def _error(all_attempts: list[Path]) -> list[tuple[str, str]]:
     for directory in reversed(all_attempts):
         if (error := first_error(directory)) is not None:
             where = f"{error.role} of {directory.name}, {_when(error.time)}: {error.what}"
-            return [("first error", "\n".join([where, *(f"  | {line[:200]}" for line in error.tail)]))]
+            out = [("first error", "\n".join([where, *(f"  | {line[:200]}" for line in error.tail)]))]
+            if found := flight.records(directory):
+                out.append(("collectives", f"{', '.join(path.name for path in found)} in {found[0].parent}"))
+            return out
     return []
 
 

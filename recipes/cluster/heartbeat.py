@@ -41,23 +41,32 @@ COLLECTIVE = re.compile(r'File ".*/(torch/distributed/\S+|megatron_ext/learner/c
 
 
 def start(
-    attempt: Path, rank: int, record: int, hang_s: float, limits: Mapping[str, float], *, guarded_ranks: int = 0
+    attempt: Path,
+    rank: int,
+    record: int,
+    hang_s: float,
+    limits: Mapping[str, float],
+    *,
+    guarded_ranks: int = 0,
+    flight: int | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start this process's heartbeat.
 
     Args:
         record: descriptor from `progress.open_record`.
         guarded_ranks: above 0, it also watches the heartbeats of so many ranks and ends a run that hangs.
+        flight: descriptor that has collectives recorded, from `flight.listen`.
     """
     directory = attempt / DIRECTORY
     directory.mkdir(exist_ok=True)
     stacks = (directory / f"rank{rank}.stacks").open("w")
     faulthandler.register(signal.SIGUSR2, stacks, all_threads=True)  # works without the interpreter lock
     settings = {"hang_s": hang_s, "limits": {**LIMITS, **limits}, "rank": rank, "stacks": stacks.name}
-    settings["guarded_ranks"] = guarded_ranks
+    settings |= {"guarded_ranks": guarded_ranks, "flight": flight}
     words = [str(os.getpid()), str(record), str(directory / f"rank{rank}.json"), json.dumps(settings)]
     command = [sys.executable, "-I", "-S", str(Path(__file__).resolve()), *words]
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[record], start_new_session=True)
+    handed = [record] if flight is None else [record, flight]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=handed, start_new_session=True)
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
@@ -159,7 +168,10 @@ class Heart:
         return ""
 
     def _ask_flight_recorder(self) -> None:
-        """Have torch write what its collectives did, where it keeps such a record (NCCL; slurm/task.sh sets it up)."""
+        """Have torch write what its collectives did: the rank itself, and NCCL's watchdog, which needs no Python."""
+        if self._settings["flight"] is not None:
+            with contextlib.suppress(OSError):  # the rank is gone
+                os.write(self._settings["flight"], b"1")
         if prefix := os.environ.get("TORCH_NCCL_DEBUG_INFO_PIPE_FILE"):
             with contextlib.suppress(OSError):  # no pipe, or nobody reads it
                 pipe = os.open(f"{prefix}{self._settings['rank']}.pipe", os.O_WRONLY | os.O_NONBLOCK)

@@ -19,7 +19,7 @@ from conversion.publish import require_replaceable
 from megatron_ext import progress
 from megatron_ext.rl.types import Sample
 from recipes.checks.resume import Changes, check_changes, check_replay, differences, shown
-from recipes.cluster import heartbeat, lock
+from recipes.cluster import flight, heartbeat, lock
 from recipes.cluster.attempt import FINISHED, LATEST, LOGS, STOP, VARIABLE, make_run_dir, own_attempt, write_finished
 from recipes.cluster.attempt import record as record_event
 from recipes.loop import journal
@@ -114,16 +114,18 @@ class RunDir:
         # An answer comes within `timeout_s` while a server lives, and else one must come back within the other.
         hang_s = run.hang_s or (HANG_S if torch.cuda.is_available() else CPU_HANG_S)
         limits = {"rollout": rollout.timeout_s + rollout.revive_timeout_s + hang_s}
-        record = progress.open_record()
+        record, rank = progress.open_record(), torch.distributed.get_rank()
         self._heartbeat = heartbeat.start(
             attempt,
-            torch.distributed.get_rank(),
+            rank,
             record,
             hang_s,
             limits | run.hang_phases_s,
+            flight=(flight_fd := flight.listen(attempt / flight.DIRECTORY, rank)),
             guarded_ranks=self._world if self._first and VARIABLE not in os.environ else 0,
         )
         os.close(record)
+        os.close(flight_fd)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         if self._heartbeat is not None and error is None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -116,6 +118,31 @@ def test_real_servers(model: Path, tmp_path: Path) -> None:
     assert len(rows) == 3 and max(worst) < 1e-4
     assert all(row["rollout/staleness"] == 0 and row["actor/grad_norm"] > 0 for row in rows)
     assert_same_run(run_here(model, tmp_path / "replay", *extra, f"rollout.replay={run}"), run)
+
+
+@pytest.mark.slow  # tests/unit/cluster/test_hangs.py has the parts
+@pytest.mark.parametrize("stopped, layout", [(0, ()), (1, ("parallel.tp=2",))])
+def test_a_rank_that_hangs_ends_the_run(stopped: int, layout: tuple[str, ...], model: Path, tmp_path: Path) -> None:
+    """Stopped from outside, in one process and in one of two: the run ends and says which rank, and it continues."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    words = arguments(model, run, "train.steps=100000", "train.save_every=2", "eval.every=0", *layout)
+    with log.open("w") as stream:
+        trainer = subprocess.Popen(
+            command([*words, "run.hang_s=10"]), cwd=REPOSITORY, stdout=stream, stderr=stream, start_new_session=True
+        )
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (run / "checkpoints" / "latest").exists():
+        assert trainer.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+    beat = json.loads((run / "logs" / "latest" / "heartbeats" / f"rank{stopped}.json").read_text())
+    os.kill(beat["pid"], signal.SIGSTOP)
+    begin = time.monotonic()
+    assert trainer.wait(TIMEOUT_S) != 0
+    (said,) = (line for line in log.read_text().splitlines() if line.startswith("error: hung: "))
+    print(f"\n{said}\nended with {trainer.returncode} after {time.monotonic() - begin:.1f} s")
+    assert f"learner rank {stopped} is stopped or gone for" in said
+    done = len(metrics(run))
+    assert "resuming" in typed([word for word in words if "train.steps" not in word] + [f"train.steps={done + 1}"])
 
 
 def _watch(trainer: subprocess.Popen[bytes], *, until: Path | None) -> list[psutil.Process]:

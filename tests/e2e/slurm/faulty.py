@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ def faulty(original: Any) -> Any:
         calls += 1
         if calls > int(STEP) * 2 and os.environ["RANK"] == RANK and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
             if KIND == "stuck":  # alive, its heartbeat too, but it never joins the others again
+                # What NCCL's watchdog would do on a GPU, where torch has been told to.
+                Path(os.environ["TORCH_FR_DUMP_TEMP_FILE"] + RANK).write_bytes(b"a record of NCCL")
                 while True:
                     time.sleep(0.1)
             if KIND == "nan":

@@ -6,6 +6,7 @@ python -m pytest -m "slow or not slow" -s tests/e2e/slurm/test_drills.py
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from jobs import Job, Site
 from test_jobs import LOCAL, steps
 from training import assert_same_run, run_here
 
+from recipes.cluster import flight
 from recipes.cluster.attempt import attempts, events
 from recipes.cluster.blame import first_error
 
@@ -91,6 +93,8 @@ def test_a_fault_is_found_named_and_survived(drill: Drill, site: Site) -> None:
     assert error is not None and re.search(drill.cause, f"{error.role}: {error.what}"), f"{error}\n{job.printed()}"
     assert seconds < drill.within_s
     assert job.until_ended() == ("COMPLETED", "0"), job.printed()
+    if drill.fault.startswith("stuck"):
+        check_records(attempts(job.run)[0], int(drill.fault.split()[1]), job)
     assert job.show("ExcNodeList") == (drill.excluded or "(null)") and job.show("NodeList") != drill.excluded
     assert job.show("Restarts") == "1" and len(attempts(job.run)) == 2
     tail = [word for word in (*SHORT, *drill.words) if not word.startswith("parallel.")]
@@ -99,6 +103,18 @@ def test_a_fault_is_found_named_and_survived(drill: Drill, site: Site) -> None:
             run_here(site.model, site.folder / f"{name}-replay", *tail, f"rollout.replay={job.run}"), job.run
         )
     print(f"\n| {drill.name} | {error.role}: {error.what[:110]} | {seconds:.1f} s | requeued, finished |")
+
+
+def check_records(attempt: Path, stuck: int, job: Job) -> None:
+    """What torch recorded of collectives is kept and named: what a rank waits in, and what NCCL would have written."""
+    names = [path.name for path in flight.records(attempt)]
+    assert f"rank{stuck}" in names and f"rank{stuck}.json" in names
+    assert f"collectives  {', '.join(names)} in {attempt / flight.DIRECTORY}" in job.printed()
+    for path in attempt.glob(f"{flight.DIRECTORY}/*.json"):
+        entries = json.loads(path.read_text())["entries"]
+        waits = [entry["profiling_name"] for entry in entries if not entry["retired"]]
+        assert len(waits) == (path.name != f"rank{stuck}.json"), "the others wait in one"
+        print(f"\n{path.name}: {len(entries)} collectives, waits in {waits}")
 
 
 def ended(job: Job) -> list:  # type: ignore[type-arg]
