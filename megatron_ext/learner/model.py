@@ -86,9 +86,7 @@ def distributed(
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf", module="megatron")
     if parallel.tp > 1:  # Megatron wants kernels to start in the order of their launch; read when CUDA starts
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    os.environ.setdefault(
-        "TORCH_FR_BUFFER_SIZE", "2000"
-    )  # torch keeps its last collectives in memory
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # torch keeps its last collectives in memory
     started_here = not torch.distributed.is_initialized()
     if started_here:
         backend = "nccl" if ON_GPU else "gloo"
