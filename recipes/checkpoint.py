@@ -1,6 +1,6 @@
-"""Look at a run's checkpoints, and export one as a Hugging Face directory, also while the run goes on.
+"""List a run's checkpoints, and export one as a Hugging Face directory, also while the run goes on.
 
-`python -m recipes.checkpoint RUN_DIR` lists them; with `--export DIR [--step N]` writes the policy of one.
+`python -m recipes.checkpoint RUN_DIR` lists them; `--export DIR [--step N]` writes the policy of one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What this machine has, what it lacks, and what each absence costs, on one screen: `python -m recipes.doctor`.
+"""Show what this machine has, what it lacks, and the cost of each lack: `python -m recipes.doctor`.
 
-`collect` looks, `findings` judges (pure, tested on made-up machines), `show` prints. The exit status is 0 unless
-training is impossible here.
+`collect` reads the machine, `findings` judges it (pure, tested on invented machines), `show` prints. The exit status is
+0 unless training is impossible here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MARKS = {
 
 @dataclass(frozen=True)
 class Facts:
-    """What was found. Versions are None where the package is absent; sizes are in bytes."""
+    """Facts about the machine. Versions are None if the package is absent; sizes are in bytes."""
 
     python: tuple[int, int, int]
     torch: str | None = None
@@ -64,7 +64,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the screen. ``cost`` says what the absence costs, or what to do; empty when all is well."""
+    """One line of output. ``cost``: the cost of the lack, or what to do; empty if nothing is wrong."""
 
     name: str
     state: Literal["ok", "absent", "warn", "fatal"]
@@ -83,7 +83,7 @@ def _version(*distributions: str) -> str | None:
 
 
 def _import_error(module: str) -> str:
-    """Why a module that is installed does not import, in one line; empty when it does, or is not there at all."""
+    """Why an installed module does not import, in one line; empty if it does, or is not installed."""
     try:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -94,14 +94,14 @@ def _import_error(module: str) -> str:
 
 
 def apex_is_nvidia() -> bool:
-    """Whether the module called ``apex`` is NVIDIA's, judged by its files: importing a stranger is not needed."""
+    """Whether the module ``apex`` is NVIDIA's, judged by its files, without importing unknown code."""
     spec = importlib.util.find_spec("apex")
     folders = spec.submodule_search_locations if spec else None
     return any((Path(folder) / "multi_tensor_apply").is_dir() for folder in folders or [])
 
 
 def free_port() -> int | None:
-    """A port that is free on 127.0.0.1 right now, or None when loopback cannot be used at all."""
+    """A port that is free on 127.0.0.1 now, or None if loopback cannot be used."""
     try:
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
@@ -111,7 +111,7 @@ def free_port() -> int | None:
 
 
 def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes this process may still take: what the machine has free, or less where a container's limit is lower."""
+    """Bytes that this process may still take: the machine's free memory, or a container's lower limit."""
     free = int(psutil.virtual_memory().available)
     try:
         limit = int((cgroup / "memory.max").read_text())
@@ -131,7 +131,7 @@ def _slurm() -> str | None:
 
 
 def collect() -> Facts:
-    """Look at this machine. Imports torch (seconds); everything else is judged without importing it."""
+    """Facts about this machine. Imports torch (seconds), and no other package."""
     torch_version, torch_error, cuda, nccl = _version("torch"), "", None, None
     gpus: list[tuple[str, int]] = []
     capability: tuple[int, int] | None = None
@@ -212,7 +212,7 @@ def _software(facts: Facts) -> list[Finding]:
 
 
 def _precision(facts: Facts) -> list[Finding]:
-    """Transformer Engine, and what it makes possible here."""
+    """Transformer Engine, and the features that it enables here."""
     if facts.transformer_engine and facts.transformer_engine_error:
         how = f"{facts.transformer_engine_error}: install it again beside this torch (docs/gpu.md)"
         return [Finding("Transformer Engine", "warn", f"{facts.transformer_engine}, broken", how)]

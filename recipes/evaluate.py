@@ -1,7 +1,7 @@
 """Evaluate a Hugging Face directory: `python -m recipes.evaluate model.path=DIR data.eval_path=FILE [key=value ...]`.
 
-Every problem of every set is evaluated, with the engine, prompts and verifier of training; nothing is trained. What is
-on disk in ``run.dir`` is not done again: a killed evaluation continues when the same command is given again.
+Every problem of every set is evaluated, with the engine, prompts and verifier of training. Problems that ``run.dir``
+already has are not repeated: the same command continues a killed evaluation.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ HELP = """usage: python -m recipes.evaluate model.path=DIR data.eval_path=FILE [
   run.dir=DIR                        results.json, results.md, index.html, completions/; default runs/eval-<model>
   eval.export=[lm_eval,evalscope]    also in the files of these harnesses
 
-What is given here replaces what a suite says. docs/evaluation.md has the protocols beside the papers'."""
+These keys replace a suite's settings. docs/evaluation.md compares the protocols with the papers'."""
 # Keys whose value on the command line replaces that of every set's protocol.
 _PROTOCOL_KEYS = {
     **{f"eval.{key}": key for key in ("n", "k", "max_tokens", "temperature", "top_p", "top_k", "problems")},
@@ -92,8 +92,8 @@ def main(argv: Sequence[str]) -> int:
 def evaluation_config(argv: Sequence[str]) -> Config:
     """The configuration of an evaluation. Raises ValueError as `load_checked` does.
 
-    ``data.path`` alone means the problems to evaluate; without training, no part of a file is held back. Sampling,
-    template and verifier on the command line replace those of suites.
+    ``data.path`` alone gives the problems to evaluate; no part of the file is held out. Sampling, template and verifier
+    on the command line replace those of suites.
     """
     words = ["eval." + word if word.startswith("suite=") else word for word in argv]
     words = [_listed(word) if word.startswith("eval.suite=") else word for word in words]
@@ -119,7 +119,7 @@ def evaluation_config(argv: Sequence[str]) -> Config:
     if sets and "problems" not in chosen:
         chosen["problems"] = None
     config.eval.sets = {**config.eval.sets, "all": {**chosen, **config.eval.sets.get("all", {})}}
-    protocols(config)  # says what is wrong with them
+    protocols(config)  # raises if one is invalid
     if unknown := [kind for kind in config.eval.export if kind not in EXPORTS]:
         raise ValueError(f"eval.export={unknown[0]} is unknown: choose {', '.join(EXPORTS)}")
     if "rollout.max_model_len" not in given:
@@ -152,7 +152,7 @@ def evaluate(config: Config) -> list[SetResult]:
                 if collector is None:
                     collector = Collector(config, model_dir, out)
                     collector.serve(model_dir)
-                    begin = time.monotonic()  # starting servers is not evaluating
+                    begin = time.monotonic()  # without the start of servers
                 _complete(collector, evaluated, log)
             log.close()
             results.append(make_result(evaluated, list(log.ordered()), time.monotonic() - begin))
@@ -227,7 +227,7 @@ def check_weights(model_dir: Path) -> None:
 
 
 def identity(config: Config, evaluated: EvalSet, model_dir: Path) -> dict[str, Any]:
-    """What must be equal for completions to belong together."""
+    """Settings that must be equal for completions to belong to the same evaluation."""
     texts = json.dumps([[p.id, p.prompt, p.answer] for p in evaluated.problems])
     weights = sorted(
         (path.name, path.stat().st_size, path.stat().st_mtime_ns)
@@ -262,7 +262,7 @@ def write_results(config: Config, results: Sequence[SetResult]) -> None:
 
 
 def print_result(model: str, result: SetResult) -> None:
-    """A table, and what makes its numbers doubtful."""
+    """A table, and warnings about its numbers."""
     table = Table(title=f"{model}, {result.title}", title_justify="left")
     for column in ("metric", "mean", "95 % interval over problems", "over seeds"):
         table.add_column(column)

@@ -1,4 +1,4 @@
-"""Look into a rollout journal: `python -m recipes.journal show RUN_DIR [--step N [--tokenizer DIR]] [--json]`.
+"""Print a rollout journal: `python -m recipes.journal show RUN_DIR [--step N [--tokenizer DIR]] [--json]`.
 
 Without ``--step``: one line per record. With it: the responses of that step, as token ids, or as text with a tokenizer.
 ``--json`` prints one object per line instead, floats exact.

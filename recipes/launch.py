@@ -1,4 +1,4 @@
-"""From a command line to a running training: help, plan, model directory, processes, and errors as one sentence."""
+"""Start a training from a command line: help, plan, model directory, processes, and errors as one sentence."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ For example
 NOT_FINITE = 5  # exit status; a job that ends with it is not requeued: the same batch would come again
 
 
-# What torch says when a disk is full while it writes an archive.
+# Messages of torch when the disk is full while it writes an archive.
 TORN_WRITE = re.compile(r"unexpected pos \d+ vs \d+|PytorchStreamWriter failed|file write failed")
 
 
@@ -62,7 +62,7 @@ def launch(train: Callable[[Config, Path], None], argv: Sequence[str] | None = N
         return print_help(argv, HELP)
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # loading a model is not what the user waits for
+    disable_progress_bar()  # of loading a model, which is short
     try:
         config = load_config(argv)
         check(config, data=not config.run.dry_run)
@@ -107,14 +107,14 @@ def launch(train: Callable[[Config, Path], None], argv: Sequence[str] | None = N
 
 
 def follow_torchrun() -> None:
-    """A rank: die with torchrun, however it ends."""
+    """Kill this rank when torchrun ends, for any reason."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def relaunch(processes: int, argv: Sequence[str]) -> None:
     """Replace this process by torchrun with as many learner processes on this machine.
 
-    torchrun hands Ctrl-C on to the ranks, and kills those that are not done with their step and checkpoint in 30 s.
+    torchrun passes Ctrl-C to the ranks, and kills ranks that have not finished their step and checkpoint after 30 s.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     os.environ.setdefault("OMP_NUM_THREADS", "1")

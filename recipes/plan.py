@@ -1,4 +1,4 @@
-"""What a run would do and need, before anything starts: layout, batch arithmetic, memory, resolved configuration.
+"""Print the plan of a run before anything starts: layout, batch arithmetic, memory, resolved configuration.
 
     python -m recipes.plan recipe=NAME key=value ... [gpu_gib=80]        (also: make train DRY_RUN=1)
 
@@ -44,7 +44,7 @@ the model only config.json is read, and no data is needed.
 
 All keys of recipes.train can follow; --help SECTION lists those of a section:
   {sections}"""
-# Models that a run makes by itself, so that a plan needs none: `prepare_model.make_tiny_model` and `.smollm2`.
+# Models that a run makes itself, so that a plan needs no directory: `recipes.models.prepare`.
 _LLAMA = {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
 GENERATED_MODELS: dict[str, dict[str, Any]] = {
     "tiny": _LLAMA
@@ -61,7 +61,7 @@ LAYERS = {"local": "local layers", "transformer_engine": "Transformer Engine"}
 
 @dataclass(frozen=True, slots=True)
 class BatchPlan:
-    """What is made of each batch of rollouts. All counts are samples (responses) unless named otherwise."""
+    """Division of a batch of rollouts. Counts are samples (responses) unless named otherwise."""
 
     samples: int  # per rollout step: prompts x n
     per_update: int  # per optimizer step
@@ -187,7 +187,7 @@ def _alternatives(config: Config, hf: conversion.HFConfig) -> list[tuple[str, Co
 
 
 def remarks(config: Config, hf: conversion.HFConfig | None = None) -> list[str]:
-    """What the numbers imply and a reader might miss."""
+    """Warnings that follow from the numbers."""
     batch, rollout = batch_plan(config), config.rollout
     room = rollout.max_model_len - rollout.max_tokens
     found = []

@@ -1,4 +1,4 @@
-"""One page that says how a run went: `python -m recipes.report RUN_DIR [RUN_DIR ...]`."""
+"""Write the HTML report of one or several runs: `python -m recipes.report RUN_DIR [RUN_DIR ...]`."""
 
 from __future__ import annotations
 

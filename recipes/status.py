@@ -1,4 +1,4 @@
-"""Where a run stands: `python -m recipes.status RUN_DIR`. Reads files only, on any machine that sees the directory."""
+"""Show the state of a run: `python -m recipes.status RUN_DIR`. Reads files only, on any machine with the directory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from recipes.cluster.lock import is_locked
 from recipes.reporting.runs import changed_settings, is_number, read_config, read_jsonl
 
 ALIVE_S = 60.0  # the batch script's heartbeat comes every 2 s; file servers may show it late
-RECENT = 10  # steps whose median time tells how long the rest takes
+RECENT = 10  # the median time of these last steps gives the estimate of the time left
 SHOWN = {
     "reward": "critic/rewards/mean",
     "entropy": "actor/entropy",

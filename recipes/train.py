@@ -1,8 +1,8 @@
 """Train a policy: `python -m recipes.train recipe=quickstart loss=dapo optim.lr=1e-6`.
 
 The loop, top to bottom: push weights -> collect rollouts -> rewards -> statistics -> advantages -> selection ->
-optimizer steps -> evaluate -> save. Every rank runs it; rank 0 alone talks to rollout engines and reward workers, and
-what it collects reaches the others as the bytes of one journal record. Everything else is a function of that record,
+optimizer steps -> evaluate -> save. Every rank runs it. Only rank 0 talks to rollout engines and reward workers, and it
+sends the results to the other ranks as the bytes of one journal record. Everything else is a function of that record,
 the configuration and the weights, so a run is repeatable from its journal.
 """
 
@@ -88,7 +88,7 @@ def train(config: Config, model_dir: Path) -> None:
                         run.evaluated(values := stream.evaluate(step + 1))
                         state |= run.keep_best(learner, model_dir, values, step + 1, state.get("best"))
                 stopping = stream.agree(stop.requested or bool(run.watch.stalled))
-                # Before the checkpoint: killed in between, the step is done again; else its line would be lost.
+                # Before the checkpoint: if killed in between, the step is repeated, and its line is not lost.
                 run.log(metrics, samples, record)
                 metrics = StepMetrics(step + 2)  # the next line gets the time of saving
                 if last or stopping or (config.train.save_every and (step + 1) % config.train.save_every == 0):
@@ -117,8 +117,8 @@ def train_step(
 ) -> dict[str, Any]:
     """All optimizer steps on one batch of rollouts; returns the controller's next state.
 
-    ``samples`` get their advantages. Without any sample (dynamic sampling found no group to learn from) nothing is
-    updated. In the first ``critic.warmup_steps`` steps the critic, if there is one, learns alone.
+    Writes advantages into ``samples``. Without samples (dynamic sampling found no group with a signal) nothing is
+    updated. In the first ``critic.warmup_steps`` steps only the critic, if there is one, is updated.
     """
     metrics.rollouts(samples)
     if not samples:
@@ -174,9 +174,9 @@ def train_step(
 
 
 class StopSignal:
-    """Ctrl-C, SIGTERM, SIGUSR1 or the existence of ``file`` asks for a checkpoint after this step and a clean end.
+    """Ctrl-C, SIGTERM, SIGUSR1 or the existence of ``file`` requests a checkpoint after this step and a clean end.
 
-    A second Ctrl-C leaves at once.
+    A second Ctrl-C ends the run immediately.
     """
 
     def __init__(self, file: Path, say: Callable[[str], None]) -> None:

@@ -1,6 +1,6 @@
-"""What FP8 asks of the settings, the model and the GPU, said before anything starts. See docs/gpu.md.
+"""Requirements of FP8 on settings, model and GPU, checked before anything starts. See docs/gpu.md.
 
-Pure functions over plain values: they are tested without a GPU, for GPUs that are not here.
+Pure functions over plain values, so tests without a GPU can cover any GPU.
 
 Sources: Transformer Engine's support matrix (https://nvidia.github.io/TransformerEngine/support_matrix.html) and its
 ``pytorch/quantization.py`` (``_compute_*_support``, ``get_align_size_for_quantization``, ``assert_dim_for_fp8_exec``);
@@ -51,7 +51,7 @@ def check_settings(config: Config) -> None:
 
 
 def check_model(config: Config, hf: conversion.HFConfig) -> None:
-    """Raises ValueError for a model whose matrices FP8 products cannot take in this layout, or too few layers."""
+    """Raises ValueError for a model whose matrix sizes FP8 does not support in this layout, or too few layers."""
     m, tp, unit = config.model, config.parallel.tp, alignment(config)
     if m.fp8 is None:
         return
@@ -87,7 +87,7 @@ def possible(capability: tuple[int, int] | None, cuda: str | None) -> list[str]:
 
 
 def check_device(config: Config, capability: tuple[int, int] | None, cuda: str | None, has_te: bool) -> None:
-    """Raises ValueError unless this GPU can do what ``model.fp8`` asks for.
+    """Raises ValueError unless this GPU supports ``model.fp8``.
 
     Args:
         capability: compute capability of the GPU, None without one.

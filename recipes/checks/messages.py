@@ -6,7 +6,7 @@ import errno
 
 
 def sentence(error: ValueError | OSError) -> str:
-    """One line for the user. An error that is not about a file is raised again: it is a defect, or the network's."""
+    """One line for the user. An error that is not about a file is raised again: it is a defect or a network error."""
     if isinstance(error, ValueError):
         return " ".join(str(error).split("\n"))
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

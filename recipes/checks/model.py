@@ -32,7 +32,7 @@ def check_device(config: Config) -> None:
 def check_model(config: Config, directory: Path, *, lengths: bool = True) -> None:
     """Refuse a layout, lengths or a precision that the model does not allow. Raises ValueError.
 
-    ``lengths=False`` leaves out what `too_long` says.
+    ``lengths=False`` skips the check of `too_long`.
     """
     hf, p = conversion.read_config(directory), config.parallel
     for what, size in (("attention heads", hf.num_heads), ("MLP columns", hf.ffn_hidden_size)):
@@ -62,7 +62,7 @@ def check_model(config: Config, directory: Path, *, lengths: bool = True) -> Non
 
 
 def too_long(config: Config, hf: HFConfig) -> str:
-    """What is wrong with sequences longer than the model's positions, and both ways out; empty when they fit."""
+    """Error for sequences longer than the model's positions, with two fixes; empty if they fit."""
     if config.rollout.max_model_len <= hf.max_positions:
         return ""
     prompt = hf.max_positions - config.rollout.max_tokens

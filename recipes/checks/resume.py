@@ -1,13 +1,13 @@
-"""Which settings may change when a run continues in its directory, and what becomes of a change.
+"""Settings that may change when a run continues in its directory.
 
-A run directory belongs to one run. Every key is of one of four classes:
+A run directory belongs to one run. Every key is in one of four classes:
 
     free      where and how fast it runs: changed at will, not shown
     recorded  visible in the numbers, harmless to what is learned: changed at will, shown in the run's history
     asked     what is learned, and from what: only with resume.allow_changes=true, shown in the run's history
     frozen    which model, problems and batches: refused, since the journal and the checkpoints would not fit
 
-A key that is not listed is asked for, so that a new one cannot change a run unseen.
+A key that is not listed is "asked", so that a new key cannot change a run unnoticed.
 """
 
 from __future__ import annotations

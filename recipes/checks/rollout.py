@@ -1,4 +1,4 @@
-"""Checks of what belongs together in generation: asynchrony, its correction, and how weights travel."""
+"""Checks of generation settings that depend on each other: asynchrony, its correction, weight transfer."""
 
 from __future__ import annotations
 

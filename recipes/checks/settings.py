@@ -23,7 +23,7 @@ from recipes.data.sources import GENERATORS
 from recipes.rewards.terms import check_reward
 
 MOST_RESPONSES = 1_000_000  # of one rollout step
-PLACEHOLDER = re.compile(r"<(.+)>")  # a value that the user must give, as in model.path: <Qwen2.5-7B>
+PLACEHOLDER = re.compile(r"<(.+)>")  # a value that the user must set, as in model.path: <Qwen2.5-7B>
 
 
 def load_checked(overrides: Sequence[str]) -> Config:
@@ -34,7 +34,7 @@ def load_checked(overrides: Sequence[str]) -> Config:
 
 
 def check(config: Config, *, data: bool = True) -> None:
-    """Refuse what cannot work, before anything starts. ``data``: whether the problems must be there already."""
+    """Refuse settings that cannot work, before anything starts. ``data``: whether the problems must already exist."""
     ranges.check(config)
     _check_algorithm(config)
     _check_sizes(config)
@@ -237,7 +237,7 @@ def _check_data(c: Config) -> None:
 
 
 def _check_data_name(name: str) -> None:
-    """What generates problems by itself needs no file; ``owner/name`` is a data set of the hub."""
+    """Generated problems need no file; ``owner/name`` is a data set of the hub."""
     if name in ("jsonl", "gsm8k"):
         raise ValueError(f"data.name={name} needs data.path=FILE.jsonl")
     if "/" not in name:

@@ -1,8 +1,8 @@
-"""From the rewards of a batch to its advantages: by group, or per token from a critic's values.
+"""Advantages of a batch from its rewards: per group, or per token from a critic's values.
 
-Entropy Dynamics (app. E.4) prints the recursion of GAE and nothing else. Ours: the reward comes on the last token of a
-response and nothing before it; advantages are whitened over the response tokens of the rollout batch; the critic's
-objective is the mean over response tokens of a mini-batch, whatever the policy's aggregation and selection are.
+Entropy Dynamics (app. E.4) prints only the recursion of GAE. Our choices: the reward is on the last token of a
+response; advantages are whitened over the response tokens of the rollout batch; the critic's objective is the mean over
+the response tokens of a mini-batch, independent of the policy's aggregation and selection.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from recipes.loop.metrics import StepMetrics
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """What the critic learns from a rollout batch, (T,) each: returns, and its values before the first update."""
+    """Targets of the critic for a rollout batch, (T,) each: returns, and its values before the first update."""
 
     returns_T: Tensor
     values_T: Tensor
@@ -41,10 +41,10 @@ def assign_advantages(
     critic: Critic | None,
     metrics: StepMetrics,
 ) -> Targets | None:
-    """Rewards, shaped, to advantages: one per response, or per token with a critic, whose targets are returned.
+    """Shape the rewards and compute advantages: per response, or per token with a critic, whose targets are returned.
 
-    ``logp_T``: of the response tokens before the first update. Written per token into the batch, and into the samples
-    (with a critic, the mean over their tokens).
+    ``logp_T``: of the response tokens before the first update. Advantages are written per token into the batch, and
+    into the samples (with a critic, the mean over their tokens).
     """
     groups_B = torch.tensor([s.group for s in samples])
     rewards_B = torch.tensor([s.reward for s in samples], dtype=torch.float64)
@@ -72,7 +72,7 @@ def assign_advantages(
 
 
 def _gae(config: Config, critic: Critic, rewards_B: Tensor, batch: TrainBatch, metrics: StepMetrics) -> Targets:
-    """Write advantages per token into the batch; returns what the critic is to learn."""
+    """Write advantages per token into the batch; returns the critic's targets."""
     with metrics.clock("values"):
         values_T = critic.values(batch)
     rewards_T = last_token_rewards(rewards_B, batch.offsets)
@@ -96,7 +96,7 @@ def update_critic(critic: Critic, targets: Targets, batch: TrainBatch, mini: Seq
     weights_B[index] = sequence_weights(
         "token_mean",
         lengths_B[index],
-        index,  # prompt groups play no part in this mean
+        index,  # this mean does not depend on prompt groups
         max_tokens=int(lengths_B.max()),
     )
     return critic.update(batch, mini, weights_B, targets.returns_T, targets.values_T)

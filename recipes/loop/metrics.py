@@ -1,4 +1,4 @@
-"""The numbers of one step, under the names that users of comparable systems know."""
+"""The metrics of one step, under the names that comparable systems use."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # importing Megatron takes seconds
 
 
 class StepMetrics:
-    """Collects what happens within one rollout step; :meth:`result` is the line of ``metrics.jsonl``.
+    """Collects the metrics of one rollout step; :meth:`result` is the line of ``metrics.jsonl``.
 
     Everything but ``timing_s/*`` and ``perf/*`` is a deterministic function of the journal and the weights.
     """
@@ -39,7 +39,7 @@ class StepMetrics:
 
     @contextmanager
     def clock(self, phase: str) -> Iterator[None]:
-        """Adds the time spent inside to ``timing_s/<phase>``, and tells the rank's heartbeat what it does."""
+        """Adds the time spent inside to ``timing_s/<phase>``, and sets the phase of the rank's heartbeat."""
         progress.at("rollout" if phase in ("wait", "eval") else phase, step=self.step - 1)
         begin = time.monotonic()
         yield
@@ -69,10 +69,10 @@ class StepMetrics:
     def agreement(
         self, samples: list[Sample], rollout_logp: Tensor, stats: TokenStats, *, version: int, limit: float
     ) -> None:
-        """Rollout engine against learner on the same tokens, where both used the weights of this step.
+        """Compare rollout engine and learner on the same tokens, where both used the weights of this step.
 
         Raises ValueError when their probabilities differ by more than ``limit`` on average: training on such ratios
-        goes wrong slowly and silently.
+        degrades slowly and without an error.
         """
         versions = torch.cat([torch.as_tensor(s.rollout.weight_versions, dtype=torch.long) for s in samples])
         same = versions == version
@@ -97,7 +97,7 @@ class StepMetrics:
         """From the statistics pass: the policy before this step's updates, over all response tokens.
 
         ``actor/entropy`` is the mean over tokens; ``actor/entropy_seq_mean`` the mean over responses of each one's mean
-        (CE-GPPO eq. 5, Clip-Low/Clip-High eq. 4), in which short responses weigh as much as long ones.
+        (CE-GPPO eq. 5, Clip-Low/Clip-High eq. 4), which gives short and long responses the same weight.
         """
         self.token_statistics = stats
         entropy_T = stats.entropy.double()
@@ -114,7 +114,7 @@ class StepMetrics:
         self._critic.append(result)
 
     def learner(self, learner: Learner, critic: Critic | None) -> None:
-        """What the learner computed in this step, and how evenly over its ranks. A collective of all ranks."""
+        """Speed of the learner in this step, and the balance over its ranks. A collective of all ranks."""
         self._work = learner.work_report(*(() if critic is None else (critic,)))
         self._values |= learner.packing_report()
 
@@ -148,7 +148,7 @@ class StepMetrics:
         return values | self._performance(seconds)
 
     def _performance(self, seconds: Mapping[str, float]) -> dict[str, float]:
-        """Speed and memory. Tokens are those of prompts and responses, each once, whatever passes are made of them."""
+        """Speed and memory. Tokens of prompts and responses count once, regardless of the number of passes."""
         learner_s = max(sum(seconds.get(phase, 0.0) for phase in LEARNER_PHASES), 1e-9)
         both = self._tokens + self._prompt_tokens
         values = {

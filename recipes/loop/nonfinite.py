@@ -1,8 +1,9 @@
-"""What happens to a batch whose reward, log-probability, loss or gradient is not a finite number (``train.nonfinite``).
+"""Handling of a batch whose reward, log-probability, loss or gradient is not finite (``train.nonfinite``).
 
-The check comes before the optimizer, so the weights are untouched. "stop" ends the run with the samples' ids, and a job
-is not requeued: the journal would give it the same batch again. "skip" goes on with the next batch. Either way the
-batch is noted in ``quarantine.jsonl`` of the run directory; with "skip" a later start passes it over without computing.
+The check comes before the optimizer step, so the weights do not change. "stop" ends the run and prints the samples'
+ids; the job is not requeued, because the journal would give it the same batch again. "skip" continues with the next
+batch. Both record the batch in ``quarantine.jsonl`` of the run directory; with "skip" a later start skips it without
+computing it.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from megatron_ext.rl.types import Sample, TokenStats
 
 FILE = "quarantine.jsonl"
 WHOLE = -1  # instead of the number of an update: the whole batch of a step
-SHOWN = 8  # samples in a message; the file has all
+SHOWN = 8  # samples in a message; the file has all of them
 T = TypeVar("T")
 
 
 class Guard:
-    """Decides for every rank alike; rank 0 writes."""
+    """Makes the same decision on every rank; rank 0 writes the file."""
 
     def __init__(self, config: Config, run_dir: Path) -> None:
         self._skip, self._most = config.train.nonfinite == "skip", config.train.nonfinite_in_a_row
@@ -38,7 +39,7 @@ class Guard:
         lines = control.broadcast_bytes(text, src=0).decode().splitlines()
         self._known = {(row["step"], row["update"]) for row in map(json.loads, filter(_whole, lines))}
         self._in_a_row = self._update = 0
-        self.skipped = 0  # updates of the present step; a whole batch counts as one
+        self.skipped = 0  # updates of the current step; a whole batch counts as one
 
     def accepts(
         self, step: int, samples: Sequence[Sample], rollout_logp: torch.Tensor, stats: TokenStats | None
@@ -59,7 +60,7 @@ class Guard:
         return True
 
     def update(self, step: int, samples: Iterable[Sample], call: Callable[[], T]) -> T | None:
-        """The result of one optimizer step on ``samples``, or None when it was passed over."""
+        """The result of one optimizer step on ``samples``, or None if it was skipped."""
         number, self._update = self._update, self._update + 1
         if self._skip and (step, number) in self._known:
             self.skipped += 1
@@ -73,7 +74,7 @@ class Guard:
         return result
 
     def _set_aside(self, step: int, update: int, what: str, samples: Sequence[Sample]) -> None:
-        """Note it. Raises NotFinite unless the run may go on."""
+        """Record the batch. Raises NotFinite unless the run may continue."""
         ids = [f"{sample.problem_id}#{sample.seq_id}" for sample in samples]
         if self._first and (step, update) not in self._known:
             with self._file.open("a", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""What a run writes, and what it shows while it runs. Rank 0 writes; on the other ranks the same calls do nothing."""
+"""Files and progress output of a run. Rank 0 writes; on the other ranks the same calls do nothing."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class RunDir:
         try:
             self._enter()
         except BaseException:
-            self._lock.close()  # refused: the directory is free again at once
+            self._lock.close()  # refused: release the directory immediately
             raise
         self._shared_attempt()
         return self
@@ -111,7 +111,7 @@ class RunDir:
 
     def _start_heartbeat(self, attempt: Path) -> None:
         rollout, run = self.config.rollout, self.config.run
-        # An answer comes within `timeout_s` while a server lives, and else one must come back within the other.
+        # A live server answers within `timeout_s`; without one, a server must return within `revive_timeout_s`.
         hang_s = run.hang_s or (HANG_S if torch.cuda.is_available() else CPU_HANG_S)
         limits = {"rollout": rollout.timeout_s + rollout.revive_timeout_s + hang_s}
         record, rank = progress.open_record(), torch.distributed.get_rank()
@@ -143,7 +143,7 @@ class RunDir:
             lock.release(self._lock)
 
     def begin(self, step: int, vocab_size: int | None = None) -> None:
-        """Cut the logs back to ``step``, from where the run continues.
+        """Truncate the logs to ``step``, from which the run continues.
 
         Args:
             vocab_size: of the model, for the warning of entropy near ln V.
@@ -178,7 +178,7 @@ class RunDir:
             self._display.say(text)
 
     def evaluated(self, metrics: Mapping[str, float], *, before: bool = False) -> None:
-        """Results of an evaluation, for the line of the step that follows (before training) or that is just done."""
+        """Record an evaluation, for the line of the next step (before training) or of the step just finished."""
         if not metrics or not self._first:
             return
         (self._before if before else self._val).update(metrics)
@@ -187,7 +187,8 @@ class RunDir:
         self.say(f"{'before training' if before else 'evaluation'}: {shown}")
 
     def log(self, metrics: StepMetrics, samples: list[Sample], record: Mapping[str, Any]) -> None:
-        """Write the step's line and completions; refresh the progress and, now and then, the report."""
+        """Write the step's line and completions; update the progress and, every `run.report_every` steps, the
+        report."""
         progress.at("report")
         if not self._first:
             return
@@ -210,11 +211,11 @@ class RunDir:
 
     @property
     def stop_file(self) -> Path:
-        """Whoever makes this file asks for a checkpoint at the next step boundary and a clean end."""
+        """If this file exists, the run saves a checkpoint at the next step boundary and ends."""
         return self.logs / STOP
 
     def stopped(self, step: int) -> None:
-        """Ended on request, or for want of a learning signal, after ``step``, with a checkpoint of it.
+        """Report the end of the run after ``step``, with a checkpoint: on request, or without a learning signal.
 
         Raises:
             ValueError: the run stopped itself.
@@ -251,7 +252,7 @@ class RunDir:
         step: int,
         best: Mapping[str, Any] | None,
     ) -> dict[str, Any]:
-        """Export the policy to ``best/`` when ``eval.best`` is higher than it was; what to remember of that.
+        """Export the policy to ``best/`` if ``eval.best`` has improved; returns the new entries of the run's state.
 
         A collective: every rank has the same ``values`` of the evaluation after ``step``, and the same ``best`` so far.
         """

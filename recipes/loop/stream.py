@@ -1,4 +1,4 @@
-"""The rollouts of a run as every rank sees them: from the journal if they are there, else collected live by rank 0."""
+"""The rollouts of a run on every rank: read from the journal if they are there, else collected live by rank 0."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from recipes.rollout.colocated import Sleeper, Turns
 
 
 class RolloutStream:
-    """Context manager. Rank 0 starts the engine when the first live rollouts are needed: a replay never does."""
+    """Context manager. Rank 0 starts the engine when the first live rollouts are needed, so never in a replay."""
 
     def __init__(
         self, config: Config, model_dir: Path, run_dir: Path, learner: Learner, critic: Critic | None = None
@@ -51,10 +51,10 @@ class RolloutStream:
             self._journal.close()
 
     def next(self, step: int, position: int, metrics: StepMetrics) -> tuple[dict[str, Any], list[Sample]]:
-        """The record and samples of a step; before live ones the engine gets the learner's present weights.
+        """The record and samples of a step. Before live rollouts the engine gets the learner's current weights.
 
-        With ``rollout.max_staleness`` k the collection of the k steps that follow begins here, to run beside the
-        training: a batch is begun with the weights of k steps before its own, and so never older.
+        With ``rollout.max_staleness`` k, collection for the next k steps starts here and runs beside the training. A
+        batch starts with the weights of k steps before its own, so its tokens are never older.
         """
         progress.at("rollout", step=step)
         ahead = self._config.rollout.max_staleness
@@ -94,7 +94,7 @@ class RolloutStream:
                 assert self._journal is not None
                 line = self._journal.copy("eval", step)
         elif not self._replay:
-            with self._serving(step):  # what is in flight for later steps goes on under these weights
+            with self._serving(step):  # requests in flight for later steps continue under these weights
                 if self._first:
                     assert self._journal is not None
                     line = self._journal.put(self._live().evaluate(step))
@@ -127,7 +127,7 @@ class RolloutStream:
 
     @contextlib.contextmanager
     def _serving(self, version: int) -> Iterator[None]:
-        """Inside, the engine serves the learner's present weights as ``version``. A collective."""
+        """Inside, the engine serves the learner's current weights as ``version``. A collective."""
         if self._turns is None:
             self._push(version)
             yield
@@ -136,7 +136,7 @@ class RolloutStream:
                 yield
 
     def _push(self, version: int) -> None:
-        """Give the engine the learner's weights as ``version``. A collective. Weights it has already are not sent."""
+        """Send the learner's weights to the engine as ``version``, unless it has them. A collective."""
         if self._served < 0 and version == 0 and not self._config.rollout.urls:
             self._served = 0  # the engine starts from the directory that the learner was loaded from
             if self._first:

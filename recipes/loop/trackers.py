@@ -1,12 +1,12 @@
-"""Experiment trackers, fed from the lines that `metrics.jsonl` gets: TensorBoard, W&B, MLflow, Trackio.
+"""Experiment trackers: TensorBoard, W&B, MLflow, Trackio. They get the lines of `metrics.jsonl`.
 
-Each tracker has a thread of its own with a queue. The loop puts a line into it and goes on: a tracker that hangs,
-fails or is slow costs the run nothing but that tracker's lines, and those are sent when the run is started again.
-`trackers.json` in the run directory remembers the tracker's name for the run and the last step that it has, so a
-resumed run continues there, and a step that is done again is not logged twice.
+Each tracker has a thread with a queue. The loop puts a line into the queue and continues, so a tracker that hangs,
+fails or is slow does not delay the run. Lines that it missed are sent when the run is started again. `trackers.json` in
+the run directory holds the tracker's id for the run and its last step, so a resumed run continues there, and a step
+that is repeated is not logged twice.
 
-None of the packages is a dependency. Credentials are read by the packages themselves, from their own environment
-variables and files; what is sent are numbers and the configuration without secrets and paths.
+None of the packages is a dependency. The packages read credentials themselves, from their own environment variables and
+files. Only numbers and the configuration without secrets and paths are sent.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from recipes.reporting.runs import read_jsonl
 
 STATE = "trackers.json"  # in the run directory: tracker -> {"id": its name for the run, "last": last step it has}
 QUEUE_LINES = 10_000
-CLOSE_S = 15.0  # how long the end of a run waits for what is still in the queues
+CLOSE_S = 15.0  # how long the end of a run waits for the queues
 
 
 class Tracker(Protocol):
-    """One tracker's client. Made and called in a thread of its own."""
+    """One tracker's client, used by its own thread only."""
 
     id: str  # by which the tracker finds the run again
 
@@ -158,7 +158,7 @@ TRACKERS: dict[str, Callable[[Config, Path, str | None, dict[str, Any]], Tracker
 
 
 class Sink:
-    """All trackers of a run. ``begin`` and ``log`` return at once; a failure ends that tracker alone."""
+    """All trackers of a run. ``begin`` and ``log`` return immediately; a failure ends only that tracker."""
 
     def __init__(self, config: Config, run_dir: Path, say: Callable[[str], None]) -> None:
         self._config, self._run_dir, self._say = config, run_dir, say
@@ -168,7 +168,7 @@ class Sink:
         self._dropped: set[str] = set()
 
     def begin(self) -> None:
-        """Start the trackers, after the logs were cut back to the step from where the run continues."""
+        """Start the trackers, after the logs were truncated to the step from which the run continues."""
         state = self._read_state()
         for name in dict.fromkeys(self._config.logging):
             self._queues[name] = queue.Queue(QUEUE_LINES)
@@ -177,7 +177,7 @@ class Sink:
             self._threads[name].start()
 
     def log(self, line: Mapping[str, Any]) -> None:
-        """Hand over a line of ``metrics.jsonl``."""
+        """Queue a line of ``metrics.jsonl``."""
         for name, lines in self._queues.items():
             try:
                 lines.put_nowait(dict(line))
@@ -187,7 +187,7 @@ class Sink:
                     self._say(f"note: {name} is too slow or hangs; its lines are left out until the next start")
 
     def close(self) -> None:
-        """Wait a little for what is still queued. What is not sent then is sent when the run is started again."""
+        """Wait up to `CLOSE_S` for queued lines. The rest is sent when the run is started again."""
         deadline = time.monotonic() + CLOSE_S
         for name, lines in self._queues.items():
             with_room = threading.Timer(0, lines.put, (None,))  # a full queue must not block the end of the run

@@ -1,8 +1,8 @@
-"""Signs that a run learns nothing or has lost its policy, said while it runs and not after it.
+"""Warnings, while a run goes on, that it learns nothing or that its policy has collapsed.
 
-A step gives no signal when nothing was trained, when all rewards of the batch are equal and the advantages are taken
-against a group's mean, or when every gradient was exactly zero. An entropy at 0 or at ln V (V: the vocabulary) is a
-policy that always says the same, or says anything.
+A step gives no signal when nothing was trained, when all rewards of the batch are equal and advantages are relative to
+the group mean, or when every gradient was exactly zero. An entropy near 0 means a policy that always gives the same
+response; an entropy near ln V (V: vocabulary size) means a uniform one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ENTROPY_TOP = 0.98  # of ln V
 
 
 class Watch:
-    """Looks at the lines of ``metrics.jsonl``, one after the other."""
+    """Checks the lines of ``metrics.jsonl``, one after the other."""
 
     def __init__(self, config: Config, vocab_size: int | None = None) -> None:
         self._config, self._vocab_size = config, vocab_size
@@ -28,7 +28,7 @@ class Watch:
         self.stalled = ""
 
     def observe(self, values: Mapping[str, Any]) -> list[str]:
-        """Warnings that a step's line gives rise to. Sets ``stalled`` when the run should stop, and says why."""
+        """Warnings for a step's line. Sets ``stalled`` to the reason when the run should stop."""
         reason = self.no_signal(values)
         self._silent = self._silent + 1 if reason else 0
         limit = self._config.train.stop_after_silent_steps
@@ -48,7 +48,7 @@ class Watch:
         return found
 
     def no_signal(self, values: Mapping[str, Any]) -> str:
-        """Why a step trained nothing; empty when it did."""
+        """The reason why a step trained nothing; empty if it did train."""
         if not values.get("rollout/samples", 1):
             return "no group had a difference in reward, so nothing was trained (advantage.drop_uniform_groups)"
         if values.get("critic/rewards/std") == 0 and self._config.advantage.name != "gae":
@@ -61,7 +61,7 @@ class Watch:
         return ""
 
     def _repeated(self, kind: str, bad: object, text: str) -> list[str]:
-        """The warning when ``bad`` has lasted WARN_AFTER steps, and again each time that has grown tenfold."""
+        """The warning when ``bad`` has lasted WARN_AFTER steps, and again after 10 and 100 times as many."""
         count = self._runs[kind] = self._runs.get(kind, 0) + 1 if bad else 0
         due = WARN_AFTER
         while due < count:
