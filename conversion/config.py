@@ -38,6 +38,8 @@ class Yarn:
     beta_slow: float  # and below which it is divided by the factor
     truncate: bool  # the range between the two is rounded outwards to whole dimensions
     attention_factor: float  # multiplies cosine and sine
+    mscale: float = 0.0  # latent attention only: their quotient is the attention factor, and the second scales scores
+    mscale_all_dim: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,21 @@ class Experts:
     groups: int = 1  # experts are chosen from the best `top_groups` groups
     top_groups: int = 1
     scaling: float = 1.0  # multiplies the weights of the chosen experts
+
+
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): widths of its projections, in channels.
+
+    Queries and keys of a head have `plain` channels that no position turns and `rotated` ones; the keys' rotated
+    channels are the same for all heads.
+    """
+
+    kv_rank: int  # of the latent from which keys and values are made
+    plain: int
+    rotated: int
+    value: int  # of each head
+    q_rank: int | None = None  # of the latent from which queries are made; None: they are projected at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +105,12 @@ class HFConfig:
     window: int | None = None  # a token sees itself and the `window - 1` tokens before it
     window_layers: tuple[bool, ...] = ()  # which layers have the window; empty: all
     experts: Experts | None = None
+    latent: Latent | None = None  # then `head_dim` is that of queries and keys
+
+    @property
+    def value_dim(self) -> int:
+        """Channels of the values of a head."""
+        return self.latent.value if self.latent else self.head_dim
 
     def sparse(self, layer: int) -> bool:
         """Whether a layer has experts."""
@@ -112,4 +135,15 @@ class HFConfig:
             "head": self.head_dim,
             "experts": self.experts.count if self.experts else 0,
             "expert_ffn": self.experts.ffn_hidden_size if self.experts else 0,
+            "v": self.num_heads * self.value_dim,
+            **(self._latent_sizes() if self.latent else {}),
+        }
+
+    def _latent_sizes(self) -> dict[str, int]:
+        assert self.latent is not None
+        return {
+            "q_latent": self.latent.q_rank or 0,
+            "kv_latent": self.latent.kv_rank,
+            "kv_down": self.latent.kv_rank + self.latent.rotated,
+            "kv_up": self.num_heads * (self.latent.plain + self.latent.value),
         }

@@ -196,5 +196,18 @@ def unconsumed(hf: HFConfig, checkpoint_names: Iterable[str]) -> list[str]:
     `lm_head.weight` of a tied model is not reported: whoever holds the tensors checks that it equals the embedding.
     """
     known = set(hf_shapes(hf)) | ({HF_OUTPUT} if hf.tied else set())
-    ignored = [re.compile(pattern) for pattern in find_family(hf.architecture).ignored]
-    return sorted(n for n in checkpoint_names if n not in known and not any(p.fullmatch(n) for p in ignored))
+    return sorted(n for n in checkpoint_names if n not in known and not _ignored(hf, n))
+
+
+def left_out(hf: HFConfig, checkpoint_names: Iterable[str]) -> list[str]:
+    """Names of weights in a checkpoint that belong to layers behind the last one, which no table reads."""
+    return sorted(n for n in checkpoint_names if (match := _ignored(hf, n)) and "beyond" in match.groupdict())
+
+
+def _ignored(hf: HFConfig, name: str) -> re.Match[str] | None:
+    """The match of a pattern of the family; a group `beyond` in it must name a layer that the model does not have."""
+    for pattern in find_family(hf.architecture).ignored:
+        match = re.fullmatch(pattern, name)
+        if match and int(match.groupdict().get("beyond") or hf.num_layers) >= hf.num_layers:
+            return match
+    return None

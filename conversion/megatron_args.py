@@ -59,9 +59,46 @@ def transformer_config(hf: HFConfig) -> dict[str, Any]:
         }
         if hf.mixed:
             kwargs["moe_layer_freq"] = [int(sparse) for sparse in hf.experts.sparse_layers]
+        if hf.experts.sigmoid:
+            kwargs |= {"moe_router_score_function": "sigmoid", "moe_router_pre_softmax": False}
+        if hf.experts.score_bias:  # a constant here: reinforcement learning must not move it between two passes
+            kwargs |= {"moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": 0.0}
+        if hf.experts.groups > 1:
+            kwargs |= {"moe_router_num_groups": hf.experts.groups, "moe_router_group_topk": hf.experts.top_groups}
+        if hf.experts.scaling != 1:
+            kwargs["moe_router_topk_scaling_factor"] = hf.experts.scaling
         if hf.experts.shared_ffn_hidden_size:
             kwargs["moe_shared_expert_intermediate_size"] = hf.experts.shared_ffn_hidden_size
             kwargs["moe_shared_expert_gate"] = hf.experts.shared_gate
+    return kwargs | latent_arguments(hf)
+
+
+def latent_arguments(hf: HFConfig) -> dict[str, Any]:
+    """What `MLATransformerConfig` takes besides, Megatron's configuration of latent attention; empty without it."""
+    if hf.latent is None:
+        return {}
+    kwargs: dict[str, Any] = {
+        "multi_latent_attention": True,
+        "q_lora_rank": hf.latent.q_rank,
+        "kv_lora_rank": hf.latent.kv_rank,
+        "qk_head_dim": hf.latent.plain,
+        "qk_pos_emb_head_dim": hf.latent.rotated,
+        "v_head_dim": hf.latent.value,
+        "qk_layernorm": True,
+        "rope_type": "rope",
+        "rotary_base": hf.rope.theta,
+        "rotary_scaling_factor": 1.0,
+    }
+    if (yarn := hf.rope.yarn) is not None:
+        kwargs |= {
+            "rope_type": "yarn",
+            "rotary_scaling_factor": hf.rope.factor,
+            "original_max_position_embeddings": yarn.original_positions,
+            "beta_fast": yarn.beta_fast,
+            "beta_slow": yarn.beta_slow,
+            "mscale": yarn.mscale or 1.0,
+            "mscale_all_dim": yarn.mscale_all_dim,
+        }
     return kwargs
 
 
@@ -77,7 +114,7 @@ def gpt_model_kwargs(hf: HFConfig, tp_size: int = 1, vocab_multiple: int = 1) ->
     return {
         "vocab_size": padded_vocab(hf.vocab_size, tp_size, vocab_multiple),
         "max_sequence_length": hf.max_positions,
-        "position_embedding_type": "yarn" if hf.rope.kind == "yarn" else "rope",
+        "position_embedding_type": "yarn" if hf.rope.kind == "yarn" and hf.latent is None else "rope",
         "rotary_percent": hf.rope.fraction,
         "rotary_base": int(theta) if theta.is_integer() else theta,
         "rope_scaling": hf.rope.kind == "llama3",
@@ -118,6 +155,7 @@ def megatron_lm_arguments(hf: HFConfig) -> dict[str, Any]:
         "use_rope_scaling": model["rope_scaling"],
         "rope_scaling_factor": model["rope_scaling_factor"],
         "untie_embeddings_and_output_weights": not hf.tied,
+        **latent_arguments(hf),
         "tensor_model_parallel_size": 1,  # of the checkpoint, which fits any
         "pipeline_model_parallel_size": 1,
     }
@@ -147,11 +185,19 @@ def beyond_gpt_model(hf: HFConfig) -> list[str]:
         for what, present in (
             ("norms behind attention and MLP", hf.norms != "before"),
             ("an RMSNorm over all heads of queries and keys", hf.qk_norm_over_heads),
+            ("norms of the latents whose epsilon is not that of the other norms", _own_latent_epsilon(hf)),
             ("constants that scale embedding, residual branches or logits", _scaled(hf)),
             ("rope constants other than Llama 3.1's", inverse_frequencies(hf) is not None),
         )
         if present
     ]
+
+
+LATENT_EPSILON = 1e-6  # of the norms of the latents: transformers leaves it at the default of its RMSNorm
+
+
+def _own_latent_epsilon(hf: HFConfig) -> bool:
+    return hf.latent is not None and hf.norm_eps != LATENT_EPSILON
 
 
 def _scaled(hf: HFConfig) -> bool:
@@ -165,6 +211,8 @@ def megatron_lm_flags(hf: HFConfig) -> list[str]:
     flags += ["--qk-layernorm"] if arguments["qk_layernorm"] else []
     if arguments["use_rope_scaling"]:
         flags += ["--use-rope-scaling", f"--rope-scaling-factor {hf.rope.factor:g}"]
+    if hf.latent is not None:
+        flags.append("--multi-latent-attention")
     if hf.rope.kind == "linear":
         flags.append(f"--rotary-seq-len-interpolation-factor {hf.rope.factor:g}")
     return flags
@@ -178,7 +226,7 @@ def yarn_attributes(hf: HFConfig) -> dict[str, Any]:
     kernel ignores that factor for packed sequences: switch `apply_rope_fusion` off.
     """
     yarn = hf.rope.yarn
-    if yarn is None:
+    if yarn is None or hf.latent is not None:
         return {}
     stretched = hf.rope.factor > 1
     return {

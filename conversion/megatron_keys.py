@@ -35,9 +35,13 @@ def own_slots(hf: HFConfig, name: str) -> list[Slot]:
 
     Layers are stacked, but numbered where some have experts and some not (`moe_layer_freq`). There are two places for
     the norm before a mixture of experts: Megatron's local layer looks for it under the fused name, the Transformer
-    Engine layer under its own.
+    Engine layer under its own. With latent attention it is the other way round, for the norms of the latents and for
+    that before a dense MLP.
     """
-    return _numbered_slots(hf, name)[: 1 + _has_two(hf, name)] if hf.mixed else _stacked_slots(hf, name)
+    if not hf.mixed:
+        return _stacked_slots(hf, name)
+    spelled_twice = _has_two(hf, name) or (hf.latent is not None and name.endswith("layernorm.weight"))
+    return _numbered_slots(hf, name)[: 1 + spelled_twice]
 
 
 def _has_two(hf: HFConfig, name: str) -> bool:
@@ -56,8 +60,14 @@ def _stacked_slots(hf: HFConfig, name: str) -> list[Slot]:
         key = f"decoder.layers.mlp.experts.experts.{rest}"
         return [Slot(key, (int(layer), int(expert)), (hf.num_layers, hf.experts.count))]
     plain, lead, extents = f"decoder.layers.{rest}", (int(layer),), (hf.num_layers,)
-    keys = {te_name(plain, moe=_has_two(hf, name)): None, te_name(plain): None}
+    keys = dict.fromkeys(_spellings(hf, name, plain))
     return [Slot(key, lead, extents) for key in keys]
+
+
+def _spellings(hf: HFConfig, name: str, key: str) -> tuple[str, ...]:
+    """What a parameter may be called: first by Transformer Engine's layers, then by Megatron's local ones."""
+    latent, moe = hf.latent is not None, _has_two(hf, name)
+    return te_name(key, moe=moe, latent=latent), key if latent else te_name(key)
 
 
 def _numbered_slots(hf: HFConfig, name: str) -> list[Slot]:
@@ -71,7 +81,7 @@ def _numbered_slots(hf: HFConfig, name: str) -> list[Slot]:
         assert hf.experts is not None
         base = f"decoder.layers.{layer}.mlp.experts.experts."
         return [Slot(base + rest, (int(expert),), (hf.experts.count,)), Slot(f"{base}{expert}.{rest}")]
-    return [Slot(key) for key in dict.fromkeys((te_name(name, moe=_has_two(hf, name)), te_name(name), name))]
+    return [Slot(key) for key in dict.fromkeys((*_spellings(hf, name, name), name))]
 
 
 def find_slots(hf: HFConfig, keys: Iterable[str]) -> dict[str, Slot]:
@@ -104,6 +114,14 @@ def find_slots(hf: HFConfig, keys: Iterable[str]) -> dict[str, Slot]:
     return slots
 
 
+def _projections(hf: HFConfig) -> list[str]:
+    """The linear layers that make queries, keys and values."""
+    if hf.latent is None:
+        return ["self_attention.linear_qkv"]
+    queries = ["linear_q_proj"] if hf.latent.q_rank is None else ["linear_q_down_proj", "linear_q_up_proj"]
+    return [f"self_attention.{name}" for name in (*queries, "linear_kv_down_proj", "linear_kv_up_proj")]
+
+
 def extra_state_keys(hf: HFConfig) -> list[str]:
     """Keys of the (empty) extra states without which Megatron refuses to load a checkpoint into its linear layers."""
     keys = []
@@ -111,7 +129,7 @@ def extra_state_keys(hf: HFConfig) -> list[str]:
         prefix, place = "decoder.layers.", f"{layer}_{hf.num_layers}"
         if hf.mixed:
             prefix, place = f"decoder.layers.{layer}.", "0_1"
-        modules = ["self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention"]
+        modules = ["self_attention.linear_proj", "self_attention.core_attention", *_projections(hf)]
         if hf.experts is None or not hf.sparse(layer):
             modules += ["mlp.linear_fc1", "mlp.linear_fc2"]
         else:

@@ -54,22 +54,41 @@ def parse_config(raw: Mapping[str, Any]) -> HFConfig:
     if heads % kv_heads:
         raise ValueError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
     config.only("hidden_act", "silu", "swish", why="every known family here uses silu")
-    return HFConfig(
-        architecture=family.architecture,
-        raw=dict(raw),
-        num_layers=config.integer("num_hidden_layers", most=MOST_LAYERS),
-        hidden_size=hidden,
-        ffn_hidden_size=config.integer("intermediate_size"),
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim or hidden // heads,
-        vocab_size=config.integer("vocab_size"),
-        max_positions=config.integer("max_position_embeddings"),
-        norm_eps=config.number("rms_norm_eps"),
-        rope=_rope(config, family.rotary),
-        tied=config.flag("tie_word_embeddings"),
-        **family.options(config),
-    )
+    fields: dict[str, Any] = {
+        "architecture": family.architecture,
+        "raw": dict(raw),
+        "num_layers": config.integer("num_hidden_layers", most=MOST_LAYERS),
+        "hidden_size": hidden,
+        "ffn_hidden_size": config.integer("intermediate_size"),
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim or hidden // heads,
+        "vocab_size": config.integer("vocab_size"),
+        "max_positions": config.integer("max_position_embeddings"),
+        "norm_eps": config.number("rms_norm_eps"),
+        "rope": _rope(config, family.rotary),
+        "tied": config.flag("tie_word_embeddings"),
+    }
+    hf = HFConfig(**{**fields, **family.options(config)})
+    if hf.latent is not None:
+        _check_latent_rope(hf.rope)
+    return hf
+
+
+def _check_latent_rope(rope: Rope) -> None:
+    """Megatron's latent attention has a rotary embedding of its own, with fewer settings."""
+    if rope.kind not in ("default", "yarn"):
+        raise ValueError(f"rope_type={rope.kind} is not supported with latent attention: default and yarn are")
+    if rope.yarn is None:
+        return
+    above, below = rope.yarn.mscale or 1.0, rope.yarn.mscale_all_dim
+    if not rope.yarn.truncate or rope.yarn.attention_factor != _mscale(rope.factor, above) / _mscale(
+        rope.factor, below
+    ):
+        raise ValueError(
+            f"truncate={rope.yarn.truncate} with attention_factor={rope.yarn.attention_factor} is not supported with "
+            "latent attention: Megatron truncates, and derives the factor from mscale and mscale_all_dim"
+        )
 
 
 def _rope(config: Fields, rotary: str) -> Rope:
@@ -105,8 +124,8 @@ def _yarn(rope: Fields, factor: float, positions: int) -> Yarn:
         names = ", ".join(map(shown, unknown[:3]))
         raise ValueError(f"rope parameters {names} are not known together with YaRN: remove them")
     attention = rope.number("attention_factor", 0.0)
+    top, bottom = (rope.number(key, 0.0, above=False) for key in ("mscale", "mscale_all_dim"))
     if rope.get("attention_factor") is None:
-        top, bottom = (rope.number(key, 0.0, above=False) for key in ("mscale", "mscale_all_dim"))
         attention = _mscale(factor, top) / _mscale(factor, bottom) if top and bottom else _mscale(factor, 1.0)
     if factor == 1 and attention != 1:
         raise ValueError(f"attention_factor={attention} with factor=1 is not supported: Megatron derives one from both")
@@ -116,6 +135,8 @@ def _yarn(rope: Fields, factor: float, positions: int) -> Yarn:
         beta_slow=rope.number("beta_slow", 1.0, above=False) or 1.0,
         truncate=rope.flag("truncate", True),
         attention_factor=attention,
+        mscale=top,
+        mscale_all_dim=bottom,
     )
 
 

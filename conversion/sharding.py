@@ -18,6 +18,7 @@ VOCAB_TENSORS = ("embedding.word_embeddings.weight", "output_layer.weight")
 _LAYOUT: tuple[tuple[str, int, int], ...] = (
     (r"embedding\.word_embeddings\.weight|output_layer\.weight", 0, 1),
     (r"decoder\.layers\.\d+\.self_attention\.linear_qkv\.(weight|bias)", 0, 1),
+    (r"decoder\.layers\.\d+\.self_attention\.linear_(q_proj|(q|kv)_(up|down)_proj)\.weight", 0, 1),
     (r"decoder\.layers\.\d+\.self_attention\.linear_proj\.weight", 1, 1),
     (r"decoder\.layers\.\d+\.mlp\.(experts\.local_experts\.\d+\.|shared_experts\.)?linear_fc1\.(weight|bias)", 0, 2),
     (r"decoder\.layers\.\d+\.mlp\.(experts\.local_experts\.\d+\.|shared_experts\.)?linear_fc2\.weight", 1, 1),
@@ -25,7 +26,7 @@ _LAYOUT: tuple[tuple[str, int, int], ...] = (
 )
 _REPLICATED = re.compile(
     r"decoder\.final_layernorm\.weight|decoder\.layers\.\d+\.((input|pre_mlp)_layernorm\.weight|"
-    r"self_attention\.([qk]_layernorm\.weight|linear_proj\.(bias|post_layernorm\.weight))|"
+    r"self_attention\.((q|k|kv)_layernorm\.weight|linear_proj\.(bias|post_layernorm\.weight))|"
     r"mlp\.(linear_fc2\.(bias|post_layernorm\.weight)|router\.(weight|expert_bias)|shared_experts\.gate_weight))"
 )
 
@@ -33,8 +34,10 @@ _REPLICATED = re.compile(
 _TE_TO_LOCAL: tuple[tuple[str, str], ...] = (
     (r"(.*\.)self_attention\.linear_qkv\.layer_norm_(weight|bias)", r"\1input_layernorm.\2"),
     (r"(.*\.)mlp\.linear_fc1\.layer_norm_(weight|bias)", r"\1pre_mlp_layernorm.\2"),
+    (r"(.*\.self_attention\.)linear_(q|kv)_up_proj\.layer_norm_weight", r"\1\2_layernorm.weight"),
     (r"(.*\.mlp\.experts\.)(linear_fc[12]\.weight)(\d+)", r"\1local_experts.\3.\2"),
 )
+_LATENT_TO_TE = ((r"(.*\.self_attention\.)(q|kv)_layernorm\.weight", r"\1linear_\2_up_proj.layer_norm_weight"),)
 _LOCAL_TO_TE: tuple[tuple[str, str], ...] = (
     (r"(.*\.)input_layernorm\.(weight|bias)", r"\1self_attention.linear_qkv.layer_norm_\2"),
     (r"(.*\.)pre_mlp_layernorm\.(weight|bias)", r"\1mlp.linear_fc1.layer_norm_\2"),
@@ -47,9 +50,15 @@ def local_name(name: str) -> str:
     return _rename(name, _TE_TO_LOCAL)
 
 
-def te_name(name: str, moe: bool = False) -> str:
-    """The Transformer Engine layer spec's spelling; in a mixture of experts the norm before the MLP is not fused."""
-    return name if moe and "pre_mlp_layernorm" in name else _rename(name, _LOCAL_TO_TE)
+def te_name(name: str, moe: bool = False, latent: bool = False) -> str:
+    """The Transformer Engine layer spec's spelling.
+
+    In a mixture of experts the norm before the MLP is not fused; with latent attention those of the latents are, and
+    that before attention is not.
+    """
+    if (moe and "pre_mlp_layernorm" in name) or (latent and "input_layernorm" in name):
+        return name
+    return _rename(name, (*_LATENT_TO_TE, *_LOCAL_TO_TE) if latent else _LOCAL_TO_TE)
 
 
 def _rename(name: str, table: Sequence[tuple[str, str]]) -> str:

@@ -64,4 +64,4 @@ class Family:
     rotary: str = "whole"  # of each head: "whole", "partial" (`partial_rotary_factor`) or "partial, in pairs"
     ignored: tuple[str, ...] = (
         r".*\.rotary_emb\.inv_freq",
-    )  # patterns of tensors that can be computed from the config
+    )  # patterns of tensors that can be computed from the config, or with a group `beyond` of layers behind the last

@@ -83,6 +83,7 @@ class ForwardFlops:
         hf = self._hf
         total = 0.0
         for fed, response in samples:
-            attention = 2 * hf.num_heads * hf.head_dim * attended_pairs(hf, fed)  # scores, and as much for their sums
+            width = hf.num_heads * (hf.head_dim + hf.value_dim)  # of scores, and of the sums that they weigh
+            attention = width * attended_pairs(hf, fed)
             total += 2 * (self._layers * fed + attention + self._head * response)
         return total

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from conversion.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from conversion.families.glm4 import GLM4
+from conversion.families.glm4_moe import GLM4_MOE
 from conversion.families.granite import GRANITE
 from conversion.families.internlm3 import INTERNLM3
 from conversion.families.llama import LLAMA
@@ -20,7 +22,10 @@ from conversion.fields import shown
 from conversion.table import Family
 
 FAMILIES: dict[str, Family] = {
+    "DeepseekV2ForCausalLM": DEEPSEEK_V2,
+    "DeepseekV3ForCausalLM": DEEPSEEK_V3,
     "Glm4ForCausalLM": GLM4,
+    "Glm4MoeForCausalLM": GLM4_MOE,
     "GraniteForCausalLM": GRANITE,
     "InternLM3ForCausalLM": INTERNLM3,
     "LlamaForCausalLM": LLAMA,
@@ -36,12 +41,8 @@ FAMILIES: dict[str, Family] = {
     "SmolLM3ForCausalLM": SMOLLM3,
 }
 
-_MLA = "multi-head latent attention is not in the tables yet, nor in the packed attention of the learner"
 REFUSED: dict[str, str] = {
-    "DeepseekV2ForCausalLM": _MLA,
-    "DeepseekV3ForCausalLM": _MLA,
     "Gemma3ForConditionalGeneration": "Gemma-3 has two rotary bases, one for local and one for global layers",
-    "Glm4MoeForCausalLM": "the learner does not load the bias of its router, which is no parameter in Megatron",
     "Gemma3ForCausalLM": "Gemma-3 has two rotary bases, one for local and one for global layers; Megatron has one",
     "GptOssForCausalLM": "gpt-oss needs attention sinks and biased, clamped experts, which our attention lacks",
     "Olmo3ForCausalLM": "OLMo-3 scales the rotary embedding of its global layers alone; Megatron has one for all",

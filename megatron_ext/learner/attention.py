@@ -107,8 +107,8 @@ def _spread(start_N: Tensor, length_N: Tensor) -> tuple[Tensor, Tensor]:
 class PackedAttention(torch.nn.Module):
     """Causal attention over packed sequences; drop-in for Megatron's ``core_attention``.
 
-    query: (T, h, d); key, value: (T, g, d); returns (T, h * d), where T counts this rank's tokens. Any float dtype.
-    No parameters.
+    query: (T, h, d); key: (T, g, d); value: (T, g, v); returns (T, h * v), where T counts this rank's tokens. Any float
+    dtype. No parameters.
     """
 
     def __init__(
@@ -121,6 +121,8 @@ class PackedAttention(torch.nn.Module):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
     ) -> None:
         super().__init__()
         if config.attention_dropout:
@@ -159,7 +161,7 @@ class PackedAttention(torch.nn.Module):
         return torch.cat(outputs).index_select(0, place_T)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, position_NQ: Tensor | None) -> Tensor:
-        """(N, h, Q, d) of queries (N, h, Q, d), keys and values (N, g, K, d)."""
+        """(N, h, Q, v) of queries (N, h, Q, d), keys (N, g, K, d) and values (N, g, K, v)."""
         gqa = q.shape[1] != k.shape[1]
         if position_NQ is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=gqa)

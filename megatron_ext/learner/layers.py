@@ -1,7 +1,8 @@
 """Megatron's local transformer layers for every family that conversion knows, by layer spec.
 
 What Megatron-Core's own modules do not have, and some families need, is here: norms behind attention and MLP, an
-RMSNorm over all heads, constants that scale branches, embedding and logits, and rotary frequencies of other constants.
+RMSNorm over all heads, constants that scale branches, embedding and logits, rotary frequencies of other constants, and
+latent attention whose gradients are right under tensor parallelism.
 """
 
 from __future__ import annotations
@@ -13,15 +14,21 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import RowParallelLinear
-from megatron.core.transformer import TransformerConfig
+from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig, multi_latent_attention
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 import conversion
+from conversion.megatron_args import LATENT_EPSILON
 from megatron_ext.learner import ON_GPU
 from megatron_ext.learner.attention import PackedAttention
+
+if not isinstance(multi_latent_attention.TELinear, type):  # Megatron 0.16 takes its own stand-in for the package
+    multi_latent_attention.HAVE_TE = False
 
 
 def _device() -> torch.device:
@@ -96,9 +103,42 @@ class BranchProjection(RowParallelLinear):
         return output, bias
 
 
+class LatentNorm(RMSNorm):
+    """The norm of a latent, whose epsilon is fixed."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(config, hidden_size, LATENT_EPSILON)
+
+
+class LatentAttention(MLASelfAttention):  # type: ignore[misc]
+    """Megatron's latent attention with the gradient of the keys' rotated channels summed over tensor-parallel ranks.
+
+    Those channels are the same for all heads, and each rank has some heads. Megatron 0.16 cuts the projection that
+    makes them over the ranks and gathers its output, and in the backward pass gives every rank back its own gradient
+    alone. Here a hook gathers the output and cuts the sequence instead: Megatron then gathers the sequence of the
+    rotated channels, and sums their gradient. Without sequence parallelism it trains no mixture of experts.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.config.sequence_parallel:
+            self.linear_kv_down_proj.register_forward_hook(self._gather)
+
+    def _gather(self, module: Any, inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        whole = tensor_parallel.gather_from_tensor_model_parallel_region(output[0])
+        return scatter_to_sequence_parallel_region(whole), output[1]
+
+
 def needs_own_modules(hf: conversion.HFConfig) -> bool:
     """Whether a model needs modules of this file, which stand in Megatron's local layers alone."""
-    return hf.norms != "before" or hf.qk_norm_over_heads or hf.residual_scale != 1
+    return hf.norms != "before" or hf.qk_norm_over_heads or hf.residual_scale != 1 or hf.latent is not None
+
+
+_FUSED_WITH_LATENT = {
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+}
 
 
 def local_layer_specs(config: TransformerConfig, hf: conversion.HFConfig) -> list[ModuleSpec]:
@@ -109,10 +149,18 @@ def local_layer_specs(config: TransformerConfig, hf: conversion.HFConfig) -> lis
 
 def _local_layer(config: TransformerConfig, hf: conversion.HFConfig, experts: int | None) -> ModuleSpec:
     spec = get_gpt_layer_local_spec(
-        num_experts=experts, qk_layernorm=config.qk_layernorm, normalization=config.normalization
+        num_experts=experts,
+        qk_layernorm=config.qk_layernorm,
+        normalization=config.normalization,
+        multi_latent_attention=hf.latent is not None,
     )
     layer = spec.submodules
     attention = layer.self_attention.submodules
+    if hf.latent is not None:
+        layer.self_attention.module = LatentAttention
+        attention.q_layernorm = attention.kv_layernorm = LatentNorm
+        # Saved as Transformer Engine's layers do it, which fuse these norms. Megatron's local spec forgets to.
+        layer.sharded_state_dict_keys_map = dict(_FUSED_WITH_LATENT)
     attention.core_attention = PackedAttention
     identity = layer.pre_cross_attn_layernorm
     layer.input_layernorm = layer.pre_mlp_layernorm = identity if hf.norms == "after" else RMSNorm
@@ -121,7 +169,7 @@ def _local_layer(config: TransformerConfig, hf: conversion.HFConfig, experts: in
     if hf.qk_norm_over_heads:
         attention.q_layernorm = ModuleSpec(module=NormOverHeads, params={"keys": False})
         attention.k_layernorm = ModuleSpec(module=NormOverHeads, params={"keys": True})
-    if needs_own_modules(hf):
+    if hf.norms != "before" or hf.residual_scale != 1:
         branch = {"post_norm": hf.norms != "before", "scale": hf.residual_scale}
         attention.linear_proj = ModuleSpec(module=BranchProjection, params=branch)
         layer.mlp = copy.deepcopy(layer.mlp)  # Megatron shares it between calls

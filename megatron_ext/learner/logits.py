@@ -19,7 +19,7 @@ from conversion.sharding import shard
 from conversion.sources import HFSource, MegatronSource, Source, open_source
 from megatron_ext.learner import model as learner
 from megatron_ext.learner.attention import packed_sequences
-from megatron_ext.learner.weights import named_parameters
+from megatron_ext.learner.weights import named_weights
 
 LENGTHS = (7, 1, 15)
 
@@ -54,7 +54,7 @@ def _from_megatron(source: MegatronSource, prompts: list[Tensor]) -> Tensor:
             chunks = learner.build_chunks(hf, parallel, ModelConfig(dtype="float32"), optim=OptimConfig())
         device = learner.device()
         with torch.inference_mode(False), torch.no_grad():
-            for name, parameter in named_parameters(chunks).items():
+            for name, parameter in named_weights(chunks).items():
                 parameter.copy_(shard(name, source.rows(name, 0, megatron_shape(hf, name)[0]), 0, 1))
             bounds = torch.tensor([0, *(len(row) for row in prompts)]).cumsum(0).to(torch.int32)
             output = chunks[0].eval()(

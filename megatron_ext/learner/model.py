@@ -23,8 +23,9 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
@@ -170,8 +171,11 @@ def transformer_engine_settings(model: ModelConfig, moe: bool) -> dict[str, Any]
 def _without_transformer_engine(model: ModelConfig, hf: conversion.HFConfig) -> ModelConfig:
     """The same settings with Megatron's local layers. ValueError when others were asked for by name."""
     if model.transformer_impl == "transformer_engine" or model.fp8 is not None:
+        lacking = conversion.beyond_gpt_model(hf) or [
+            "latent attention with gradients summed over tensor-parallel ranks"
+        ]
         raise ValueError(
-            f"{hf.architecture} has {' and '.join(conversion.beyond_gpt_model(hf))}, which only the local layers have: "
+            f"{hf.architecture} has {' and '.join(lacking)}, which only the local layers have: "
             "set model.transformer_impl=local and model.fp8=null"
         )
     return dataclasses.replace(model, transformer_impl="local")
@@ -197,7 +201,11 @@ def transformer_config(hf: conversion.HFConfig, parallel: ParallelConfig, model:
     yarn = conversion.yarn_attributes(hf)
     if yarn and kernels.get("apply_rope_fusion"):
         kernels["apply_rope_fusion"] = False  # the fused kernel ignores YaRN's attention factor in packed sequences
-    config = TransformerConfig(
+    if hf.latent is not None:
+        # Megatron would sum the gradient of the queries' latent norm over tensor-parallel ranks, taking it for one of
+        # heads; our layers have the norm without being told.
+        architecture["qk_layernorm"] = False
+    config = (MLATransformerConfig if hf.latent is not None else TransformerConfig)(
         **architecture,
         **recomputation,
         **kernels,
@@ -269,6 +277,8 @@ def build_chunks(
                 put_value_head(model)
             model = model.to(device())
             chunks.append(Float16Module(config, model) if config.bf16 else model)
+            for router in (module for module in model.modules() if isinstance(module, TopKRouter)):
+                router._maintain_float32_expert_bias()
         ddp = DistributedDataParallelConfig(
             use_distributed_optimizer=optim.distributed,
             grad_reduce_in_fp32=config.bf16,

@@ -20,8 +20,8 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 import conversion
-from conversion.hf_files import HFReader
 from conversion.hf_to_megatron import check_source
+from conversion.pickled import open_hf
 from megatron_ext.learner import control
 
 BUCKET_BYTES = 256 << 20  # of full tensors, gathered at a time: a mixture has tens of thousands of small ones
@@ -29,20 +29,33 @@ _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"(.*\.local_experts\.)(\d+)(\..*)")
 
 
+def named_weights(chunks: list[Any]) -> dict[str, Tensor]:
+    """As `named_parameters`, with the biases of routers, which Megatron keeps as buffers in float32."""
+    return _named(chunks, lambda chunk: (*chunk.named_parameters(), *_router_biases(chunk)))
+
+
 def named_parameters(chunks: list[Any]) -> dict[str, torch.nn.Parameter]:
     """Parameters of this rank under model-wide names, spelled as in the local layer spec.
 
     Layers are counted over all pipeline stages, experts over all expert-parallel ranks.
     """
-    named: dict[str, torch.nn.Parameter] = {}
+    return _named(chunks, lambda chunk: chunk.named_parameters())
+
+
+def _router_biases(chunk: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return ((name, buffer) for name, buffer in chunk.named_buffers() if name.endswith(".router.expert_bias"))
+
+
+def _named(chunks: list[Any], tensors: Callable[[Any], Iterable[tuple[str, Any]]]) -> dict[str, Any]:
+    named: dict[str, Any] = {}
     for chunk in unwrap_model(chunks):
         # Megatron numbers layers from 1 over the whole model, parameters from 0 within the chunk.
         numbers = {str(i): layer.layer_number - 1 for i, layer in enumerate(chunk.decoder.layers)}
-        for name, parameter in chunk.named_parameters():
+        for name, tensor in tensors(chunk):
             match = _LAYER.match(name)
             if match:
                 name = f"decoder.layers.{numbers[match[1]]}.{name[match.end() :]}"
-            named[_global_expert(conversion.local_name(name), chunk.config)] = parameter
+            named[_global_expert(conversion.local_name(name), chunk.config)] = tensor
     return named
 
 
@@ -88,10 +101,10 @@ def import_hf(hf: conversion.HFConfig, directory: Path, chunks: list[Any], *, sk
 
     Raises ValueError for tensors that are missing, unknown or misshapen.
     """
-    reader = HFReader(directory)
+    reader = open_hf(directory)
     check_source(hf, reader)
     slices = _slices()
-    for name, parameter in named_parameters(chunks).items():
+    for name, parameter in named_weights(chunks).items():
         if name not in skip:
             full, part = conversion.import_tensor(hf, name, reader), slices(name)
             parameter.copy_(conversion.shard(name, full, part.rank, part.size))
@@ -107,12 +120,14 @@ def export_hf(
     A collective: all ranks must exhaust the iterator, which yields nothing on ranks other than 0. The ranks that hold
     the first replica of a bucket's slices gather them; when rank 0 is not the first of these, it is sent the result.
     """
-    mine, slices = named_parameters(chunks), _slices()
+    mine, slices = named_weights(chunks), _slices()
     rank = torch.distributed.get_rank()
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     names = conversion.megatron_names(hf)
     leading = [name in mine and slices(name).first_replica and slices(name).rank == 0 for name in names]
     some = next(iter(mine.values()))
+    # of every tensor, also those of other stages: all ranks hold the same dtypes
+    dtypes = {name: torch.float32 if name.endswith(".router.expert_bias") else some.dtype for name in names}
     shapes = {name: _padded_shape(hf, name, tp_size) for name in names}
     owners = dict(zip(names, _owners(names, leading, some.device), strict=True))
     for bucket in _buckets(names, owners, {name: math.prod(shapes[name]) * some.itemsize for name in names}):
@@ -124,7 +139,7 @@ def export_hf(
                 torch.distributed.send(_pack(fulls), dst=0)
         if rank == 0:
             if owner != 0:
-                empty = [torch.empty(shapes[name], dtype=some.dtype, device=some.device) for name in bucket]
+                empty = [torch.empty(shapes[name], dtype=dtypes[name], device=some.device) for name in bucket]
                 packed = torch.empty(sum(tensor.nbytes for tensor in empty), dtype=torch.uint8, device=some.device)
                 torch.distributed.recv(packed, src=owner)
                 fulls = _unpack(packed, empty)

@@ -43,6 +43,12 @@ def check_model(config: Config, directory: Path, *, lengths: bool = True) -> Non
             f"parallel.tp={p.tp} is neither a divisor nor a multiple of the model's {hf.num_kv_heads} key-value heads; "
             "choose one"
         )
+    if hf.latent is not None:
+        widths = {"latent of keys and values": hf.latent.kv_rank + hf.latent.rotated}
+        widths |= {"latent of queries": hf.latent.q_rank} if hf.latent.q_rank else {}
+        for what, size in widths.items():
+            if size % p.tp:
+                raise ValueError(f"parallel.tp={p.tp} does not divide the {size} channels of the model's {what}")
     stage_layers(p, hf.num_layers)
     _check_experts(config, hf)
     _check_window(config, hf)

@@ -71,6 +71,18 @@ def make_shared_expert_model(directory: Path) -> Path:
     return _save(Qwen2MoeForCausalLM, config, directory)
 
 
+def make_deepseek_model(directory: Path) -> Path:
+    """Random DeepSeek-V3: latent attention, a dense layer, and one with a shared expert and a biased choice of four."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    heads = {"num_key_value_heads": 4, "q_lora_rank": 12, "kv_lora_rank": 10, "v_head_dim": 6}
+    heads |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1}
+    experts |= {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+    config = DeepseekV3Config(**_SHAPE | heads | experts, num_hidden_layers=2, tie_word_embeddings=False)
+    return _save(DeepseekV3ForCausalLM, config, directory)
+
+
 _SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -90,6 +102,9 @@ def _save(model_class: Any, config: Any, directory: Path) -> Path:
         for parameter in model.parameters():
             if parameter.ndim == 1:  # biases start at 0 and norms at 1, where mistakes cannot be seen
                 parameter.add_(torch.randn_like(parameter) * 0.2)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(torch.randn_like(buffer) * 0.2)
     model.save_pretrained(directory)
     return directory
 

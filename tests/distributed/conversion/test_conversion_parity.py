@@ -36,6 +36,9 @@ LAYOUTS: dict[str, dict[str, dict[str, int]]] = {  # by case, where not DENSE; t
     "qwen3-moe": {"tp1": {}, "pp2": {"pp": 2}, "ep2": {"ep": 2}, "pp2-ep2": {"pp": 2, "ep": 2}},
     # one layout each, which uses everything that the family adds to the ones above
     **dict.fromkeys(("qwen3-moe-mixed", "qwen2-moe", "mixtral"), {"pp2-ep2": {"pp": 2, "ep": 2}}),
+    "deepseek-v2": {"pp2-ep2": {"pp": 2, "ep": 2}, "tp4": {"tp": 4}},
+    "deepseek-v3": {"tp2": {"tp": 2}, "tp2-sp-ep2-pp2": {"tp": 2, "sp": True, "ep": 2, "pp": 2}},
+    "glm4-moe": {"tp2-sp-ep2-pp2": {"tp": 2, "sp": True, "ep": 2, "pp": 2}},
     "qwen2-moe-mixed": {"tp2-sp-ep2-pp2": {"tp": 2, "sp": True, "ep": 2, "pp": 2}},
     "olmo2": {"tp2-sp": {"tp": 2, "sp": True}, "tp2-pp2": {"tp": 2, "pp": 2}},
     **dict.fromkeys(("llama3-odd", "smollm3", "granite", "glm4", "phi3"), {"tp2-pp2": {"tp": 2, "pp": 2}}),
@@ -54,6 +57,7 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_fac
 # Lengths that reach past the original one; then every optional parameter at an unusual value.
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
 ODD_YARN = {"factor": 2.5, "attention_factor": 1.3, "beta_fast": 4.0, "beta_slow": 0.5, "truncate": False}
+LATENT = {"kv_lora_rank": 28, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "num_key_value_heads": 8}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2-untied": ("Qwen2", {"tie_word_embeddings": False, "rms_norm_eps": 1e-3}),
@@ -99,6 +103,29 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "glm4": ("Glm4", {"head_dim": 16, "pad_token_id": 0}),
     "phi3": ("Phi3", {"pad_token_id": 0, "partial_rotary_factor": 0.75, "head_dim": 16, "hidden_size": 128}),
+    "deepseek-v2": (
+        "DeepseekV2",
+        {**LATENT, "q_lora_rank": None, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        | {"routed_scaling_factor": 1.5},
+    ),
+    # every setting that counts away from its default: groups, a bias that changes the choice, YaRN that scales scores
+    "deepseek-v3": (
+        "DeepseekV3",
+        {**LATENT, "q_lora_rank": 24, "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4}
+        | {"moe_intermediate_size": 32, "first_k_dense_replace": 1, "routed_scaling_factor": 2.5, "rms_norm_eps": 1e-4}
+        | {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0}},
+    ),
+    "glm4-moe": (
+        "Glm4Moe",
+        {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 2}
+        | {
+            "attention_bias": True,
+            "use_qk_norm": True,
+            "head_dim": 16,
+            "routed_scaling_factor": 1.5,
+            "pad_token_id": 0,
+        },
+    ),
     # transformers 5 has no InternLM3: a Llama with dynamic RoPE under its name is its oracle
     "internlm3": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 6.0}}),
 }
@@ -116,6 +143,9 @@ def _make(case: str, root: Path) -> None:
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:  # transformers starts biases at 0 and norms at 1, where mistakes cannot be seen
                 parameter.copy_(torch.randn_like(parameter) * 0.2 + (1.0 if "norm" in name else 0.0))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn_like(buffer) * 0.2)
         tokens = [torch.randint(SMALL["vocab_size"], (length,)) for length in LENGTHS]
         logits = torch.cat([model(row[None]).logits[0] for row in tokens])
     hf_dir = root / case / "hf"

@@ -38,6 +38,9 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+LATENT = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "num_key_value_heads": 8}
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1}
+ROUTED |= {"first_k_dense_replace": 1}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2-untied": ("Qwen2", {"tie_word_embeddings": False}),
@@ -68,13 +71,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("Granite", {"embedding_multiplier": 12.0, "attention_multiplier": 0.25, "logits_scaling": 8.0}),
     "glm4": ("Glm4", {"head_dim": 16, "pad_token_id": 0}),
     "phi3": ("Phi3", {"pad_token_id": 0}),
+    "deepseek-v2": (
+        "DeepseekV2",
+        LATENT | ROUTED | {"q_lora_rank": None, "first_k_dense_replace": 0, "n_shared_experts": 2},
+    ),
+    "deepseek-v3": ("DeepseekV3", LATENT | ROUTED | {"q_lora_rank": 24, "n_group": 1, "topk_group": 1}),
+    "glm4-moe": ("Glm4Moe", ROUTED | {"head_dim": 16, "attention_bias": True, "use_qk_norm": True}),
 }
 
 
 def make(case: str) -> tuple[conversion.HFConfig, dict[str, Tensor]]:
     """A small random model of transformers: its parsed config and its state dict under the names it has on disk."""
     prefix, extra = CASES[case]
-    config = getattr(transformers, prefix + "Config")(**SMALL, **extra)
+    config = getattr(transformers, prefix + "Config")(**{**SMALL, **extra})
     torch.manual_seed(0)
     model = getattr(transformers, prefix + "ForCausalLM")(config)
     raw = {**config.to_dict(), "architectures": [prefix + "ForCausalLM"]}

@@ -39,6 +39,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cases.make_moe_model(root / "moe")
     cases.make_olmo2_model(root / "olmo2")
     cases.make_shared_expert_model(root / "shared-expert")
+    cases.make_deepseek_model(root / "deepseek")
     gloo.run(PROCESSES, invariance.run, root, timeout_s=900)
     return root
 
