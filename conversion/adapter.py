@@ -19,6 +19,7 @@ from torch import Tensor
 from conversion.fields import Fields
 from conversion.hf_files import HFReader
 from conversion.pickled import PickledReader
+from conversion.quantised import DequantisedReader
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
@@ -65,7 +66,7 @@ class Adapter:
 class MergedReader:
     """A base model's reader that gives the weights with the adapter merged in."""
 
-    def __init__(self, base: HFReader | PickledReader, adapter: Adapter) -> None:
+    def __init__(self, base: HFReader | PickledReader | DequantisedReader, adapter: Adapter) -> None:
         self._base, self._adapter = base, adapter
         self.directory, self.tensors = base.directory, base.tensors
 

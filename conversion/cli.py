@@ -42,6 +42,11 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, default=default_threads(), help="default: %(default)s")
     parser.add_argument("--check-finite", action="store_true", help="refuse NaN and infinite numbers")
     parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue an interrupted conversion of the same source; keep what is written when interrupted",
+    )
+    parser.add_argument(
         "--overwrite",
         action="store_true",
         help="replace --out if it is a checkpoint made by this project, and holds nothing else",
@@ -81,10 +86,15 @@ def _terminate(number: int, _: object) -> None:
     raise _Terminated(number)
 
 
+def _left() -> str:
+    return "the same command continues" if "--resume" in sys.argv else "nothing was left behind"
+
+
 def run(main: Callable[[], int]) -> None:
     """Run a command; what a user can fix ends in one sentence and status 1 instead of a traceback.
 
-    SIGTERM and SIGHUP end it like an interrupt: temporary files are removed. The status is then 128 + the signal.
+    SIGTERM and SIGHUP end it like an interrupt: temporary files are removed, unless they are to be continued with
+    `--resume`. The status is then 128 + the signal.
     """
     torch.set_num_threads(1)  # conversion has threads of its own
     handlers = {number: signal.signal(number, _terminate) for number in (signal.SIGTERM, signal.SIGHUP)}
@@ -94,10 +104,10 @@ def run(main: Callable[[], int]) -> None:
         print(f"error: {error}", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:
-        print("interrupted: nothing was left behind", file=sys.stderr)
+        print(f"interrupted: {_left()}", file=sys.stderr)
         status = 130
     except _Terminated as signalled:
-        print("terminated: nothing was left behind", file=sys.stderr)
+        print(f"terminated: {_left()}", file=sys.stderr)
         status = 128 + int(signalled.args[0])
     finally:
         for number, handler in handlers.items():

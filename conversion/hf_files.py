@@ -27,6 +27,7 @@ from conversion.values import Values
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FLOAT8 = torch.float8_e4m3fn  # read only, with scales: see `quantised`
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PIECE_BYTES = 256 << 10  # hashed and written at a time: what was hashed is still in the processor's cache
@@ -95,6 +96,7 @@ class HFReader:
         self._entries: dict[str, Any] = manifest.get("files", {})
         self._running: dict[str, RunningCheck] = {}
         self.checked: set[str] = set()  # tensors that were read to the end and are what the manifest promises
+        self._whole: set[Path] = set()  # files that were compared as a whole
         self._fds: dict[Path, int] = {}
         for path in sorted(paths):
             self._open(path)
@@ -114,7 +116,7 @@ class HFReader:
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
-            if entry["dtype"] not in DTYPES:
+            if (dtype := FLOAT8 if entry["dtype"] == "F8_E4M3" else DTYPES.get(entry["dtype"])) is None:
                 raise ValueError(
                     f"tensor {name!r} in {path.name} has dtype {entry['dtype']}, which conversion does not know: "
                     f"convert the checkpoint to one of {', '.join(DTYPES)} first"
@@ -122,7 +124,7 @@ class HFReader:
             if name in self.tensors:
                 raise ValueError(f"tensor {name!r} is both in {self.tensors[name].path.name} and in {path.name}")
             start = 8 + length + entry["data_offsets"][0]
-            self.tensors[name] = Located(path, start, tuple(entry["shape"]), DTYPES[entry["dtype"]])
+            self.tensors[name] = Located(path, start, tuple(entry["shape"]), dtype)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a tensor, in memory of their own. KeyError for an unknown name."""
@@ -167,13 +169,15 @@ class HFReader:
         """
         if not self._entries:
             return "the source has no manifest to compare with"
+        names = list(names)
         for name in names if self._promised else ():
             if name not in self.checked:
                 self(name)
-        for path in () if self._promised else sorted({where.path for where in self.tensors.values()}):
+        for path in () if self._promised else sorted({self.tensors[name].path for name in names} - self._whole):
             if path.name not in self._entries:
                 raise ManifestError(f"the manifest of {self.directory} does not list {path.name}")
             check_file(path, self._entries[path.name])
+            self._whole.add(path)
         return "every tensor read is what the source's manifest promises"
 
     def __call__(self, name: str) -> Tensor:
@@ -203,12 +207,12 @@ class HFWriter:
 
     Every row once; the checksum of a tensor whose rows come in another order is read back at the end. All space is
     reserved at the start, so a full disk is noticed before any work is done. Blocks of different tensors may be written
-    from different threads.
+    from different threads, and by several writers of one directory, of which one makes the files.
 
     Args:
-        shapes: every tensor that will be written, in file order.
+        shapes: every tensor of the directory, in file order.
         dtypes: by name.
-        values: casts and counts the numbers.
+        make: create the files where they are not there yet; otherwise they must be.
     """
 
     def __init__(
@@ -217,10 +221,11 @@ class HFWriter:
         shapes: Mapping[str, tuple[int, ...]],
         dtypes: Mapping[str, torch.dtype],
         max_shard_size: int,
-        values: Values | None = None,
+        *,
+        make: bool = True,
     ) -> None:
         self.directory = directory
-        self._values = values or Values()
+        self._make = make
         self._fds: dict[Path, int] = {}
         self._where: dict[str, Located] = {}
         self._rows = dict.fromkeys(shapes, 0)  # written so far
@@ -253,16 +258,18 @@ class HFWriter:
         for name, (shape, dtype) in tensors.items():
             offset = 8 + len(head) + header[name]["data_offsets"][0]
             self._where[name] = Located(path, offset, shape, dtype)
-        fd = self._fds[path] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        os.posix_fallocate(fd, 0, 8 + len(head) + end)
-        _write_all(fd, memoryview(len(head).to_bytes(8, "little") + head), 0)
+        flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_CREAT if self._make else 0)
+        fd = self._fds[path] = os.open(path, flags, 0o644)
+        if self._make:
+            os.posix_fallocate(fd, 0, 8 + len(head) + end)
+            _write_all(fd, memoryview(len(head).to_bytes(8, "little") + head), 0)
 
-    def write(self, name: str, row: int, rows: Tensor) -> None:
-        """Write rows of a tensor, best beginning where its last block ended; casts to its dtype."""
+    def write(self, name: str, row: int, rows: Tensor, values: Values | None = None) -> None:
+        """Write rows of a tensor, best beginning where its last block ended; `values` casts to its dtype."""
         where = self._where[name]
         if row != self._rows[name]:
             self._jumped.add(name)
-        view = _bytes_of(self._values.cast(name, rows, where.dtype).contiguous())
+        view = _bytes_of((values or Values()).cast(name, rows, where.dtype).contiguous())
         offset = where.offset + row * where.row_bytes
         for at in range(0, len(view), PIECE_BYTES):
             piece = view[at : at + PIECE_BYTES]
@@ -277,19 +284,25 @@ class HFWriter:
             self._flushed[name] = end * where.row_bytes
             start_writeback(self._fds[where.path], where.offset + begun, self._flushed[name] - begun)
 
+    def digests(self, names: Iterable[str]) -> dict[str, str]:
+        """Checksums of tensors' bytes. ValueError when one was not written completely."""
+        names = list(names)
+        if short := [name for name in names if self._rows[name] != self._where[name].shape[0]]:
+            raise ValueError(f"tensors not written completely: {', '.join(short[:8])}")
+        return {n: self.stored_digest(n) if n in self._jumped else text(self._digests[n]) for n in names}
+
+    def stored_digest(self, name: str) -> str:
+        """The checksum of a tensor's bytes, read from its file."""
+        where = self._where[name]
+        return range_digest(where.path, where.offset, where.offset + where.row_bytes * where.shape[0])
+
     def finish(self) -> dict[str, str]:
         """Flush to disk; checksums of every tensor's bytes. ValueError when a tensor was not written completely."""
-        short = [name for name, rows in self._rows.items() if rows != self._where[name].shape[0]]
-        if short:
-            raise ValueError(f"tensors not written completely: {', '.join(short[:8])}")
+        digests = self.digests(self._rows)
         for fd in self._fds.values():
             os.fsync(fd)
         self.close()
-        return {name: text(digest) for name, digest in self._digests.items()} | {
-            name: range_digest(where.path, where.offset, where.offset + where.row_bytes * where.shape[0])
-            for name in self._jumped
-            if (where := self._where[name])
-        }
+        return digests
 
     def close(self) -> None:
         for fd in self._fds.values():

@@ -6,8 +6,6 @@ The result is in Megatron's `dist_checkpointing` format and loads at any TP, PP,
 from __future__ import annotations
 
 import argparse
-from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,15 +15,17 @@ from conversion.adapter import Adapter, MergedReader
 from conversion.config import HFConfig
 from conversion.hf_files import copy_side_files
 from conversion.locate import RELEASE, require
-from conversion.mapping import HF_OUTPUT, hf_parts, hf_shapes, unconsumed
+from conversion.mapping import HF_OUTPUT, hf_shapes, left_out, unconsumed
 from conversion.megatron_args import beyond_gpt_model, megatron_lm_flags
 from conversion.megatron_reader import HF_FILES
-from conversion.megatron_writer import Progress, Reader, Written, finish_megatron, write_share
+from conversion.megatron_writer import Plan, Progress, Reader, UnitWriter, finish_megatron
 from conversion.parse import read_config
 from conversion.pickled import open_hf
-from conversion.publish import TRACKER, check_manifest, published, require_space, write_manifest
+from conversion.publish import TRACKER, check_manifest, require_space, write_manifest
+from conversion.quantised import describe_unquantised
 from conversion.together import ALONE, Team, add_team, team_of
-from conversion.values import Values
+from conversion.units import Record, Work, job, kept_report
+from conversion.values import nonfinite_report
 
 LAYOUTS = ("flat", "megatron-lm")
 
@@ -59,6 +59,7 @@ def convert(
     dtype: torch.dtype | None = None,
     threads: int = 1,
     overwrite: bool = False,
+    resume: bool = False,
     allow_pickle: bool = False,
     check_finite: bool = False,
     layout: str = "flat",
@@ -71,6 +72,7 @@ def convert(
     What a manifest of the source promises is compared with the bytes as they are read.
 
     Args:
+        resume: continue an interrupted conversion of the same source, and leave what is written when interrupted.
         allow_pickle: read `pytorch_model.bin` where there are no safetensors.
         check_finite: NaN and infinite numbers are an error.
         adapter: directory of a PEFT LoRA adapter to merge into the weights.
@@ -80,69 +82,69 @@ def convert(
     Raises:
         ValueError, OSError: what is wrong with the source or the destination.
     """
-    hf_dir, values = require(hf_dir, "Hugging Face", "conversion.megatron_to_hf"), Values(check_finite)
+    hf_dir = require(hf_dir, "Hugging Face", "conversion.megatron_to_hf")
     check_manifest(hf_dir, contents=False)
-    hf = read_config(hf_dir)
-    reader: Reader = (base := open_hf(hf_dir, allow_pickle=allow_pickle))
+    hf, sources = read_config(hf_dir), [hf_dir, *([adapter] if adapter else [])]
+    reader = _open(hf, hf_dir, adapter, allow_pickle)
     try:
-        check_source(hf, base)
-        if adapter is not None:
-            lora = Adapter(adapter)
-            lora.check(hf_shapes(hf))
-            reader = MergedReader(base, lora)
-        sources = [hf_dir, *([adapter] if adapter else [])]
-        with published(out, overwrite, sources) if team.rank == 0 else nullcontext(None) as own:
-            partial = own or team.join(out)
-            checkpoint = partial if layout == "flat" else partial / RELEASE
+        plan = Plan(hf, reader, dtype)
+        this = job(sources, dtype=dtype, check_finite=check_finite, layout=layout)
 
-            def write(progress: Progress) -> tuple[Written, str]:
-                written = write_share(
-                    hf,
-                    reader,
-                    checkpoint,
-                    dtype=dtype,
-                    threads=threads,
-                    values=values,
-                    progress=progress,
-                    rank=team.rank,
-                    world=team.world,
-                )
-                return written, reader.check_rest(part for name in written.names for part in hf_parts(hf, name))
+        def prepare(partial: Path) -> None:
+            require_space(partial, plan.total_bytes)
+            _checkpoint(partial, layout).mkdir(exist_ok=True)
 
-            if own is None:
-                with team.at_work(partial) as alive:
-                    written, checked = write(lambda count: (progress(count), alive(count)))
-                    team.report(partial, {**asdict(written), "nonfinite": values.nonfinite})
-                return f"{checked}; {values.report()}"
-            require_space(partial, total_bytes(hf, reader, dtype))
-            checkpoint.mkdir(exist_ok=True)
-            team.open(partial)
-            written, checked = write(progress)
-            reports = team.collect(partial)
-            for report in reports:
-                values.nonfinite.update(report["nonfinite"])
-            shares = [written, *(Written.from_json(report) for report in reports)]
-            segments = finish_megatron(hf, reader, checkpoint, dtype, shares)
-            copy_side_files(hf_dir, checkpoint / HF_FILES)
-            if layout != "flat":
-                (partial / TRACKER).write_text(RELEASE, encoding="utf-8")
-            write_manifest(checkpoint, segments=segments, base_model=_name(hf_dir, adapter))
+        with team.directory(out, prepare, overwrite=overwrite, sources=sources, job=this, resume=resume) as place:
+            partial, alive = place
+            writer = UnitWriter(hf, reader, _checkpoint(partial, layout), plan, check_finite)
+            work = Work(plan.units, writer.write, writer.holds)
+            kept = work.run(partial, team.rank, team.world, threads, lambda count: (progress(count), alive(count)))
+            found = reader.check_rest(())
+            if team.rank == 0:
+                team.collect(partial)
+                records = work.records(partial)
+                found += f"; {nonfinite_report(records)}"
+                _finish(hf, hf_dir, partial, plan, records, layout, _name(hf_dir, adapter))
     finally:
         reader.close()
-    return f"{checked}; {values.report()}"
+    beyond = left_out(hf, reader.tensors)
+    return found + kept_report(kept, len(work.units)) + (f"; left out: {beyond[0]} and its layer" if beyond else "")
+
+
+def _checkpoint(partial: Path, layout: str) -> Path:
+    return partial if layout == "flat" else partial / RELEASE
+
+
+def _open(hf: HFConfig, hf_dir: Path, adapter: str | Path | None, allow_pickle: bool) -> Reader:
+    """The weights, checked against the config, with an adapter merged in."""
+    base = open_hf(hf_dir, allow_pickle=allow_pickle)
+    try:
+        check_source(hf, base)
+        if adapter is None:
+            return base
+        lora = Adapter(adapter)
+        lora.check(hf_shapes(hf))
+        return MergedReader(base, lora)
+    except BaseException:
+        base.close()
+        raise
+
+
+def _finish(
+    hf: HFConfig, hf_dir: Path, partial: Path, plan: Plan, records: list[Record], layout: str, base_model: str
+) -> None:
+    """Everything but the weights: index, configuration and tokenizer, Megatron-LM's tracker file, manifest."""
+    checkpoint = _checkpoint(partial, layout)
+    segments = finish_megatron(hf, checkpoint, plan, records)
+    copy_side_files(hf_dir, checkpoint / HF_FILES)
+    describe_unquantised(checkpoint / HF_FILES / "config.json")
+    if layout != "flat":
+        (partial / TRACKER).write_text(RELEASE, encoding="utf-8")
+    write_manifest(checkpoint, segments=segments, base_model=base_model)
 
 
 def _name(hf_dir: Path, adapter: str | Path | None) -> str:
     return hf_dir.resolve().name + (f" + {Path(adapter).resolve().name}" if adapter else "")
-
-
-def total_bytes(hf: HFConfig, reader: Reader, dtype: torch.dtype | None) -> int:
-    """Bytes of all tensors of the model in the dtype that they will have."""
-    total = 0
-    for name in hf_shapes(hf):
-        where = reader.tensors[name]
-        total += torch.Size(where.shape).numel() * (dtype or where.dtype).itemsize
-    return total
 
 
 def main() -> int:
@@ -160,19 +162,21 @@ def main() -> int:
     read_config(directory)  # the first thing to complain about
     reader = open_hf(directory, allow_pickle=args.allow_pickle)
     total = sum(torch.Size(where.shape).numel() * (dtype or where.dtype).itemsize for where in reader.tensors.values())
+    team = team_of(args)
     reader.close()
-    with cli.progress("Hugging Face -> Megatron", total) as advance:
+    with cli.progress("Hugging Face -> Megatron", total // team.world) as advance:
         report = convert(
             args.hf,
             args.out,
             dtype=dtype,
             threads=args.threads,
             overwrite=args.overwrite,
+            resume=args.resume,
             allow_pickle=args.allow_pickle,
             check_finite=args.check_finite,
             layout=args.layout,
             adapter=args.adapter,
-            team=team_of(args),
+            team=team,
             progress=advance,
         )
     print(report)

@@ -98,6 +98,14 @@ def megatron_shape(hf: HFConfig, megatron_name: str) -> tuple[int, ...]:
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
+def stored_dtype(megatron_name: str, asked: torch.dtype | None) -> torch.dtype | None:
+    """The dtype in which to store a tensor when another one is asked for; None: the one that it has.
+
+    The bias of a router stays as it is: Megatron keeps it in float32, and a rounded one chooses other experts.
+    """
+    return None if megatron_name.endswith(".router.expert_bias") else asked
+
+
 def import_tensor(hf: HFConfig, megatron_name: str, get: Callable[[str], Tensor]) -> Tensor:
     """One full (unsharded, unpadded) Megatron tensor, made of Hugging Face tensors.
 

@@ -104,6 +104,7 @@ class MegatronReader:
         self._slots = find_slots(self.hf, tensor_keys(self._metadata))
         self._pieces = _pieces(self._metadata, {slot.key: len(slot.lead) for slot in self._slots.values()})
         self._entries = (self.manifest or {"files": {}})["files"]
+        self._whole: set[str] = set()  # files that were compared as a whole
         self._reader = PieceReader(self.directory, self._metadata, {n: spans(e) for n, e in self._entries.items()})
         for name, slot in self._slots.items():
             self._check(name, slot)
@@ -156,16 +157,16 @@ class MegatronReader:
             raise ValueError(f"{slot.key} is not stored completely: {self.directory} was not written to its end")
         return block
 
-    def check_rest(self) -> str:
-        """Compare with the manifest what reading the weights has not: stretches that were not read in order.
+    def check_rest(self, names: Iterable[str] | None = None) -> str:
+        """Compare with the manifest what reading parameters has not: stretches that were not read in order.
 
-        Whole files where an older manifest knows no stretches. Returns a sentence on what was compared; ManifestError
-        names the tensor and the file.
+        Of the named parameters, or of all. Whole files where an older manifest knows no stretches. Returns a sentence
+        on what was compared; ManifestError names the tensor and the file.
         """
         if self.manifest is None:
             return "the source has no manifest to compare with"
         places, whole = self._metadata.storage_data or {}, set()
-        for slot in self._slots.values():
+        for slot in [self._slots[name] for name in (self._slots if names is None else names)]:
             for piece in self._pieces[slot.key, slot.lead]:
                 place = places[MetadataIndex(slot.key, piece.offsets)]
                 if (place.relative_path, place.offset) in self._reader.checked:
@@ -181,8 +182,9 @@ class MegatronReader:
                         f"{slot.key} in {self.directory / place.relative_path} does not have the bytes that the "
                         "manifest promises: copy the checkpoint again"
                     )
-        for name in sorted(whole):
+        for name in sorted(whole - self._whole):
             check_file(self.directory / name, self._entries[name])
+            self._whole.add(name)
         return "every byte read is what the source's manifest promises"
 
     def _fill(self, slot: Slot, pieces: Iterable[ChunkStorageMetadata], start: int, block: Tensor) -> int:

@@ -7,6 +7,7 @@ needed here.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 from collections import Counter
@@ -20,16 +21,44 @@ from torch import Tensor
 from conversion import cli
 from conversion.config import HFConfig
 from conversion.hf_files import HFWriter, copy_side_files
-from conversion.mapping import export_rows, hf_parts, hf_shapes
+from conversion.mapping import export_rows, hf_parts, hf_shapes, megatron_shape, stored_dtype
 from conversion.megatron_reader import MegatronReader
 from conversion.megatron_writer import Progress
-from conversion.parallel import for_each
 from conversion.parse import in_dialect
 from conversion.publish import published, write_manifest
-from conversion.values import Values
+from conversion.together import ALONE, Team, add_team, team_of
+from conversion.units import Record, Unit, Work, cut, job, kept_report
+from conversion.values import Values, nonfinite_report
 
 MAX_SHARD_SIZE = 5 * 10**9
 CARD_KEYS = ("base_model", "recipe", "method", "step", "data", "command", "commit")
+
+
+class _UnitWriter:
+    """Writes units of a model into the files of a Hugging Face directory; safe to share between threads."""
+
+    def __init__(self, reader: MegatronReader, writer: HFWriter, check_finite: bool) -> None:
+        self._reader, self._writer, self._check_finite = reader, writer, check_finite
+
+    def write(self, unit: Unit, progress: Progress) -> Record:
+        """Write the tensors of a unit. Its record: their checksums, and numbers that are not finite."""
+        hf, values = self._reader.hf, Values(self._check_finite)
+        parts: list[str] = []
+        for name in unit.names:
+            for start, block in self._reader.blocks(name):
+                for part, row, rows in export_rows(hf, name, start, block):
+                    self._writer.write(part, row, rows, values)
+                progress(block.nbytes)
+            parts += hf_parts(hf, name)
+        self._reader.check_rest(unit.names)
+        return {"digests": self._writer.digests(parts), "nonfinite": values.nonfinite}
+
+    def holds(self, unit: Unit, record: Record) -> bool:
+        """Whether the tensors of a unit are in their files, with the bytes that its record promises."""
+        digests, parts = record["digests"], [part for name in unit.names for part in hf_parts(self._reader.hf, name)]
+        if list(digests) != parts or not isinstance(record["nonfinite"], dict):
+            return False
+        return all(self._writer.stored_digest(part) == digests[part] for part in parts)
 
 
 def convert(
@@ -41,9 +70,11 @@ def convert(
     max_shard_size: int = MAX_SHARD_SIZE,
     threads: int = 1,
     overwrite: bool = False,
+    resume: bool = False,
     card: Mapping[str, Any] | None = None,
     dialect: int | None = None,
     check_finite: bool = False,
+    team: Team = ALONE,
     progress: Progress = lambda count: None,
 ) -> str:
     """Write `out` completely or not at all; a sentence on what was found in the numbers.
@@ -55,30 +86,39 @@ def convert(
         hf_config: directory with config.json, for checkpoints that do not bring their own.
         dialect: write config.json as transformers 4 or 5 does; None: as it was read.
         card: facts for the model card (`CARD_KEYS`); those in the checkpoint's manifest are the default.
+        resume: continue an interrupted conversion of the same source, and leave what is written when interrupted.
+        team: this process's place among several that share the work; rank 0 publishes.
 
     Raises:
         ValueError, OSError: what is wrong with the source or the destination, in one sentence.
     """
-    reader, values = MegatronReader(megatron_dir, hf_config), Values(check_finite)
-    dtypes = {part: dtype or reader.dtype(name) for name in reader.names() for part in hf_parts(reader.hf, name)}
+    reader = MegatronReader(megatron_dir, hf_config)
+    hf, sources = reader.hf, [reader.directory, reader.hf_dir]
+    dtypes = {part: stored_dtype(n, dtype) or reader.dtype(n) for n in reader.names() for part in hf_parts(hf, n)}
     facts = {key: (reader.manifest or {}).get(key) for key in CARD_KEYS} | dict(card or {})
+    units = cut({n: reader.dtype(n).itemsize * math.prod(megatron_shape(hf, n)) for n in reader.names()})
+    this = job(sources, dtype=dtype, check_finite=check_finite, max_shard_size=max_shard_size)
 
-    def export(name: str) -> None:
-        for start, block in reader.blocks(name):
-            for part, row, rows in export_rows(reader.hf, name, start, block):
-                writer.write(part, row, rows)
-            progress(block.numel() * dtypes[next(iter(hf_parts(reader.hf, name)))].itemsize)
+    def files(partial: Path, make: bool = False) -> HFWriter:
+        return HFWriter(partial, hf_shapes(hf), dtypes, max_shard_size, make=make)
 
-    with published(out, overwrite, [reader.directory, reader.hf_dir]) as partial:
-        writer = HFWriter(partial, hf_shapes(reader.hf), dtypes, max_shard_size, values)
-        try:
-            for_each(export, reader.names(), threads)
-            checked = reader.check_rest()
-            digests = writer.finish()
-        finally:
-            writer.close()
-        finish_directory(partial, reader.hf, reader.hf_dir, dtypes, facts, digests, dialect)
-    return f"{checked}; {values.report()}"
+    def prepare(partial: Path) -> None:
+        files(partial, make=True).close()
+
+    with team.directory(out, prepare, overwrite=overwrite, sources=sources, job=this, resume=resume) as place:
+        partial, alive = place
+        with contextlib.closing(files(partial)) as writer:
+            unit_writer = _UnitWriter(reader, writer, check_finite)
+            work = Work(units, unit_writer.write, unit_writer.holds)
+            kept = work.run(partial, team.rank, team.world, threads, lambda count: (progress(count), alive(count)))
+        found = reader.check_rest(())
+        if team.rank == 0:
+            team.collect(partial)
+            records = work.records(partial)
+            found += f"; {nonfinite_report(records)}"
+            digests = {part: digest for record in records for part, digest in record["digests"].items()}
+            finish_directory(partial, hf, reader.hf_dir, dtypes, facts, digests, dialect)
+    return found + kept_report(kept, len(units))
 
 
 def write_hf(
@@ -176,15 +216,13 @@ def main() -> int:
     parser.add_argument("--hf-config", metavar="DIR", help="directory with config.json, if the checkpoint has none")
     for key in CARD_KEYS:
         parser.add_argument(f"--{key.replace('_', '-')}", help="for the model card")
+    add_team(parser)
     add_export(parser)
     args = parser.parse_args()
-    dtype = cli.DTYPES.get(args.dtype)
+    dtype, team = cli.DTYPES.get(args.dtype), team_of(args)
     reader = MegatronReader(args.megatron, args.hf_config)
-    total = 0
-    for name in reader.names():
-        for shape in hf_parts(reader.hf, name).values():
-            total += torch.Size(shape).numel() * (dtype or reader.dtype(name)).itemsize
-    with cli.progress("Megatron -> Hugging Face", total) as advance:
+    total = sum(reader.dtype(n).itemsize * math.prod(megatron_shape(reader.hf, n)) for n in reader.names())
+    with cli.progress("Megatron -> Hugging Face", total // team.world) as advance:
         report = convert(
             args.megatron,
             args.out,
@@ -193,6 +231,8 @@ def main() -> int:
             max_shard_size=args.max_shard_size,
             threads=args.threads,
             overwrite=args.overwrite,
+            resume=args.resume,
+            team=team,
             card={key: value for key in CARD_KEYS if (value := getattr(args, key)) is not None},
             dialect=args.config_dialect,
             check_finite=args.check_finite,

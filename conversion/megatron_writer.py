@@ -14,12 +14,10 @@ import itertools
 import json
 import math
 import os
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -38,20 +36,22 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from conversion.adapter import MergedReader
 from conversion.config import HFConfig
-from conversion.digests import bulk_digest, text
+from conversion.digests import bulk_digest, range_digest, text
 from conversion.hf_files import PIECE_BYTES, WRITEBACK_BYTES, HFReader, start_writeback
-from conversion.mapping import hf_parts, import_rows, megatron_names, megatron_shape, row_unit
+from conversion.mapping import hf_parts, import_rows, megatron_names, megatron_shape, row_unit, stored_dtype
 from conversion.megatron_args import megatron_lm_arguments
 from conversion.megatron_keys import extra_state_keys, own_slots
-from conversion.parallel import for_each, share
 from conversion.pickled import PickledReader
+from conversion.publish import spans
+from conversion.quantised import DequantisedReader
+from conversion.units import Record, Unit, cut
 from conversion.values import Values
 
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 FORMAT |= {"common_backend": "torch", "common_backend_version": 1}
 STORED_BYTES = 16 << 20  # of a piece: what a reader who wants any of it must find and check
 BLOCK_BYTES = 1 << 22  # in memory at a time, a few per thread
-Reader = HFReader | PickledReader | MergedReader
+Reader = HFReader | PickledReader | DequantisedReader | MergedReader
 Progress = Callable[[int], object]  # called with a number of bytes done, from any thread
 
 
@@ -65,6 +65,10 @@ class _Piece:
     stop: int
     sizes: torch.Size
     dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.sizes.numel() * self.dtype.itemsize
 
 
 def _row_ranges(hf: HFConfig, name: str, itemsize: int) -> Iterator[tuple[int, int]]:
@@ -84,19 +88,38 @@ def _step(size: int, unit: int, row_bytes: int) -> int:
     return max(size // (row_bytes * unit), 1) * unit
 
 
+class Plan:
+    """All pieces of a checkpoint in the order of a forward pass, cut into files, each of which is a unit of work."""
+
+    def __init__(self, hf: HFConfig, reader: Reader, dtype: torch.dtype | None) -> None:
+        self.pieces, self.metadata = _plan(hf, reader, dtype)
+        sizes: dict[str, int] = {}
+        for piece in self.pieces:
+            sizes[piece.name] = sizes.get(piece.name, 0) + piece.nbytes
+        self.units = cut(sizes)
+        self.total_bytes = sum(sizes.values())
+        self._by_name: dict[str, list[_Piece]] = {}
+        for piece in self.pieces:
+            self._by_name.setdefault(piece.name, []).append(piece)
+
+    def of(self, unit: Unit) -> list[_Piece]:
+        """The pieces of a unit."""
+        return [piece for name in unit.names for piece in self._by_name[name]]
+
+
 def _plan(hf: HFConfig, reader: Reader, dtype: torch.dtype | None) -> tuple[list[_Piece], Metadata]:
-    """All pieces in the order of a forward pass, and the checkpoint's index but for where the pieces will lie."""
+    """All pieces, and the checkpoint's index but for where the pieces will lie."""
     pieces: list[_Piece] = []
     tensors: dict[str, TensorStorageMetadata] = {}
     for name in megatron_names(hf):
-        shape = megatron_shape(hf, name)
+        shape, asked = megatron_shape(hf, name), stored_dtype(name, dtype)
         for slot in own_slots(hf, name):
             found = {reader.tensors[part].dtype for part in hf_parts(hf, name)}
-            properties = TensorProperties(dtype=dtype or next(iter(found)))
+            properties = TensorProperties(dtype=asked or next(iter(found)))
             whole = TensorStorageMetadata(properties, torch.Size((*slot.extents, *shape)), [])
             entry = tensors.setdefault(slot.key, whole)
             one = entry.properties.dtype
-            if dtype is None and found != {one}:
+            if asked is None and found != {one}:
                 mixed = ", ".join(sorted(map(str, found | {one})))
                 raise ValueError(f"{slot.key} would mix {mixed}: choose one with --dtype")
             for start, stop in _row_ranges(hf, name, one.itemsize):
@@ -155,6 +178,7 @@ class _File:
             self._flushed = self.size
 
     def close(self) -> None:
+        start_writeback(self._fd, self._flushed, self.size - self._flushed)
         os.close(self._fd)
 
 
@@ -165,147 +189,98 @@ class _IndexWriter(dcp.FileSystemWriter):
         return StorageMeta()
 
 
-_FIRST = "__0_0.distcp"
+class UnitWriter:
+    """Writes units of a plan, a file each; safe to share between threads."""
 
+    def __init__(self, hf: HFConfig, reader: Reader, out: Path, plan: Plan, check_finite: bool) -> None:
+        self._hf, self._reader, self._out, self._plan, self._check_finite = hf, reader, out, plan, check_finite
 
-class _Importer:
-    """Writes pieces into one file per thread."""
-
-    def __init__(self, hf: HFConfig, reader: Reader, out: Path, values: Values, progress: Progress) -> None:
-        self._hf, self._reader, self._out, self._values, self._progress = hf, reader, out, values, progress
-        self._stop = threading.Event()
-        self.results: list[WriteResult] = []
-        self.segments: dict[str, dict[int, str]] = {}
-
-    def write(self, shares: list[list[_Piece]], rank: int) -> None:
-        """A thread and a file for each share; the first error of any thread stops the others."""
-        files = [f"__{rank}_{number}.distcp" for number in range(len(shares))]
+    def write(self, unit: Unit, progress: Progress) -> Record:
+        """Write the file of a unit. Its record: where its pieces lie, checksums of stretches, numbers not finite."""
+        values, name = Values(self._check_finite), _file_name(unit)
+        (self._out / name).unlink(missing_ok=True)  # what a killed attempt left is not trusted
+        file, places = _File(self._out / name), []
         try:
-            for_each(self._write_file, zip(files, shares, strict=True), len(shares))
-        except BaseException:
-            self._stop.set()
-            raise
-
-    def _write_file(self, named: tuple[str, list[_Piece]]) -> None:
-        name, pieces = named
-        file, results = _File(self._out / name), []
-        try:
-            extra = self._extra_states(file, name) if name == _FIRST else []
-            for piece in pieces:
-                if self._stop.is_set():
-                    break
+            if unit.number == 0:
+                places = _extra_states(self._hf, file)
+            for piece in self._plan.of(unit):
                 start = file.begin_segment()
                 before, after = _frame(piece.sizes, piece.dtype)
                 file.write(before)
-                for block in self._blocks(piece):
+                for block in self._blocks(piece, values):
                     file.write(block.reshape(-1).view(torch.uint8).numpy().data)
+                    progress(block.nbytes)
                 file.write(after)
-                results.append(_result(piece.index, name, start, file.size))
-        except BaseException:
-            self._stop.set()
-            raise
+                places.append(_place(piece.index, start, file.size))
         finally:
             file.close()
-        self.segments[name] = file.segments()
-        self.results += extra + results
+        self._reader.check_rest(part for name in unit.names for part in hf_parts(self._hf, name))
+        return {"places": places, "segments": file.segments(), "size": file.size, "nonfinite": values.nonfinite}
 
-    def _blocks(self, piece: _Piece) -> Iterator[Tensor]:
+    def holds(self, unit: Unit, record: Record) -> bool:
+        """Whether the file of a unit is there, with the bytes that its record promises."""
+        path = self._out / _file_name(unit)
+        states = [MetadataIndex(key) for key in extra_state_keys(self._hf)] if unit.number == 0 else []
+        expected = [*states, *(piece.index for piece in self._plan.of(unit))]
+        if [_index(key, at) for key, at, *_ in record["places"]] != expected:
+            return False
+        if not isinstance(record["nonfinite"], dict) or not path.is_file() or path.stat().st_size != record["size"]:
+            return False
+        stretches = spans({"size": record["size"], "segments": record["segments"]})
+        return list(stretches)[:1] == [0] and all(
+            range_digest(path, start, stop) == digest for start, (stop, digest) in stretches.items()
+        )
+
+    def _blocks(self, piece: _Piece, values: Values) -> Iterator[Tensor]:
         row_bytes = piece.dtype.itemsize * (piece.sizes.numel() // (piece.stop - piece.start))
         step = _step(BLOCK_BYTES, row_unit(self._hf, piece.name), row_bytes)
 
         def rows(name: str, low: int, high: int) -> Tensor:
-            return self._values.cast(name, self._reader.rows(name, low, high), piece.dtype)
+            return values.cast(name, self._reader.rows(name, low, high), piece.dtype)
 
         for start in range(piece.start, piece.stop, step):
-            stop = min(start + step, piece.stop)
-            block = import_rows(self._hf, piece.name, start, stop, rows)
-            yield block
-            self._progress(block.nbytes)
-
-    def _extra_states(self, file: _File, name: str) -> list[WriteResult]:
-        nothing = io.BytesIO()
-        torch.save([None], nothing)
-        results = []
-        for key in extra_state_keys(self._hf):
-            start = file.size
-            file.write(nothing.getbuffer())
-            results.append(_result(MetadataIndex(key), name, start, file.size))
-        return results
+            yield import_rows(self._hf, piece.name, start, min(start + step, piece.stop), rows)
 
 
-def _result(index: MetadataIndex, file: str, start: int, end: int) -> WriteResult:
-    return WriteResult(index, end - start, _StorageInfo(file, start, end - start))
+def _file_name(unit: Unit) -> str:
+    return f"__0_{unit.number}.distcp"
 
 
-def _share(pieces: list[_Piece], count: int) -> list[list[_Piece]]:
-    """Divide the pieces into lists, each tensor whole: its source is then read in order and can be checked."""
-    tensors = [list(group) for _, group in itertools.groupby(pieces, key=lambda piece: piece.name)]
-    sizes = [sum(piece.sizes.numel() * piece.dtype.itemsize for piece in tensor) for tensor in tensors]
-    return [[piece for tensor in part for piece in tensor] for part in share(tensors, sizes, count)]
+def _extra_states(hf: HFConfig, file: _File) -> list[Place]:
+    nothing = io.BytesIO()
+    torch.save([None], nothing)
+    places = []
+    for key in extra_state_keys(hf):
+        start = file.size
+        file.write(nothing.getbuffer())
+        places.append(_place(MetadataIndex(key), start, file.size))
+    return places
 
 
-@dataclass
-class Written:
-    """What one process has written, as JSON can carry it."""
-
-    places: list[tuple[str, list[int] | None, str, int, int]]  # key, offsets, file, where it begins, its length
-    segments: dict[str, dict[int, str]]  # checksums by file and by where a stretch begins
-    names: list[str]  # Megatron parameters
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Written:
-        segments = {file: {int(at): text for at, text in found.items()} for file, found in content["segments"].items()}
-        return cls([tuple(place) for place in content["places"]], segments, content["names"])
+Place = tuple[str, list[int] | None, int, int]  # key, offsets, where it begins in its file, its length
 
 
-def write_share(
-    hf: HFConfig,
-    reader: Reader,
-    out: Path,
-    *,
-    dtype: torch.dtype | None,
-    threads: int,
-    values: Values,
-    progress: Progress,
-    rank: int = 0,
-    world: int = 1,
-) -> Written:
-    """Write one rank's tensors of a Hugging Face checkpoint into a directory, a file per thread.
-
-    The vocabulary is stored without padding, so any tensor-parallel size can load it.
-    """
-    pieces, _ = _plan(hf, reader, dtype)
-    mine = _share(_share(pieces, world)[rank], threads)
-    importer = _Importer(hf, reader, out, values, progress)
-    importer.write(mine, rank)
-    places = [
-        (r.index.fqn, None if r.index.offset is None else list(r.index.offset), s.relative_path, s.offset, s.length)
-        for r in importer.results
-        for s in [r.storage_data]
-    ]
-    names = list(dict.fromkeys(piece.name for part in mine for piece in part))
-    return Written(places, importer.segments, names)
+def _place(index: MetadataIndex, start: int, end: int) -> Place:
+    return index.fqn, None if index.offset is None else list(index.offset), start, end - start
 
 
-def finish_megatron(
-    hf: HFConfig, reader: Reader, out: Path, dtype: torch.dtype | None, shares: list[Written]
-) -> dict[str, dict[int, str]]:
-    """The index of what all ranks have written; checksums of segments by file name. ValueError when a piece lacks."""
-    pieces, metadata = _plan(hf, reader, dtype)
-    results = [
-        WriteResult(
-            MetadataIndex(key, None if at is None else torch.Size(at)), length, _StorageInfo(file, start, length)
-        )
-        for written in shares
-        for key, at, file, start, length in written.places
-    ]
-    if missing := {piece.index for piece in pieces} - {result.index for result in results}:
-        raise ValueError(
-            f"{len(missing)} pieces were not written, the first is one of {sorted(missing, key=str)[0].fqn}"
-        )
-    _IndexWriter(out).finish(metadata, [results])
+def _index(key: str, offsets: list[int] | None) -> MetadataIndex:
+    return MetadataIndex(key, None if offsets is None else torch.Size(offsets))
+
+
+def finish_megatron(hf: HFConfig, out: Path, plan: Plan, records: Sequence[Record]) -> dict[str, dict[int, str]]:
+    """Write the index of all units; checksums of stretches by file name. ValueError when a piece was not written."""
+    results, segments = [], {}
+    for unit, record in zip(plan.units, records, strict=True):
+        file = _file_name(unit)
+        segments[file] = {int(start): digest for start, digest in record["segments"].items()}
+        for key, at, start, length in record["places"]:
+            results.append(WriteResult(_index(key, at), length, _StorageInfo(file, start, length)))
+    if missing := {piece.index for piece in plan.pieces} - {result.index for result in results}:
+        raise ValueError(f"{len(missing)} pieces were not written, one of {sorted(missing, key=str)[0].fqn}")
+    _IndexWriter(out).finish(plan.metadata, [results])
     # Without a version Megatron-LM takes a checkpoint for one of 2019 and looks for query, key and value to reorder.
     common = {"args": argparse.Namespace(**megatron_lm_arguments(hf)), "checkpoint_version": 3.0, "iteration": 0}
     torch.save(common, out / "common.pt")
     (out / "metadata.json").write_text(json.dumps(FORMAT), encoding="utf-8")
-    return {file: found for written in shares for file, found in written.segments.items()}
+    return segments

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import TypeVar
@@ -20,10 +21,12 @@ def share(items: Sequence[Item], sizes: Sequence[int], count: int) -> list[list[
     return shares
 
 
-def for_each(function: Callable[[Item], object], items: Iterable[Item], threads: int) -> None:
+def for_each(
+    function: Callable[[Item], object], items: Iterable[Item], threads: int, stop: threading.Event | None = None
+) -> None:
     """Call `function` on every item. The first error of any thread, or a signal in this one, drops what has not begun.
 
-    Raises whatever `function` raises.
+    Raises whatever `function` raises. `stop` is then set, for what has begun.
     """
     with ThreadPoolExecutor(threads) as pool:
         try:
@@ -31,5 +34,7 @@ def for_each(function: Callable[[Item], object], items: Iterable[Item], threads:
             for future in wait(futures, return_when=FIRST_EXCEPTION).done:
                 future.result()
         except BaseException:
+            if stop is not None:
+                stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise

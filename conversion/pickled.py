@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from conversion.hf_files import NAMES, HFReader, read_index
+from conversion.hf_files import FLOAT8, NAMES, HFReader, read_index
 from conversion.locate import refuse_lfs_pointer
+from conversion.quantised import DequantisedReader
 
 INDEX, SINGLE = "pytorch_model.bin.index.json", "pytorch_model.bin"
 
@@ -55,12 +56,15 @@ class PickledReader:
         self.tensors = {}
 
 
-def open_hf(directory: str | Path, *, allow_pickle: bool = False) -> HFReader | PickledReader:
+def open_hf(directory: str | Path, *, allow_pickle: bool = False) -> HFReader | PickledReader | DequantisedReader:
     """The weights of a Hugging Face directory: safetensors where there are any. Errors as those of the readers."""
     directory = Path(directory)
     pickled = any((directory / name).is_file() for name in (INDEX, SINGLE))
     if not pickled or any(directory.glob("*.safetensors")):
-        return HFReader(directory)
+        reader = HFReader(directory)
+        if any(where.dtype == FLOAT8 for where in reader.tensors.values()):
+            return DequantisedReader(reader)
+        return reader
     if not allow_pickle:
         raise ValueError(
             f"{directory} has pickled weights only: pass --allow-pickle if you trust where they come from "

@@ -18,6 +18,7 @@ from conversion.digests import file_digest, file_matches, known, range_digest
 MANIFEST = "manifest.json"
 TRACKER = "latest_checkpointed_iteration.txt"  # by which Megatron-LM finds a checkpoint
 _WORK = ".megatron-gppo"  # suffix of the hidden directory beside the output that holds what is not published yet
+_JOB = "job"  # file in it: which conversion it is of
 _MARK = "temporary-of-megatron-gppo"  # file in it: whatever else is there was put there by this module
 _REPAIR = "copy it again, or remove the manifest if you changed the file on purpose"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -37,7 +38,14 @@ def working_directory(out: str | Path) -> Path:
 
 
 @contextlib.contextmanager
-def published(out: str | Path, overwrite: bool = False, sources: Iterable[str | Path] = ()) -> Iterator[Path]:
+def published(
+    out: str | Path,
+    overwrite: bool = False,
+    sources: Iterable[str | Path] = (),
+    *,
+    job: str = "",
+    resume: bool = False,
+) -> Iterator[Path]:
     """A private directory beside `out` to write into, renamed to `out` when the block succeeds.
 
     It is hidden, marked as this module's own and locked: what a killed process left there is removed, anything without
@@ -48,6 +56,8 @@ def published(out: str | Path, overwrite: bool = False, sources: Iterable[str | 
 
     Args:
         sources: directories that are read meanwhile; none of them may be `out`, contain it or lie inside it.
+        job: what is being done; a leftover of the same job can be continued.
+        resume: begin with such a leftover as it is, and leave the directory when the block fails.
 
     Raises:
         ValueError: `out` exists and may not be replaced, it overlaps a source, or another process is writing it.
@@ -64,10 +74,12 @@ def published(out: str | Path, overwrite: bool = False, sources: Iterable[str | 
             old.rename(target)  # a replacement was interrupted between its two renames
         if target.exists():
             require_replaceable(target, overwrite)
-        for leftover in (new, old):
-            if leftover.exists():
-                shutil.rmtree(leftover)
-        new.mkdir()
+        if not (resume and new.is_dir() and _read_text(work / _JOB) == job):
+            for leftover in (new, old):
+                if leftover.exists():
+                    shutil.rmtree(leftover)
+            new.mkdir()
+            (work / _JOB).write_text(job, encoding="utf-8")
         yield new
         _sync_tree(new)
         if target.exists():
@@ -76,6 +88,7 @@ def published(out: str | Path, overwrite: bool = False, sources: Iterable[str | 
         elif not _rename(new, target, _NOREPLACE):
             new.rename(target)
         _sync(target.parent)
+        resume = False  # there is nothing to continue
     except FileExistsError as error:
         raise ValueError(f"{out} was made by another process in the meantime: choose another directory") from error
     except OSError as error:
@@ -83,13 +96,18 @@ def published(out: str | Path, overwrite: bool = False, sources: Iterable[str | 
             raise ValueError(f"no space left for {out}: free some or choose another file system") from error
         raise
     finally:
-        if target.exists() or not old.exists():
+        if (target.exists() or not old.exists()) and not (resume and new.is_dir()):
             for leftover in (new, old):
                 shutil.rmtree(leftover, ignore_errors=True)
+            (work / _JOB).unlink(missing_ok=True)
             (work / _MARK).unlink(missing_ok=True)  # last: what is left after a crash here is still marked
             with contextlib.suppress(OSError):
                 work.rmdir()
         os.close(lock)
+
+
+def _read_text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
 def _target(out: str | Path, sources: Iterable[str | Path]) -> Path:
@@ -140,7 +158,8 @@ def _replace(new: Path, target: Path, old: Path) -> None:
 
 
 def require_space(directory: Path, size: int) -> None:
-    """ValueError when the file system of a directory has fewer than `size` bytes free."""
+    """ValueError when the file system of a directory has not room for `size` bytes, those in the directory included."""
+    size -= sum(512 * path.stat().st_blocks for path in directory.rglob("*") if path.is_file())
     if (free := shutil.disk_usage(directory).free) < size:
         raise ValueError(f"{size / 2**30:.1f} GiB are needed for {directory} but {free / 2**30:.1f} GiB are free")
 

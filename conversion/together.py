@@ -1,7 +1,7 @@
 """Several processes that write one checkpoint: under srun, or with `--rank R --world W --attempt NAME`.
 
 Rank 0 owns the private directory of `publish.published`. It opens it to the others, which write their share of the
-tensors there and report; when all have, rank 0 publishes. They meet through files alone, on any shared file system. A
+units there and report; when all have, rank 0 publishes. They meet through files alone, on any shared file system. A
 name of the attempt keeps a leftover of a killed one from being taken for this one.
 """
 
@@ -13,12 +13,13 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conversion.publish import working_directory
+from conversion.publish import published, working_directory
+from conversion.units import write_json
 
 _MEETING = ".together"  # directory inside the private one, gone before it is published
 _BEAT_S = 5.0
@@ -33,21 +34,54 @@ class Team:
     attempt: str = "alone"
     patience_s: float = 600.0  # without a sign of life, until a rank counts as lost
 
+    @contextlib.contextmanager
+    def directory(
+        self,
+        out: str | Path,
+        prepare: Callable[[Path], object],
+        *,
+        overwrite: bool,
+        sources: Iterable[str | Path],
+        job: str,
+        resume: bool,
+    ) -> Iterator[tuple[Path, Callable[[int], None]]]:
+        """The private directory to write into, and a callback to call with every block.
+
+        Rank 0 makes it (as `publish.published`), calls `prepare` with it and publishes it when the block ends; for the
+        others the end of the block means that their share is done.
+        """
+        if self.rank == 0:
+            with published(out, overwrite, sources, job=job, resume=resume) as partial:
+                prepare(partial)
+                self.open(partial)
+                yield partial, lambda count: None
+        else:
+            partial = self.join(out)
+            with self.at_work(partial) as alive:
+                yield partial, alive
+                self.report(partial, {"done": True})
+
     def open(self, partial: Path) -> None:
         """Rank 0: let the others in."""
+        if (partial / _MEETING).exists():
+            shutil.rmtree(partial / _MEETING)  # of an attempt that this one continues
         (partial / _MEETING).mkdir()
-        _write(partial / _MEETING / "attempt.json", {"attempt": self.attempt, "world": self.world})
+        write_json(partial / _MEETING / "attempt.json", self._sign())
+
+    def _sign(self) -> dict[str, Any]:
+        return {"attempt": self.attempt, "world": self.world}
+
+    def _is_open(self, partial: Path) -> bool:
+        with contextlib.suppress(OSError, ValueError):
+            return bool(json.loads((partial / _MEETING / "attempt.json").read_text()) == self._sign())
+        return False
 
     def join(self, out: str | Path) -> Path:
         """Any other rank: the directory that rank 0 has opened. ValueError when it does not within the patience."""
         partial, deadline = working_directory(out), time.monotonic() + self.patience_s
         while time.monotonic() < deadline:
-            with contextlib.suppress(OSError, ValueError):
-                if json.loads((partial / _MEETING / "attempt.json").read_text()) == {
-                    "attempt": self.attempt,
-                    "world": self.world,
-                }:
-                    return partial
+            if self._is_open(partial):
+                return partial
             time.sleep(0.1)
         raise ValueError(f"rank 0 did not begin with {out} within {self.patience_s:.0f} s: see what it says")
 
@@ -60,6 +94,8 @@ class Team:
             nonlocal last
             if time.monotonic() - last > _BEAT_S:
                 last = time.monotonic()
+                if not self._is_open(partial):
+                    raise ValueError("rank 0 has given up, or another attempt has begun: see what it says")
                 beat.write_text(str(time.time_ns()))
 
         alive(0)
@@ -71,10 +107,10 @@ class Team:
             raise
 
     def report(self, partial: Path, content: dict[str, Any]) -> None:
-        _write(partial / _MEETING / f"rank-{self.rank}.json", content)
+        write_json(partial / _MEETING / f"rank-{self.rank}.json", content)
 
-    def collect(self, partial: Path) -> list[dict[str, Any]]:
-        """Rank 0: what the others report, in order; closes the meeting. ValueError when one failed or is lost."""
+    def collect(self, partial: Path) -> None:
+        """Rank 0: wait until the others have reported, and close the meeting. ValueError when one failed or is lost."""
         reports: dict[int, dict[str, Any]] = {}
         signs: dict[int, tuple[str, float]] = {}
         while len(reports) < self.world - 1:
@@ -94,7 +130,6 @@ class Team:
             time.sleep(0.1)
         if (partial / _MEETING).exists():
             shutil.rmtree(partial / _MEETING)
-        return [reports[rank] for rank in sorted(reports)]
 
 
 ALONE = Team()
@@ -119,9 +154,3 @@ def team_of(args: argparse.Namespace) -> Team:
     if world > 1 and not args.attempt:
         raise ValueError("--world needs --attempt NAME: the same for all ranks, and another for every try")
     return Team(rank, world, args.attempt) if world > 1 else ALONE
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(temporary, path)

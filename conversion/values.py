@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,3 +63,11 @@ class Values:
             return "all numbers are finite"
         name, count = self.nonfinite.most_common(1)[0]
         return f"{self.nonfinite.total()} numbers are NaN or infinite, {count} of them in {name}"
+
+
+def nonfinite_report(records: Iterable[Mapping[str, Any]]) -> str:
+    """`Values.report` of all units of a conversion, from their records."""
+    values = Values()
+    for record in records:
+        values.nonfinite.update(record["nonfinite"])
+    return values.report()

@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
             dialect=args.config_dialect,
             threads=args.threads,
             overwrite=args.overwrite,
+            resume=args.resume,
             check_finite=args.check_finite,
             card=card,
         )

@@ -78,7 +78,9 @@ def _v3_options(config: Fields) -> dict[str, Any]:
 _SIZES = {**DEFAULTS, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 _V2 = {"n_shared_experts": 2, "n_routed_experts": 64, "moe_intermediate_size": 1407, "max_position_embeddings": 2048}
 _V3 = {"n_shared_experts": 1, "n_routed_experts": 256, "moe_intermediate_size": 2048, "max_position_embeddings": 4096}
-_V3 |= {"num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "norm_topk_prob": True}
-_V3 |= {"first_k_dense_replace": 3}
+_V3 |= {"num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "first_k_dense_replace": 3}
+_ROUTING = {"routed_scaling_factor": 2.5, "norm_topk_prob": True}
 DEEPSEEK_V2 = Family("DeepseekV2ForCausalLM", RULES, {**_SIZES, **_V2}, _v2_options)
-DEEPSEEK_V3 = Family("DeepseekV3ForCausalLM", RULES, {**_SIZES, **_V3}, _v3_options, ignored=(NEXT_TOKEN_LAYERS,))
+DEEPSEEK_V3 = Family(
+    "DeepseekV3ForCausalLM", RULES, {**_SIZES, **_V3, **_ROUTING}, _v3_options, ignored=(NEXT_TOKEN_LAYERS,)
+)

@@ -110,7 +110,7 @@ class LatentNorm(RMSNorm):
         super().__init__(config, hidden_size, LATENT_EPSILON)
 
 
-class LatentAttention(MLASelfAttention):  # type: ignore[misc]
+class LatentAttention(MLASelfAttention):
     """Megatron's latent attention with the gradient of the keys' rotated channels summed over tensor-parallel ranks.
 
     Those channels are the same for all heads, and each rank has some heads. Megatron 0.16 cuts the projection that
@@ -181,7 +181,14 @@ def _local_layer(config: TransformerConfig, hf: conversion.HFConfig, experts: in
 
 
 def finish_model(model: Any, hf: conversion.HFConfig) -> None:
-    """What GPTModel's constructor cannot be told: rotary frequencies, and constants on embedding and logits."""
+    """What GPTModel's constructor cannot be told: rotary frequencies, constants on embedding and logits, groups."""
+    if model.config.tensor_model_parallel_size > 1:
+        for name, parameter in model.named_parameters():
+            # Without expert parallelism Megatron 0.16 sums gradients of experts over the data-parallel ranks alone. But
+            # each tensor-parallel rank has all experts and sees part of the tokens: they belong to the group of expert
+            # data parallelism, which has these ranks too.
+            if ".mlp.experts." in name:
+                parameter.allreduce = False
     if (frequencies := conversion.inverse_frequencies(hf)) is not None:
         model.rotary_pos_emb.inv_freq = frequencies.to(model.rotary_pos_emb.inv_freq.device)
     if model.pre_process and hf.embedding_scale != 1:

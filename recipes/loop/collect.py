@@ -20,7 +20,7 @@ import torch
 from transformers import AutoTokenizer
 
 from configs.schema import Config
-from conversion.hf_files import HFReader
+from conversion.pickled import open_hf
 from megatron_ext.rl.advantages import informative_groups
 from megatron_ext.rl.types import Problem, Rollout, Sample
 from recipes.cluster.attempt import LATEST, LOGS
@@ -264,7 +264,7 @@ class Collector:
     def serve(self, model_dir: Path) -> None:
         """Send the weights in ``model_dir`` as version 0 to servers that already run: they may hold any others."""
         if self.config.rollout.urls:
-            reader = HFReader(model_dir)
+            reader = open_hf(model_dir)
             try:
                 self.engine.push(0, ((name, reader(name)) for name in reader.tensors))
             finally:

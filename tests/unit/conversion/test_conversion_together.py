@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import conversion
-from conversion import hf_to_megatron, megatron_to_hf
+from conversion import hf_to_megatron, megatron_to_hf, units
 from conversion.publish import working_directory
 from conversion.together import ALONE, Team, team_of
+from conversion.units import Work
 
 RAW: dict[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -43,38 +44,56 @@ def source(tmp_path: Path) -> Path:
     return directory
 
 
-def convert(source: Path, out: Path, world: int, ranks: list[int], **more: Any) -> list[Future[str]]:
+@pytest.fixture(autouse=True)
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "SMALLEST", 2000)
+
+
+def convert(
+    source: Path, out: Path, world: int, ranks: list[int], *, converter: Any = hf_to_megatron, **more: Any
+) -> list[Future[str]]:
     with ThreadPoolExecutor(world) as pool:
         teams = [Team(rank, world, "first", patience_s=more.pop("patience_s", 20.0)) for rank in ranks]
-        return [pool.submit(hf_to_megatron.convert, source, out, team=team, **more) for team in teams]
+        return [pool.submit(converter.convert, source, out, team=team, **more) for team in teams]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("world", [2, 5])
 @pytest.mark.parametrize("layout", ["flat", "megatron-lm"])
-def test_together_they_write_what_one_writes(source: Path, tmp_path: Path, world: int, layout: str) -> None:
-    out = tmp_path / "out"
-    done = convert(source, out, world, list(range(world))[::-1], layout=layout, threads=2)
-    assert all("all numbers are finite" in future.result() for future in done)
-    megatron_to_hf.convert(out, tmp_path / "back")
-    before, after = (load_file(d / "model.safetensors") for d in (source, tmp_path / "back"))
+def test_together_they_write_the_bytes_that_one_writes(source: Path, tmp_path: Path, world: int, layout: str) -> None:
+    done = convert(source, tmp_path / "in", world, list(range(world))[::-1], layout=layout, threads=2)
+    assert "all numbers are finite" in done[-1].result() and all(future.result() for future in done)
+    hf_to_megatron.convert(source, tmp_path / "alone", layout=layout, threads=3)
+    assert contents(tmp_path / "in") == contents(tmp_path / "alone")
+    assert sum(name.endswith(".distcp") for name in contents(tmp_path / "in")) > 5
+    done = convert(
+        tmp_path / "in", tmp_path / "back", world, list(range(world)), converter=megatron_to_hf, max_shard_size=6000
+    )
+    assert "all numbers are finite" in done[0].result() and all(future.result() for future in done)
+    megatron_to_hf.convert(tmp_path / "in", tmp_path / "back alone", max_shard_size=6000)
+    assert contents(tmp_path / "back") == contents(tmp_path / "back alone")
+    before = load_file(source / "model.safetensors")
+    after = {n: t for path in (tmp_path / "back").glob("*.safetensors") for n, t in load_file(path).items()}
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
-    root = out if layout == "flat" else out / "release"
-    files = json.loads((root / "manifest.json").read_text())["files"]
-    assert sum(name.endswith(".distcp") for name in files) == 2 * world
-    assert not [path for path in tmp_path.rglob("*") if "together" in path.name]
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".") and path.name != ".metadata"]
 
 
 def test_an_error_of_any_rank_ends_all_and_leaves_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_share = hf_to_megatron.write_share
+    run = Work.run
 
-    def breaks(*args: Any, rank: int, **more: Any) -> Any:
+    def breaks(self: Work, partial: Path, rank: int, *args: Any) -> int:
         if rank == 1:
             raise OSError("the disk of rank 1 is gone")
-        return write_share(*args, rank=rank, **more)
+        return run(self, partial, rank, *args)
 
-    monkeypatch.setattr(hf_to_megatron, "write_share", breaks)
+    monkeypatch.setattr(Work, "run", breaks)
     first, second = convert(source, tmp_path / "out", 2, [0, 1])
     with pytest.raises(ValueError, match="rank 1: the disk of rank 1 is gone"):
         first.result()
