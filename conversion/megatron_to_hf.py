@@ -26,6 +26,7 @@ from conversion.megatron_reader import MegatronReader
 from conversion.megatron_writer import Progress
 from conversion.parse import in_dialect
 from conversion.publish import published, write_manifest
+from conversion.quantised import QUANTISATION
 from conversion.together import ALONE, Team, add_team, team_of
 from conversion.units import Record, Unit, Work, cut, job, kept_report
 from conversion.values import Values, nonfinite_report
@@ -167,6 +168,7 @@ def finish_directory(
     config = dict(hf.raw)
     for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]:
         config[key] = str(main_dtype(hf_shapes(hf), dtypes)).removeprefix("torch.")
+    config.pop(QUANTISATION, None)  # what is written here never is
     if dialect is not None:
         config = in_dialect(config, dialect)
     if config != hf.raw:

@@ -20,7 +20,7 @@ from conversion.fields import Fields, shown
 from conversion.hf_files import DTYPES, FLOAT8, HFReader
 
 SCALE = "_scale_inv"  # behind the name of the weight
-KEY = "quantization_config"
+QUANTISATION = "quantization_config"
 
 
 class DequantisedReader:
@@ -34,7 +34,7 @@ class DequantisedReader:
         self._base, self.directory = base, base.directory
         raw: Any = json.loads((self.directory / "config.json").read_text(encoding="utf-8"))
         config = Fields(raw if isinstance(raw, dict) else {})
-        how = Fields(config.section(KEY), KEY)
+        how = Fields(config.section(QUANTISATION), QUANTISATION)
         how.only("quant_method", "fp8", why="of weights in 8 bits only those with a scale for every block can be read")
         self._block = how.integers("weight_block_size") or []
         if len(self._block) != 2 or 0 in self._block:
@@ -93,5 +93,5 @@ class DequantisedReader:
 def describe_unquantised(config: Path) -> None:
     """Rewrite a copy of config.json so that it says what the dequantised weights are."""
     raw = json.loads(config.read_text(encoding="utf-8"))
-    if raw.pop(KEY, None) is not None:
+    if raw.pop(QUANTISATION, None) is not None:
         config.write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -14,6 +14,7 @@ import conversion
 from configs.layout import stage_layers
 from configs.schema import Config
 from conversion import HFConfig
+from conversion.quantised import QUANTISATION
 from recipes.checks import fp8
 from recipes.data.sources import check_template, render_prompt
 
@@ -35,6 +36,11 @@ def check_model(config: Config, directory: Path, *, lengths: bool = True) -> Non
     ``lengths=False`` skips the check of `too_long`.
     """
     hf, p = conversion.read_config(directory), config.parallel
+    if QUANTISATION in hf.raw:
+        raise ValueError(
+            f"model.path={directory} has a {QUANTISATION}: servers would keep such weights where the learner sends "
+            "others; make a plain copy with conversion.hf_to_megatron and conversion.megatron_to_hf, and train that"
+        )
     for what, size in (("attention heads", hf.num_heads), ("MLP columns", hf.ffn_hidden_size)):
         if size % p.tp:
             raise ValueError(f"parallel.tp={p.tp} does not divide the model's {size} {what}; choose a divisor")

@@ -19,6 +19,8 @@ from torch import Tensor
 import conversion
 from conversion import hf_to_megatron, megatron_to_hf
 from conversion.config import Llama3Rope
+from conversion.mapping import left_out
+from conversion.megatron_keys import own_slots
 from conversion.parse import in_dialect
 
 SMALL: dict[str, Any] = {
@@ -41,6 +43,7 @@ LLAMA3_ROPE = {
 LATENT = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "num_key_value_heads": 8}
 ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1}
 ROUTED |= {"first_k_dense_replace": 1}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2-untied": ("Qwen2", {"tie_word_embeddings": False}),
@@ -367,6 +370,63 @@ def test_unknown_missing_and_misshapen_tensors_are_named() -> None:
         conversion.shard("decoder.layers.0.mystery.weight", torch.zeros(2), 0, 2)
     with pytest.raises(ValueError, match="cannot be cut into 3 equal parts"):
         conversion.shard(name, torch.zeros(48, 80), 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "message"),
+    [
+        ("deepseek-v3", {"norm_topk_prob": False}, "Megatron's router always normalises"),
+        (
+            "deepseek-v3",
+            {"n_group": 2, "topk_group": 2},
+            "best 2, Megatron's router by their best 1",
+        ),
+        ("deepseek-v3", {"n_group": 3}, "n_group=3 and topk_group=1 do not fit 4 experts"),
+        ("deepseek-v3", {"rope_interleave": False}, "rope_interleave=False in config.json is not supported"),
+        (
+            "deepseek-v3",
+            {"num_key_value_heads": 4},
+            "num_key_value_heads=4 .* must be num_attention_heads=8",
+        ),
+        ("deepseek-v3", {"first_k_dense_replace": 2}, "first_k_dense_replace=2 in config.json must be less than"),
+        ("deepseek-v3", {"moe_layer_freq": 2}, "moe_layer_freq=2"),
+        ("deepseek-v3", {"rope_parameters": LLAMA3_ROPE}, "rope_type=llama3 is not supported with latent attention"),
+        ("deepseek-v3", {"rope_parameters": {**YARN, "truncate": False}}, "truncate=False .* is not supported"),
+        ("deepseek-v3", {"rope_parameters": {**YARN, "mscale_all_dim": 1.0}}, "derives the factor from mscale"),
+        ("deepseek-v2", {"topk_method": "group_limited_greedy", "n_group": 2}, "Megatron's router by their best 2"),
+        ("deepseek-v2", {"norm_topk_prob": True}, "norm_topk_prob=True"),
+        ("glm4-moe", {"num_experts_per_tok": 9}, "num_experts_per_tok=9 must be between 1 and n_routed_experts=4"),
+    ],
+)
+def test_what_megatrons_router_and_latent_attention_have_not_is_refused(
+    case: str, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        conversion.parse_config({**make(case)[0].raw, **change})
+
+
+def test_layers_for_predicting_several_tokens_are_left_out_and_named() -> None:
+    hf, state = make("deepseek-v3")
+    inside, beyond = "model.layers.1.mlp.extra.weight", "model.layers.2.eh_proj.weight"
+    assert conversion.unconsumed(hf, [*state, inside, beyond]) == [inside]
+    assert left_out(hf, [*state, beyond]) == [beyond]
+    assert left_out(make("llama")[0], [beyond]) == []
+
+
+def test_the_norms_of_latents_are_where_both_kinds_of_layers_look() -> None:
+    hf = make("deepseek-v3")[0]  # the first layer is dense, the second has experts
+    keys = {name: [slot.key for slot in own_slots(hf, name)] for name in conversion.megatron_names(hf)}
+    layer = "decoder.layers.{}."
+    fused = "self_attention.linear_{}_up_proj.layer_norm_weight"
+    for number, kind in ((0, "q"), (1, "kv")):
+        own = layer.format(number) + f"self_attention.{kind}_layernorm.weight"
+        assert keys[own] == [layer.format(number) + fused.format(kind), own]
+    assert keys["decoder.layers.0.input_layernorm.weight"] == ["decoder.layers.0.input_layernorm.weight"]
+    own = "decoder.layers.{}.pre_mlp_layernorm.weight"
+    assert keys[own.format(0)] == ["decoder.layers.0.mlp.linear_fc1.layer_norm_weight", own.format(0)]
+    assert keys[own.format(1)] == [own.format(1)]
+    expert = "decoder.layers.1.mlp.experts.local_experts.3.linear_fc1.weight"
+    assert keys[expert] == ["decoder.layers.1.mlp.experts.experts.linear_fc1.weight"]
 
 
 def test_transformers_loads_an_export(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_evaluation_keeps_the_samples_of_its_suite(site: Path) -> None:
 def test_conversion_is_verified(site: Path) -> None:
     words = ["hf_to_megatron", "--hf", "A", "--out", "B"]
     lines = dry(ROOT / "slurm" / "convert.sbatch", site, *words).stdout.splitlines()
-    assert "-m conversion.hf_to_megatron --threads 8 --hf A --out B" in lines[0]
+    assert "-m conversion.hf_to_megatron --resume --threads 8 --hf A --out B" in lines[0]
     assert lines[1].endswith("-m conversion.verify A B --no-logits --threads 8")
     words = ["megatron_to_hf", "--megatron", "A", "--out", "B", "--hf-config", "C"]
     lines = dry(ROOT / "slurm" / "convert.sbatch", site, *words).stdout.splitlines()
