@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from rich.console import Console
@@ -50,6 +50,15 @@ def add_common(parser: argparse.ArgumentParser) -> None:
         "--overwrite",
         action="store_true",
         help="replace --out if it is a checkpoint made by this project, and holds nothing else",
+    )
+
+
+def add_backend(parser: argparse.ArgumentParser, choices: Sequence[str]) -> None:
+    parser.add_argument(
+        "--backend",
+        choices=choices,
+        default="auto",
+        help="auto (default): Megatron-Bridge, where it is installed, for an architecture that has no table here",
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from conversion import cli
+from conversion import bridge, cli
 from conversion.adapter import Adapter, MergedReader
 from conversion.config import HFConfig
 from conversion.hf_files import copy_side_files
@@ -154,11 +154,18 @@ def main() -> int:
     parser.add_argument("--allow-pickle", action="store_true", help="read *.bin weights, with weights_only=True")
     parser.add_argument("--adapter", metavar="DIR", help="a LoRA adapter of PEFT to merge into the weights")
     parser.add_argument("--layout", choices=LAYOUTS, default="flat", help="megatron-lm: with its tracker file")
+    cli.add_backend(parser, bridge.BACKENDS)
     add_team(parser)
     cli.add_common(parser)
     args = parser.parse_args()
     dtype = cli.DTYPES.get(args.dtype)
     directory = require(args.hf, "Hugging Face", "conversion.megatron_to_hf")
+    if bridge.wanted(args.backend, directory):
+        given = {"--adapter": args.adapter, "--resume": args.resume, "--world": (args.world or 1) > 1}
+        given |= {"--check-finite": args.check_finite, "--allow-pickle": args.allow_pickle}
+        bridge.refuse_options(given)
+        print(bridge.import_checkpoint(directory, args.out, dtype=dtype, overwrite=args.overwrite))
+        return 0
     read_config(directory)  # the first thing to complain about
     reader = open_hf(directory, allow_pickle=args.allow_pickle)
     total = sum(torch.Size(where.shape).numel() * (dtype or where.dtype).itemsize for where in reader.tensors.values())

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conversion import cli
+from conversion import bridge, cli
 from conversion.config import HFConfig
 from conversion.hf_files import HFWriter, copy_side_files
+from conversion.locate import require
 from conversion.mapping import export_rows, hf_parts, hf_shapes, megatron_shape, stored_dtype
-from conversion.megatron_reader import MegatronReader
+from conversion.megatron_reader import HF_FILES, MegatronReader
 from conversion.megatron_writer import Progress
 from conversion.parse import in_dialect
 from conversion.publish import published, write_manifest
@@ -218,10 +219,19 @@ def main() -> int:
     parser.add_argument("--hf-config", metavar="DIR", help="directory with config.json, if the checkpoint has none")
     for key in CARD_KEYS:
         parser.add_argument(f"--{key.replace('_', '-')}", help="for the model card")
+    cli.add_backend(parser, bridge.BACKENDS)
     add_team(parser)
     add_export(parser)
     args = parser.parse_args()
     dtype, team = cli.DTYPES.get(args.dtype), team_of(args)
+    found = require(args.megatron, "Megatron", "conversion.hf_to_megatron")
+    config = Path(args.hf_config) if args.hf_config else found / HF_FILES
+    if (config / "config.json").is_file() and bridge.wanted(args.backend, config):
+        given = {"--dtype": dtype, "--resume": args.resume, "--world": team.world > 1}
+        given |= {"--check-finite": args.check_finite, "--config-dialect": args.config_dialect}
+        bridge.refuse_options(given)
+        print(bridge.export_checkpoint(args.megatron, args.out, args.hf_config, overwrite=args.overwrite))
+        return 0
     reader = MegatronReader(args.megatron, args.hf_config)
     total = sum(reader.dtype(n).itemsize * math.prod(megatron_shape(reader.hf, n)) for n in reader.names())
     with cli.progress("Megatron -> Hugging Face", total // team.world) as advance:

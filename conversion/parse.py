@@ -27,6 +27,11 @@ def read_config(hf_dir: str | Path) -> HFConfig:
         FileNotFoundError: there is no config.json.
         ValueError: not JSON, an unknown architecture, or a setting that Megatron cannot represent; says which.
     """
+    return parse_config(read_raw(hf_dir))
+
+
+def read_raw(hf_dir: str | Path) -> dict[str, Any]:
+    """`hf_dir/config.json` as it is. FileNotFoundError or ValueError when there is none, or no JSON object."""
     path = Path(hf_dir) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: give a Hugging Face model directory with a config.json")
@@ -37,7 +42,7 @@ def read_config(hf_dir: str | Path) -> HFConfig:
         raise ValueError(f"{path} is not valid JSON ({error}): download the file again") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds a {type(raw).__name__}, not an object of names and values: download it again")
-    return parse_config(raw)
+    return raw
 
 
 def parse_config(raw: Mapping[str, Any]) -> HFConfig:

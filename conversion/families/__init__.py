@@ -54,6 +54,7 @@ def find_family(architecture: str | None) -> Family:
     if architecture not in FAMILIES:
         reason = f" ({REFUSED[architecture]})" if architecture in REFUSED else ""
         raise ValueError(
-            f"architecture {shown(architecture)} is not supported{reason}; supported: {', '.join(sorted(FAMILIES))}"
+            f"architecture {shown(architecture)} is not supported{reason}; supported: {', '.join(sorted(FAMILIES))}; "
+            "where Megatron-Bridge is installed, conversion (not training) can use --backend megatron-bridge"
         )
     return FAMILIES[architecture]
