@@ -53,8 +53,9 @@ def find_family(architecture: str | None) -> Family:
     """The family of an architecture; ValueError with the supported ones for any other."""
     if architecture not in FAMILIES:
         reason = f" ({REFUSED[architecture]})" if architecture in REFUSED else ""
+        names = ", ".join(sorted(name.removesuffix("ForCausalLM") for name in FAMILIES))
         raise ValueError(
-            f"architecture {shown(architecture)} is not supported{reason}; supported: {', '.join(sorted(FAMILIES))}; "
-            "where Megatron-Bridge is installed, conversion (not training) can use --backend megatron-bridge"
+            f"architecture {shown(architecture)} is not supported{reason}; supported: {names} (ForCausalLM); "
+            "others only by --backend megatron-bridge, and not for training"
         )
     return FAMILIES[architecture]
