@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, help="default: the study's own number")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--minutes", type=float, help="full-stack studies: start no run after so many minutes")
+    parser.add_argument("--rehearse", action="store_true", help="full-stack studies: every method once, tiny, on a CPU")
     parser.add_argument("--results", type=Path, default=results.ROOT, help="directory of the results files")
     args = parser.parse_args(argv)
     if not args.name:
@@ -46,9 +47,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         _page(args.name, study.title, study.question, args.results)
     elif args.name in FULL_STUDIES:
-        whole = FULL_STUDIES[args.name]
-        full_stack.run(args.name, whole, root=args.results, seeds=args.seeds, minutes=args.minutes)
-        _page(args.name, whole.title, whole.question, args.results)
+        whole, root, runs = FULL_STUDIES[args.name], args.results, Path("runs/studies")
+        if args.rehearse:
+            whole, root, runs = full_stack.rehearsal(whole), runs / "rehearsal", runs / "rehearsal"
+        full_stack.run(args.name, whole, root=root, runs=runs, seeds=args.seeds, minutes=args.minutes)
+        _page(args.name, whole.title, whole.question, root)
     elif args.name == "evidence":
         print(*evidence.write(root=args.results), sep="\n")
     else:

@@ -10,18 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from recipes.studies import figures, prediction, report, results
+from recipes.studies import evidence_figures as draw
+from recipes.studies import figures, report, results
 from recipes.studies.claims import CLAIMS, FULL, decide
-from recipes.studies.methods import BASELINE
+from recipes.studies.evidence_figures import Results
+from recipes.studies.methods import BASELINE, BETAS
 from recipes.studies.results import Row
-from recipes.studies.statistics import Interval, holm, paired
+from recipes.studies.statistics import Interval, holm, interval, paired
 from recipes.studies.summary import by_setting, direction, summarise, values
 
 FIGURES = Path("docs/figures")
 DOCUMENT = Path("docs/evidence.md")
+PREDICTORS = ("token", "gradient", "adam", "step")
 SHORT = {"final_entropy": "entropy", "avg_at_k": "accuracy", "pass_at_k": "pass@8"}
-
-Results = Callable[[str], list[Row]]
 
 
 def reader(root: Path = results.ROOT) -> Results:
@@ -145,7 +146,7 @@ def prediction_table(read: Results) -> str:
     rows = []
     for setting, methods in by_setting(read("prediction")).items():
         found = [row for rows_ in methods.values() for row in rows_]
-        for predictor in ("token", "gradient", "adam", "step"):
+        for predictor in PREDICTORS:
             cells = [report.mean_of(found, f"{what}_{predictor}") for what in ("corr", "slope", "sign")]
             rows.append([setting, predictor, *("–" if c is None else f"{c:.2f}" for c in cells), str(len(found))])
     for name, found in by_setting(read("full_stack")).get(FULL[0], {}).items():
@@ -170,6 +171,36 @@ def why_table(read: Results) -> str:
     return markdown(["optimizer", *names], rows)
 
 
+def passes_table(read: Results) -> str:
+    """Per optimizer and method: what each of the four passes over a batch does."""
+    rows = []
+    for setting, methods in by_setting(read("passes")).items():
+        for name, found in methods.items():
+
+            def mean(key: str, number: int, found: list[Row] = found) -> Interval:
+                return interval([row[key][number] for row in found])
+
+            gains = [f"{100 * mean('pass_gain', i).mean:+.2f}" for i in range(4)]
+            last = mean("pass_gain", 3)
+            gains[3] += f" ± {100 * last.half:.2f}"
+            ratio = interval([row["pass_step"][3] / row["pass_step"][0] for row in found])
+            pulls = [f"{mean('pass_reward', i).mean:.2f} / {-mean('pass_penalty', i).mean:.2f}" for i in (0, 3)]
+            rows.append([setting, name, *gains, f"{mean('pass_step', 0).mean:.1f}", f"{ratio:.2f}", *pulls])
+    head = ["optimizer", "method", *(f"pass {i}" for i in range(1, 5)), "way of pass 1", "pass 4 / pass 1"]
+    return markdown([*head, "reward / penalty, pass 1", "pass 4"], rows)
+
+
+def prediction_methods_table(read: Results) -> str:
+    """Correlation of the predictors with the measured change, per method, mean and interval over runs."""
+    settings = by_setting(read("prediction"))
+    columns = [(setting, p) for setting in settings for p in (("gradient",) if "SGD" in setting else PREDICTORS[1:])]
+    rows = []
+    for name in dict.fromkeys(name for methods in settings.values() for name in methods):
+        cells = [report.mean_of(settings[setting].get(name, []), f"corr_{p}") for setting, p in columns]
+        rows.append([name, *("–" if c is None else f"{c:.2f}" for c in cells)])
+    return markdown(["method", *(f"{setting}: {p}" for setting, p in columns)], rows)
+
+
 TABLES: dict[str, Callable[[Results], str]] = {
     "claims": claims_table,
     "leaderboard": leaderboard_table,
@@ -183,7 +214,11 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "targets": targets_table,
     "equal_reward": equal_reward_table,
     "prediction": prediction_table,
+    "prediction_methods": prediction_methods_table,
     "why": why_table,
+    "passes": passes_table,
+    "random_network": study_table("random_rewards", "L2, random"),
+    "flexible64": study_table("flexible", "64 updates"),
 }
 
 
@@ -196,121 +231,38 @@ def fill(text: str, read: Results) -> str:
     return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
 
 
-# --- figures ---------------------------------------------------------------------------------------------------------
-
-
-def random_figure(read: Results) -> Any:
-    """Clip-Low/Clip-High fig. 3 as final entropy over each bound."""
-    methods = {s.method: s for s in summarise(by_setting(read("random_rewards"))["random"])}
-    start = values(by_setting(read("random_rewards"))["random"][BASELINE], "start_entropy").values()
-    result, axes = figures.figure(8.6, 3.0, 1, 2, sharey=True)
-    for ax, side, other in zip(axes[0], ("low", "high"), ("high", "low"), strict=True):
-        ticks = ["0.05", "0.1", "0.15", "0.2", "0.3", "off"]
-        names = [BASELINE if tick == "0.2" else f"eps_{side} {tick}" for tick in ticks]
-        found = [methods[name].means["final_entropy"] for name in names]
-        ax.errorbar(range(6), [f.mean for f in found], [f.half for f in found], fmt="o-", color="black", capsize=3)
-        ax.axhline(sum(start) / len(start), color="#777777", linestyle=":", linewidth=1.2)
-        ax.set_xticks(range(6), ticks)
-        ax.set(xlabel=f"eps_{side} (eps_{other} 0.2)")
-    axes[0][0].set_ylabel("entropy after 60 steps, nats")
-    axes[0][0].annotate("start", (0.02, 0.93), xycoords="axes fraction", fontsize=8, color="#555555")
-    return result
-
-
-def betas_figure(read: Results) -> Any:
-    """Final entropy at 16 updates and accuracy at 64, over beta1 (x) and beta2 (y)."""
-    grid = (0.0, 0.25, 0.5, 0.75, 1.0)
-    result, axes = figures.figure(8.6, 3.4, 1, 2)
-    panels = (
-        ("16 updates", "final_entropy", "entropy, 16 updates"),
-        ("64 updates", "avg_at_k", "accuracy, 64 updates"),
-    )
-    for ax, (setting, metric, title) in zip(axes[0], panels, strict=True):
-        found = {s.method: s.means[metric] for s in summarise(by_setting(read("betas"))[setting])}
-        cells = [[found[_beta_name(b1, b2)] for b1 in grid] for b2 in grid]
-        image = [[c.mean for c in line] for line in cells]
-        shown = ax.imshow(image, cmap="gray", origin="lower", aspect="auto")
-        low, high = shown.get_clim()
-        for j, line in enumerate(cells):
-            for i, cell in enumerate(line):
-                dark = (cell.mean - low) / (high - low) < 0.45
-                ax.text(i, j, f"{cell.mean:.2f}\n±{cell.half:.2f}", ha="center", va="center", fontsize=7,
-                        color="white" if dark else "black")  # fmt: skip
-        ax.set_xticks(range(5), [f"{b:g}" for b in grid])
-        ax.set_yticks(range(5), [f"{b:g}" for b in grid])
-        ax.set(xlabel="beta1", ylabel="beta2")
-        ax.set_title(title, fontsize=9.5)
-        ax.grid(False)
-    return result
-
-
-def _beta_name(b1: float, b2: float) -> str:
-    return f"CE-GPPO ({b1:g}, {b2:g})" if b1 or b2 else BASELINE
-
-
-def schedules_figure(curves: dict[tuple[str, str], dict[str, Any]]) -> Any:
-    """Entropy of ID, DID and OD minus GRPO's, over the run."""
-    result, axes = figures.figure(8.6, 3.0, 1, 2, sharey=True)
-    panels = (
-        ("ID 0.5", "ID, static", "DID 0.5", "DID, static"),
-        ("OD 0.65", "OD 0.65, static", "dynamic upper", "dynamic lower"),
-    )
-    for ax, names in zip(axes[0], panels, strict=True):
-        base = curves["16 updates", BASELINE]
-        for name, style in zip(names, figures.LINES, strict=False):
-            line = curves["16 updates", name]
-            difference = [a - b for a, b in zip(line["entropy"][0], base["entropy"][0], strict=True)]
-            ax.plot(line["steps"], difference, **style, markevery=5, markersize=4, label=name)
-        ax.axhline(0, color="black", linewidth=0.8)
-        ax.set(xlabel="step")
-        ax.legend(fontsize=7.5)
-    axes[0][0].set_ylabel("entropy minus GRPO's, nats")
-    return result
-
-
-def prediction_figure(rows: dict[str, list[tuple[float, float]]]) -> Any:
-    """A panel per run: measured over predicted change, a point per rollout step."""
-    result, axes = figures.figure(4.0 * len(rows), 3.0, 1, len(rows))
-    for ax, (name, pairs) in zip(axes[0], rows.items(), strict=True):
-        x, y = zip(*pairs, strict=True)
-        ax.plot([1e6 * v for v in x], y, ".", color="black", markersize=5)
-        ax.axhline(0, color="#777777", linewidth=0.8)
-        ax.axvline(0, color="#777777", linewidth=0.8)
-        ax.set(xlabel="predicted, 1e-6 nats", ylabel="measured, nats")
-        found = prediction.agreement(pairs)
-        ax.set_title(f"{name}: r = {found.correlation:.2f}" if found else name, fontsize=9)
-    return result
-
-
 def write(document: Path = DOCUMENT, folder: Path = FIGURES, root: Path = results.ROOT) -> list[Path]:
     """Regenerate the document's tables and all figures for which there are results; returns what was written."""
     read = reader(root)
     document.write_text(fill(document.read_text(encoding="utf-8"), read), encoding="utf-8")
     written = [document]
     makers: dict[str, tuple[str, Callable[[], Any]]] = {
-        "leaderboard": ("losses", lambda: report.leaderboard(read("losses"))),
-        "random_rewards": ("random_rewards", lambda: random_figure(read)),
+        "leaderboard": ("losses", lambda: draw.leaderboard(read("losses"))),
+        "random_rewards": ("random_rewards", lambda: draw.random_figure(read)),
         "prediction": (
             "full_stack",
-            lambda: prediction_figure(
-                {
-                    line["method"]: [(x, y) for x, y in line["changes"]]
-                    for line in results.read(root / "curves" / "full_stack.jsonl")
-                    if line["seed"] == 0
-                }
-            ),
+            lambda: draw.prediction_figure(results.read(root / "curves" / "full_stack.jsonl")),
         ),
-        "betas": ("betas", lambda: betas_figure(read)),
-        "map_L1": ("map", lambda: report.map_figure(read("map"), "L1")),
-        "map_L2": ("map", lambda: report.map_figure(read("map"), "L2")),
+        "full_stack": (
+            "full_stack",
+            lambda: draw.full_stack_figure(results.read(root / "curves" / "full_stack.jsonl")),
+        ),
+        "betas": ("betas", lambda: draw.betas_figure(read)),
+        "map_L1": ("map", lambda: draw.map_figure(read("map"), "L1")),
+        "map_L2": ("map", lambda: draw.map_figure(read("map"), "L2")),
         "schedules": (
             "flexible",
-            lambda: schedules_figure(report.merge_curves(results.read(root / "curves" / "flexible.jsonl"))),
+            lambda: draw.schedules_figure(report.merge_curves(results.read(root / "curves" / "flexible.jsonl"))),
         ),
     }
     for name, (study, make) in makers.items():
         level = name.removeprefix("map_")
-        if any(level == name or row["level"] == level for row in read(study)):
+        ready = any(level == name or row["level"] == level for row in read(study))
+        if name == "betas":
+            ready = all(
+                len(by_setting(read(study)).get(label, {})) == len(BETAS) for label in ("16 updates", "64 updates")
+            )
+        if ready:
             figures.save(make(), folder / f"{name}.png")
             written.append(folder / f"{name}.png")
     return written

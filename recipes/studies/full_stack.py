@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from recipes.studies import methods, prediction, results
@@ -44,6 +44,7 @@ FULL_STUDIES: dict[str, FullStudy] = {
             "train.steps=60",
             "train.epochs=4",
             "train.entropy_probe_every=1",
+            "run.report_every=0",
         ),
         methods={n: methods.LOSSES[n] for n in ("GRPO", "eps_low 0.05", "CE-GPPO (0, 1)")},
         seeds=10,
@@ -65,6 +66,7 @@ FULL_STUDIES: dict[str, FullStudy] = {
             "rollout.agreement_limit=0.02",
             "eval.problems=64",
             "eval.n=8",
+            "eval.k=[1,8]",
         ),
         methods={n: methods.LOSSES[n] for n in ("GRPO", "eps_low 0.05", "eps_high off", "CE-GPPO (0, 1)")},
         seeds=2,
@@ -73,6 +75,34 @@ FULL_STUDIES: dict[str, FullStudy] = {
         setting="SmolLM2-135M, 4 epochs",
     ),
 }
+
+
+# The size of a test, on a CPU: to see that every method's run starts, trains, evaluates and is read.
+REHEARSAL = (
+    "model.path=tiny",
+    "model.warm_start.max_steps=1",
+    "model.warm_start.min_steps=1",
+    "model.warm_start.check_every=1",
+    "model.warm_start.batch=2",
+    "model.warm_start.check_problems=1",
+    "model.dtype=float32",
+    "data.name=chain",
+    "data.template='{problem}'",
+    "rollout.engine=local",
+    "rollout.dtype=float32",
+    "rollout.prompts_per_step=2",
+    "rollout.n=8",
+    "train.steps=2",
+    "train.mini_batch_prompts=1",
+    "eval.problems=2",
+    "run.report_every=0",
+)
+
+
+def rehearsal(study: FullStudy) -> FullStudy:
+    """``study`` with all of its methods and the machinery of its runs, two steps each; its results mean nothing."""
+    words = (*study.words, *REHEARSAL)
+    return replace(study, words=words, seeds=1, eval_set="chain", setting=f"rehearsal of {study.setting}")
 
 
 def run(
@@ -97,14 +127,15 @@ def run(
         run_dir = runs / name / f"{_slug(method)}-seed{seed}"
         words = [*study.words, *overrides(study.methods[method])]
         words += [f"seed={seed}", f"model.warm_start.seed={seed}", f"run.dir={run_dir}", f"run.name={name}"]
-        failed = False
+        failed, started = False, time.monotonic()
         if not (run_dir / "hf").is_dir():  # exported at the end
             run_dir.parent.mkdir(parents=True, exist_ok=True)
             with (run_dir.parent / f"{run_dir.name}.log").open("a") as log:
                 command = [sys.executable, "-m", "recipes.train", *words]
                 failed = subprocess.run(command, stdout=log, stderr=log, check=False).returncode != 0
-        row = _row(name, study, method, seed, run_dir, words, failed)
-        results.append(root / "curves" / path.name, [_changes(method, seed, run_dir)])
+        minutes_taken = round((time.monotonic() - started) / 60, 1)
+        row = {**_row(name, study, method, seed, run_dir, words, failed), "minutes": minutes_taken}
+        results.append(root / "curves" / path.name, [curve(method, seed, results.read(run_dir / "metrics.jsonl"))])
         results.append(path, [row])
         elapsed = time.monotonic() - begin
         report(
@@ -119,7 +150,8 @@ def _row(
     name: str, study: FullStudy, method: str, seed: int, run_dir: Path, words: list[str], failed: bool
 ) -> results.Row:
     """A run's line. A run that ended with an error is a collapsed one, with what it has measured."""
-    metrics = results.read(run_dir / "metrics.jsonl")
+    path = run_dir / "metrics.jsonl"
+    metrics = results.read(path)
     row = {
         "study": name,
         "method": method,
@@ -131,6 +163,7 @@ def _row(
         "k": study.k,
         "command": "python -m recipes.train " + " ".join(w for w in words if not w.startswith("run.")),
         "machine": results.machine(),
+        "date": time.strftime("%Y-%m-%d", time.localtime(path.stat().st_mtime if metrics else None)),
     }
     return row
 
@@ -166,10 +199,23 @@ def summary(metrics: list[results.Row], eval_set: str, k: int, failed: bool = Fa
     return row | entropy_agreement(metrics)
 
 
-def _changes(method: str, seed: int, run_dir: Path) -> results.Row:
-    """The line of the curves file: predicted and measured change of entropy, a pair per step."""
-    pairs = prediction.changes(_series(results.read(run_dir / "metrics.jsonl")))
-    return {"method": method, "seed": seed, "changes": [[float(f"{x:.4g}") for x in pair] for pair in pairs]}
+CURVES = {
+    "entropy": "actor/entropy",
+    "reward": "critic/rewards/mean",
+    "clip_low": "actor/pg_clipfrac_low",
+    "clip_high": "actor/pg_clipfrac_high",
+}
+
+
+def curve(method: str, seed: int, metrics: list[results.Row]) -> results.Row:
+    """A run's line of the curves file: a value per step, and pairs of predicted and measured change of entropy."""
+    pairs = prediction.changes(_series(metrics))
+    line: results.Row = {"method": method, "seed": seed, "changes": [[_short(x) for x in pair] for pair in pairs]}
+    return line | {name: [_short(row.get(key)) for row in metrics] for name, key in CURVES.items()}
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")
 
 
 def _series(metrics: list[results.Row]) -> dict[str, list[tuple[float, float]]]:

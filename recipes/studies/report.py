@@ -1,4 +1,4 @@
-"""The page of a study, and the figures of docs/evidence.md, from its results files."""
+"""The page of a study, from its results files."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.studies import figures, pages, results
+from recipes.studies import evidence_figures, figures, pages, results
 from recipes.studies.engine import PASS_K
 from recipes.studies.methods import BASELINE, HEADLINE
 from recipes.studies.results import Row
-from recipes.studies.statistics import Interval, interval, student_quantile, wilson
-from recipes.studies.summary import Summary, by_setting, summarise, values
+from recipes.studies.statistics import Interval, interval, student_quantile
+from recipes.studies.summary import Summary, by_setting, summarise
 
 CURVE_TITLES = {
     "entropy": "Entropy, nats per token",
@@ -118,7 +118,11 @@ def study_page(name: str, title: str, question: str, path: Path, root: Path = re
             charts.append((f"{setting}: means and 95 % bands over seeds.", figures.inline(figure, setting)))
     if name == "map":
         charts += [
-            (f"{level}: {MAP_CAPTION}", figures.inline(map_figure(rows, level), level)) for level in ("L1", "L2")
+            (
+                f"{level}: {evidence_figures.MAP_CAPTION}",
+                figures.inline(evidence_figures.map_figure(rows, level), level),
+            )
+            for level in ("L1", "L2")
         ]
     return pages.write(path, title, lead, charts, tables)
 
@@ -142,108 +146,3 @@ def prediction_table(title: str, methods: dict[str, list[Row]]) -> pages.Table:
                 cells.append("–" if value is None else f"{value:.2f}")
         rows.append(pages.Row(cells, mark=name == BASELINE))
     return pages.Table(title, head, rows)
-
-
-# --- figures of docs/evidence.md -------------------------------------------------------------------------------------
-
-
-def leaderboard(rows: list[Row], left: str = "16 updates", right: str = "64 updates") -> Any:
-    """All methods: change of entropy and of accuracy against the baseline, and accuracy under many updates."""
-    settings = by_setting(rows)
-    mild = {s.method: s for s in summarise(settings[left])}
-    many = {s.method: s for s in summarise(settings[right])}
-    order = sorted(
-        (m for m in mild if m != BASELINE and m in many), key=lambda m: mild[m].differences["final_entropy"][0].mean
-    )
-    result, axes = figures.figure(11.0, 0.23 * len(order) + 1.6, 1, 3, sharey=True)
-    entropy, accuracy, stable = axes[0]
-    for y, name in enumerate(order):
-        _dot(entropy, y, *mild[name].differences["final_entropy"])
-        _dot(accuracy, y, *mild[name].differences["avg_at_k"], scale=100)
-        s = many[name]
-        mean = s.means["avg_at_k"]
-        share = s.collapsed / s.seeds
-        stable.errorbar(100 * mean.mean, y, xerr=100 * mean.half, fmt="o", color="black", markersize=5, capsize=2,
-                        markerfacecolor="white" if share > 0.5 else "black", elinewidth=1)  # fmt: skip
-        if s.collapsed:
-            stable.annotate(f"{s.collapsed}/{s.seeds} collapsed", (100 * mean.mean, y), (9, -3),
-                            textcoords="offset points", fontsize=7)  # fmt: skip
-    base = many[BASELINE]
-    stable.axvline(100 * base.means["avg_at_k"].mean, color="black", linestyle="--", linewidth=0.9)
-    start = values(settings[right][BASELINE], "start_avg_at_k").values()
-    stable.axvline(100 * sum(start) / len(start), color="#999999", linestyle=":", linewidth=1.2)
-    for ax in (entropy, accuracy):
-        ax.axvline(0, color="black", linestyle="--", linewidth=0.9)
-    entropy.set_yticks(range(len(order)), order, fontsize=8)
-    entropy.set_ylim(-0.8, len(order) - 0.2)
-    base_mild = mild[BASELINE].means
-    entropy.set_title(
-        f"{left} a batch: entropy,\nminus {BASELINE}'s {base_mild['final_entropy'].mean:.2f} nats", fontsize=9
-    )
-    accuracy.set_title(
-        f"{left} a batch: accuracy,\nminus {BASELINE}'s {100 * base_mild['avg_at_k'].mean:.0f} %, points", fontsize=9
-    )
-    accuracy.set_xlim(-11, 9)
-    for y, name in enumerate(order):
-        if (found := mild[name].differences["avg_at_k"][0].mean) < -0.11:
-            accuracy.annotate(f"◄ {100 * found:.0f}", (-10.8, y), fontsize=8, va="center")
-    stable.set_title(
-        f"{right} a batch: accuracy, %\n(dashed: {BASELINE}, {base.collapsed}/{base.seeds} collapsed; dotted: start)",
-        fontsize=9,
-    )
-    return result
-
-
-def _dot(ax: Any, y: int, difference: Interval, p: float, scale: float = 1.0) -> None:
-    """Filled: significant after Holm's correction."""
-    ax.errorbar(scale * difference.mean, y, xerr=scale * difference.half, fmt="o", color="black", markersize=5,
-                capsize=2, elinewidth=1, markerfacecolor="black" if p < 0.05 else "white")  # fmt: skip
-
-
-MAP_CAPTION = (
-    "accuracy after training (upper number, %) and entropy (lower, nats) over updates per batch and learning rate; "
-    "white: learns, dark: at or below its start; a number in brackets: collapsed runs."
-)
-
-
-def map_figure(rows: list[Row], level: str) -> Any:
-    """A heat map per method, accuracy as lightness, with the numbers in it."""
-    cells: dict[str, dict[tuple[int, float], list[Row]]] = {}
-    for row in rows:
-        if row["level"] == level:
-            updates, rate = row["setting"].removeprefix(f"{level} ").split(" x ")
-            cells.setdefault(row["method"], {}).setdefault((int(updates), float(rate)), []).append(row)
-    result, axes = figures.figure(11.0, 3.1 * math.ceil(max(len(cells), 1) / 3), math.ceil(max(len(cells), 1) / 3), 3)
-    for ax in axes.flat[len(cells) :]:
-        ax.axis("off")
-    for ax, (method, grid) in zip(axes.flat, cells.items(), strict=False):
-        xs, ys = sorted({x for x, _ in grid}), sorted({y for _, y in grid})
-        image = [[_mean(grid.get((x, y), []), "avg_at_k") for x in xs] for y in ys]
-        ax.imshow(image, cmap="gray", vmin=0.0, vmax=1.0, origin="lower", aspect="auto")
-        for j, y in enumerate(ys):
-            for i, x in enumerate(xs):
-                found = grid.get((x, y), [])
-                if not found:
-                    continue
-                lost = sum(row["collapsed"] for row in found)
-                text = f"{100 * image[j][i]:.0f}\n{_mean(found, 'final_entropy'):.2f}"
-                text += f"\n({lost}/{len(found)})" if lost else ""
-                colour = "black" if image[j][i] > 0.45 else "white"
-                ax.text(i, j, text, ha="center", va="center", fontsize=7.5, color=colour)
-        ax.set_xticks(range(len(xs)), [f"{x}" for x in xs])
-        ax.set_yticks(range(len(ys)), [f"{y:g}" for y in ys])
-        ax.set(xlabel="updates per batch", ylabel="learning rate")
-        ax.set_title(method, fontsize=9.5)
-        ax.grid(False)
-    return result
-
-
-def _mean(rows: list[Row], metric: str) -> float:
-    found = [row[metric] for row in rows if row.get(metric) is not None]
-    return sum(found) / len(found) if found else math.nan
-
-
-def collapse_share(found: Summary) -> str:
-    """Share of collapsed runs with Wilson's 95 % interval."""
-    low, high = wilson(found.collapsed, found.seeds)
-    return f"{found.collapsed}/{found.seeds} ({100 * low:.0f} to {100 * high:.0f} %)"
