@@ -25,6 +25,9 @@ class RunConfig:
     collective_timeout_s: float = 600.0  # limit of GPU collectives; waits for rollouts and files have none
     hang_s: float | None = None  # a rank without progress for this long ends the run; None: 60 on GPUs, 600 on CPUs
     hang_phases_s: dict[str, float] = field(default_factory=dict)  # limits of single phases, e.g. {save: 7200}
+    profile: Literal["torch", "nsys"] | None = None  # record learner steps: a trace in run.dir/profile, or for nsys
+    profile_steps: list[int] = field(default_factory=lambda: [3])  # steps to record, counted from 1
+    profile_ranks: list[int] = field(default_factory=lambda: [0])  # ranks that record
 
 
 @dataclass

@@ -44,6 +44,7 @@ from recipes.loop.batch import (
 )
 from recipes.loop.metrics import StepMetrics
 from recipes.loop.nonfinite import Guard
+from recipes.loop.profile import check_profile, profiled
 from recipes.loop.run_dir import RunDir
 from recipes.loop.stream import RolloutStream
 
@@ -69,7 +70,8 @@ def train(config: Config, model_dir: Path) -> None:
             run.checkpoints, keep=config.train.keep_checkpoints, background=config.train.async_save
         )
         run.begin(state["step"], learner.hf.vocab_size)
-        guard = Guard(config, run.path)
+        guard, rank = Guard(config, run.path), torch.distributed.get_rank()
+        check_profile(config, rank, torch.distributed.get_world_size())
         stop = StopSignal(run.stop_file, run.say)
         with RolloutStream(config, model_dir, run.path, learner, critic) as stream:
             if state["step"] == 0:
@@ -77,9 +79,19 @@ def train(config: Config, model_dir: Path) -> None:
             metrics = StepMetrics(state["step"] + 1)
             for step in range(state["step"], config.train.steps):
                 record, samples = stream.next(step, state["position"], metrics)
-                state["controller"] = train_step(
-                    config, learner, critic, controller, selection, guard, state["controller"], step, samples, metrics
-                )
+                with profiled(config, rank, step):
+                    state["controller"] = train_step(
+                        config,
+                        learner,
+                        critic,
+                        controller,
+                        selection,
+                        guard,
+                        state["controller"],
+                        step,
+                        samples,
+                        metrics,
+                    )
                 metrics.learner(learner, critic)
                 state |= {"step": step + 1, "position": record["position"]}
                 last = step + 1 == config.train.steps

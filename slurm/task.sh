@@ -56,6 +56,15 @@ near_gpu() { # INDEX: NEAR becomes a taskset to the CPUs of this GPU's NUMA node
 	[[ -z $cpus ]] || ! taskset -c "$cpus" true 2>/dev/null || NEAR=(taskset -c "$cpus")
 }
 
+profiler() { # RUN_ARGS: PROFILER becomes the command that records this rank (run.profile=nsys run.profile_ranks=[0,...])
+	PROFILER=()
+	[[ " $* " == *" run.profile=nsys "* ]] || return 0
+	local word ranks=,0,
+	for word in "$@"; do [[ $word != run.profile_ranks=* ]] || ranks=,${word//[^0-9,]/},; done
+	[[ $ranks != *",$SLURM_PROCID,"* ]] || PROFILER=(nsys profile --capture-range=cudaProfilerApi
+		--capture-range-end=repeat --trace="cuda,nvtx,osrt" --force-overwrite=true -o "$ATTEMPT_DIR/nsys-rank$SLURM_PROCID")
+}
+
 private_network; local_caches
 trap : TERM USR1 USR2 # the program decides when to end, and its status is still to be recorded
 case $role in
@@ -87,7 +96,8 @@ case $role in
 		export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$RANKS_PER_NODE
 		near_gpu "$SLURM_LOCALID"
 		name=learner-rank$SLURM_PROCID; limit_log "$name"
-		"${NEAR[@]}" "${TASK_PY[@]}" -m "$PROGRAM" "$@"
+		profiler "$@"
+		"${NEAR[@]}" "${PROFILER[@]}" "${TASK_PY[@]}" -m "$PROGRAM" "$@"
 		code=$? ;;
 esac
 [[ -z ${rotating:-} ]] || kill "$rotating" 2>/dev/null
