@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, get_type_hints
 
-from configs.layout import alignment
+from configs.layout import alignment, stage_layers
 from configs.load import allowed
 from configs.schema import Config, ModelConfig
 
@@ -71,10 +71,10 @@ def check_model(config: Config, hf: conversion.HFConfig) -> None:
                 f"model.fp8={m.fp8} with {m.fp8_recipe} scaling needs a {what} that is a multiple of {unit}, not "
                 f"{size}: choose another parallel.tp or set model.fp8=null"
             )
-    per_stage = hf.num_layers // config.parallel.pp
-    for key in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
-        if (value := getattr(m, key)) > per_stage:
-            raise ValueError(f"model.{key}={value} exceeds the {per_stage} layers of a pipeline stage: lower it")
+    stages = stage_layers(config.parallel, hf.num_layers)
+    for key, layers in (("num_layers_at_start_in_bf16", stages[0]), ("num_layers_at_end_in_bf16", stages[-1])):
+        if (value := getattr(m, key)) > layers:
+            raise ValueError(f"model.{key}={value} exceeds the {layers} layers of a pipeline stage: lower it")
 
 
 def possible(capability: tuple[int, int] | None, cuda: str | None) -> list[str]:

@@ -16,6 +16,7 @@ from configs.schema import Config
 from conversion import HFConfig
 from conversion.quantised import QUANTISATION
 from recipes.checks import fp8
+from recipes.checks.attention import check_attention
 from recipes.data.sources import check_template, render_prompt
 
 TOKENIZER_LIMIT_S = 60.0  # a chat template may loop
@@ -58,6 +59,8 @@ def check_model(config: Config, directory: Path, *, lengths: bool = True) -> Non
     stage_layers(p, hf.num_layers)
     _check_experts(config, hf)
     _check_window(config, hf)
+    if not _local_layers(config):
+        check_attention(config, hf)
     if config.model.moe_permute_fusion and (hf.experts is None or _local_layers(config)):
         why = "the model has no experts" if hf.experts is None else "it needs Transformer Engine (bfloat16, on a GPU)"
         raise ValueError(f"model.moe_permute_fusion=true, but {why}: set it to false")
