@@ -43,8 +43,8 @@ def unfused_attention(config: Config, hf: HFConfig, capability: tuple[int, int],
         return ""
     return (
         f"NVTE_ALLOW_NONDETERMINISTIC_ALGO=0 with rollout.max_model_len={longest} and {heads} heads a rank: "
-        "Transformer Engine has no fused deterministic attention for packed sequences of that length on this GPU, and would keep "
-        "all scores; install flash-attn 2.8.3 (docs/gpu.md), unset the variable, or raise parallel.tp"
+        "Transformer Engine has no fused deterministic attention for packed sequences of that length on this GPU, and "
+        "would keep all scores; install flash-attn 2.8.3 (docs/gpu.md), unset the variable, or raise parallel.tp"
     )
 
 
