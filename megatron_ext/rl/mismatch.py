@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.rl.diagnostics import ratio_or_zero
-from megatron_ext.rl.losses.base import max_log_ratio, segment_sum
+from megatron_ext.rl.losses.base import Segments, max_log_ratio
 from megatron_ext.rl.params import check_choice, check_number
 
 LEVELS = ("token", "sequence", "geometric")
@@ -61,8 +61,9 @@ def correct(
     if high is not None:
         check_number("train.tis_cap", high, 0, exclusive=True)
     log_rho = torch.where(mask, learner_logp.detach() - rollout_logp.detach(), 0.0)
-    length = segment_sum(mask.to(log_rho.dtype), seq_ids).clamp(min=1)
-    total = segment_sum(log_rho, seq_ids)
+    segments = Segments(seq_ids)
+    length, total = (segments.spread(segments.sum(v)) for v in (mask.to(log_rho.dtype), log_rho))
+    length = length.clamp(min=1)
     cap = max_log_ratio(log_rho.dtype)
     rho = {"token": log_rho, "sequence": total, "geometric": total / length}[level].clamp(max=cap).exp()
     keep, weight, outside = mask, torch.ones_like(rho), torch.zeros_like(mask)
@@ -71,7 +72,7 @@ def correct(
         weight = rho.clamp(min=low, max=high) if mode == "truncate" else rho
         keep = keep & ~outside if mode == "mask" else keep
     catastrophic = (mask & (log_rho.clamp(max=cap).exp() < veto)).to(rho.dtype)
-    vetoed = mask & (segment_sum(catastrophic, seq_ids) > 0)
+    vetoed = mask & segments.spread(segments.sum(catastrophic) > 0)
     metrics = _metrics(log_rho, total, length, mask, torch.where(keep & ~vetoed, weight, 0.0))
     count = max(int(mask.sum()), 1)
     metrics |= {"out_of_bounds_frac": float(outside.sum()) / count, "vetoed_frac": float(vetoed.sum()) / count}

@@ -178,16 +178,32 @@ def needed(value: Tensor | None, field_name: str, why: str) -> Tensor:
     return value
 
 
-def segment_sum(values: Tensor, seq_ids: Tensor) -> Tensor:
-    """(T,): for every token the sum of ``values`` over its sequence. Sequences are whole in it, in any order."""
-    index, count = seq_ids, 0
-    if seq_ids.numel() and seq_ids.device.type == "cpu":
-        low, high = (int(v) for v in seq_ids.aminmax())
-        count = high + 1 if low >= 0 and high < 4 * seq_ids.numel() + 1024 else 0
-    if not count:  # any ids, or a device that would have to be waited for
-        index = torch.unique(seq_ids, return_inverse=True)[1]
-        count = values.numel()
-    return values.new_zeros(count).index_add_(0, index, values)[index]
+class Segments:
+    """Sums over sequences, (S,), and back to their tokens, (T,). Sequences are whole in ``seq_ids``, in any order."""
+
+    def __init__(self, seq_ids: Tensor) -> None:
+        runs, counts = torch.unique_consecutive(seq_ids, return_counts=True)
+        self._total = seq_ids.numel()
+        self._counts: Tensor | None = counts
+        self._index = seq_ids
+        self._segments = runs.numel()
+        ids, index = torch.unique(runs, return_inverse=True)
+        if ids.numel() < runs.numel():  # the tokens of a sequence are in several places
+            self._counts = None
+            self._index = index.repeat_interleave(counts, output_size=self._total)
+            self._segments = ids.numel()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """(S,) sums of ``values`` (T,)."""
+        if self._counts is not None:  # five times as fast on a CPU
+            return torch.segment_reduce(values, "sum", lengths=self._counts, unsafe=True)
+        return values.new_zeros(self._segments).index_add_(0, self._index, values)
+
+    def spread(self, per_segment: Tensor) -> Tensor:
+        """(T,): for every token the value of its sequence."""
+        if self._counts is not None:
+            return per_segment.repeat_interleave(self._counts, output_size=self._total)
+        return per_segment.index_select(0, self._index)
 
 
 def _mean(values: Tensor, mask: Tensor | None, count: Tensor, dtype: torch.dtype) -> Tensor:

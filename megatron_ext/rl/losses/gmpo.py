@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_ext.rl.losses.base import Loss, Terms, max_log_ratio, needed, segment_sum
+from megatron_ext.rl.losses.base import Loss, Segments, Terms, max_log_ratio, needed
 from megatron_ext.rl.params import check_number
 from megatron_ext.rl.types import LossInputs
 
@@ -34,8 +34,10 @@ class Gmpo(Loss):
         below, above = log_ratio < -self.log_eps_low, log_ratio > self.log_eps_high
         low, high = (x.advantages < 0) & below, (x.advantages > 0) & above
         bounded = torch.where(low, -self.log_eps_low, torch.where(high, self.log_eps_high, log_ratio))
-        length = segment_sum(x.mask.to(ratio.dtype), ids).clamp(min=1)
-        seq_ratio = (segment_sum(bounded, ids) / length).clamp(max=max_log_ratio(ratio.dtype)).exp()
+        segments = Segments(ids)
+        length = segments.sum(x.mask.to(ratio.dtype)).clamp(min=1)
+        mean = segments.sum(bounded) / length
+        seq_ratio = segments.spread(mean.clamp(max=max_log_ratio(ratio.dtype)).exp())
         value = seq_ratio * x.advantages
         gradient = torch.where(low | high, torch.zeros_like(value), value)
         metrics = {"pg_clipfrac_low": low, "pg_clipfrac_high": high, "seq_ratio_mean": seq_ratio}

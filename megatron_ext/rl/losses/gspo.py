@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from megatron_ext.rl.losses.base import Loss, Terms, max_log_ratio, needed, segment_sum
+from megatron_ext.rl.losses.base import Loss, Segments, Terms, max_log_ratio, needed
 from megatron_ext.rl.losses.ppo import check_offsets, clipped_terms
 from megatron_ext.rl.types import LossInputs
 
@@ -31,9 +31,9 @@ class Gspo(Loss):
 
     def terms(self, x: LossInputs, ratio: Tensor) -> Terms:
         ids = needed(x.seq_ids, "seq_ids", "loss.name=gspo needs the sequence of every token")
-        log_ratio = x.logp - x.old_logp  # 0 outside the mask
-        length = segment_sum(x.mask.to(ratio.dtype), ids).clamp(min=1)
-        mean = segment_sum(log_ratio, ids) / length
-        seq_ratio = mean.clamp(max=max_log_ratio(ratio.dtype)).exp()
+        segments = Segments(ids)
+        length = segments.sum(x.mask.to(ratio.dtype)).clamp(min=1)
+        mean = segments.sum(x.logp - x.old_logp) / length  # 0 outside the mask
+        seq_ratio = segments.spread(mean.clamp(max=max_log_ratio(ratio.dtype)).exp())
         terms = clipped_terms(x.advantages, seq_ratio, 1 - self.eps_low, 1 + self.eps_high, self.dual_clip)
         return replace(terms, metrics={**terms.metrics, "seq_ratio_mean": seq_ratio})
