@@ -1,7 +1,8 @@
-"""What a policy loss costs: forward and backward on a million tokens, one thread, beside verl's in the same process.
+"""What a policy loss costs: forward and backward on a million tokens, one thread, beside a peer's in the same process.
 
     python -m benchmarks.losses                    # ours, with all metrics
     .venv-verl/bin/python -m benchmarks.losses     # and verl's (`make test-integrations` makes that environment)
+    .venv-trl/bin/python -m benchmarks.losses      # and TRL's: `GRPOTrainer._compute_loss` with the model taken out
 
 CPU milliseconds, the fewest of ``ROUNDS`` interleaved rounds: on a busy machine compare the quotients.
 """
@@ -11,7 +12,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -67,12 +70,57 @@ def verls(name: str, t: dict[str, Tensor]) -> Callable[[], None]:
     return step
 
 
+def trls(level: str, t: dict[str, Tensor]) -> Callable[[], None]:
+    """TRL's objective at an ``importance_sampling_level``, with its metrics; its trainer without a model."""
+    from trl import GRPOTrainer
+
+    shape = (SEQUENCES, LENGTH)
+    leaf = t["logp"].clone().requires_grad_()
+    entropies = torch.ones(shape)
+    ids, mask = torch.zeros(shape, dtype=torch.long), t["mask"].view(shape).long()
+    trainer: Any = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (leaf.view(shape), entropies, None),
+        accelerator=SimpleNamespace(gather=lambda x: x, reduce=lambda x, reduction: x, num_processes=1),
+        model=SimpleNamespace(training=True),
+        args=SimpleNamespace(delta=None, steps_per_generation=1),
+        loss_type="dapo",
+        importance_sampling_level=level,
+        epsilon_low=0.2,
+        epsilon_high=0.2,
+        beta=0.0,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        use_vllm=False,
+        aux_loss_enabled=False,
+        _entropy_bonus_enabled=False,
+        current_gradient_accumulation_steps=1,
+        _metrics={"train": defaultdict(list)},
+    )
+    inputs = {
+        "prompt_ids": ids[:, :1],
+        "prompt_mask": mask[:, :1],
+        "completion_ids": ids,
+        "completion_mask": mask,
+        "advantages": t["advantages"].view(shape)[:, 0],
+        "old_per_token_logps": t["old"].view(shape),
+        "num_items_in_batch": torch.tensor(float(leaf.numel())),
+    }
+
+    def step() -> None:
+        leaf.grad = None
+        GRPOTrainer._compute_loss(trainer, None, inputs).backward()
+
+    return step
+
+
 def main() -> None:
     torch.set_num_threads(1)
     t = tensors()
     steps = {f"ours/{name}": ours(name, t) for name in ("ppo", "ce_gppo", "gspo", "cispo", "sapo")}
     if importlib.util.find_spec("verl"):
         steps |= {f"verl/{name}": verls(name, t) for name in ("vanilla", "gspo")}
+    if importlib.util.find_spec("trl"):
+        steps |= {f"trl/dapo, {level} ratio": trls(level, t) for level in ("token", "sequence")}
     best = dict.fromkeys(steps, float("inf"))
     for _ in range(ROUNDS):
         for name, step in steps.items():
