@@ -69,7 +69,7 @@ ReturnToService=2
 SlurmdTimeout=20
 MessageTimeout=10
 BatchStartTimeout=10
-KillWait=5
+KillWait=3
 CompleteWait=0
 MinJobAge=86400
 """

@@ -28,5 +28,5 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def site(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Site:
     folder = tmp_path_factory.mktemp("site")
     path = os.path.dirname(sys.executable)
-    (folder / "site.env").write_text(f"PYTHON={path}/python\nMODELS=- DATA=-\nexport ORPHAN_S=15 SERVER_HANG_S=20\n")
+    (folder / "site.env").write_text(f"PYTHON={path}/python\nMODELS=- DATA=-\nexport ORPHAN_S=15 SERVER_HANG_S=10\n")
     return Site(cluster, folder, make_tiny_model(folder / "tiny", seed=0))

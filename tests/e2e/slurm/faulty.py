@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -29,6 +30,8 @@ def faulty(original: Any) -> Any:
                 Path(os.environ["TORCH_FR_DUMP_TEMP_FILE"] + RANK).write_bytes(b"a record of NCCL")
                 while True:
                     time.sleep(0.1)
+            if KIND == "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
             if KIND == "nan":
                 raise NotFinite("gradient")
             if KIND == "oom":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import time
 from collections.abc import Callable
@@ -9,10 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from cluster import Cluster
+from cluster import Cluster, command_line
+from training import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[3]
+LOCAL = (*SETTINGS, "eval.every=0", "train.entropy_probe_every=0")
+LONG = (*LOCAL, "train.steps=20", "train.save_every=2")
 PATIENCE_S = 300.0  # a busy machine is ten times slower than a free one
+
+
+def steps(run: Path) -> int:
+    """Lines of metrics.jsonl."""
+    file = run / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
 @dataclass
@@ -25,8 +35,12 @@ class Job:
     run: Path
 
     def show(self, key: str) -> str:
-        words = self.cluster.ask("scontrol", "show", "job", self.number).split()
-        return next(word.partition("=")[2] for word in words if word.startswith(f"{key}="))
+        for _ in range(3):  # slurmctld may be too busy to answer in time
+            words = self.cluster.ask("scontrol", "show", "job", self.number).split()
+            if found := [word.partition("=")[2] for word in words if word.startswith(f"{key}=")]:
+                return found[0]
+            time.sleep(1.0)
+        raise AssertionError(f"scontrol says nothing of {key} of job {self.number}")
 
     def printed(self) -> str:
         return self.out.read_text(errors="replace") if self.out.exists() else ""
@@ -59,6 +73,17 @@ class Job:
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
         return found
+
+    def ranks(self, program: str = "recipes.train") -> dict[str, psutil.Process]:
+        """The learner's processes by rank. One that a rank has just forked still has its command line: not a rank."""
+        found = {process.pid: process for process in self.processes(program)}
+        ranks = {}
+        for process in found.values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.ppid() not in found and "heartbeat.py" not in command_line(process):
+                    ranks[process.environ().get("RANK", "")] = process
+        ranks.pop("", None)  # task.sh, srun
+        return ranks
 
 
 @dataclass

@@ -79,9 +79,15 @@ def submit(cluster: Cluster, site: Path, script: Path, name: str, *words: str, *
     return Job(done.stdout.strip(), cluster, out, run)
 
 
+@pytest.fixture(scope="module")
+def jobs(cluster: Cluster, site: Path) -> dict[str, Job]:
+    """All submitted at once: those that fit run beside each other."""
+    return {name: submit(cluster, site, ROOT / "slurm" / f"{name}.sbatch", name) for name in TEMPLATE_NAMES}
+
+
 @pytest.mark.parametrize("name", TEMPLATE_NAMES)
-def test_a_template_starts_its_ranks_and_servers(name: str, cluster: Cluster, site: Path) -> None:
-    job = submit(cluster, site, ROOT / "slurm" / f"{name}.sbatch", name)
+def test_a_template_starts_its_ranks_and_servers(name: str, jobs: dict[str, Job]) -> None:
+    job = jobs[name]
     assert job.until_ended() == ("COMPLETED", "0"), job.printed()
     nodes = int(job.show("NumNodes"))
     assert job.printed().count("8 × NVIDIA H100 80GB HBM3 80 GiB") == nodes

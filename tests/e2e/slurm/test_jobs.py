@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from jobs import Job, Site
-from training import SETTINGS, assert_same_run, run_here
+from drills import DRILLS, survived
+from drills import submit as submit_drill
+from jobs import LOCAL, LONG, Job, Site, steps
+from training import assert_same_run, run_here
 
 from recipes.cluster.attempt import attempts, checkpoint_step, events
 from recipes.cluster.blame import first_error
 
-LOCAL = (*SETTINGS, "eval.every=0", "train.entropy_probe_every=0")
 # What an interactive job leaves in the environment of whoever submits from inside it.
 OUTER_JOB = {
     **{"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "node9", "SLURM_NNODES": "7", "SLURM_STEP_ID": "0"},
@@ -21,18 +21,11 @@ OUTER_JOB = {
     **{"SLURM_NTASKS_PER_NODE": "9", "SLURM_CPUS_PER_GPU": "9", "SLURM_TRES_PER_TASK": "cpu:9", "SLURM_HET_SIZE": "2"},
     **{"SLURM_DISTRIBUTION": "arbitrary", "SLURM_EXPORT_ENV": "NONE", "SLURM_STDOUTMODE": "/dev/null"},
 }
-LONG = (*LOCAL, "train.steps=30", "train.save_every=2")
-
-
-def steps(run: Path) -> int:
-    """Lines of metrics.jsonl."""
-    file = run / "metrics.jsonl"
-    return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
 @pytest.fixture(scope="module")
 def jobs(site: Site) -> Iterator[dict[str, Job]]:
-    """All submitted at once, so that they wait and compute beside each other on three nodes."""
+    """All submitted at once, so that one waits while another computes, on three nodes."""
     hidden = site.folder / "hidden"
     hidden.mkdir()
     site.cluster.inside("node3", "mount", "-t", "tmpfs", "none", str(hidden))
@@ -49,6 +42,7 @@ def jobs(site: Site) -> Iterator[dict[str, Job]]:
         "crashing": site.submit("crashing", *LOCAL, nodes="node2", PROGRAM="no.such.module", MAX_REQUEUES="1"),
         "hidden": site.submit("hidden/run", *LOCAL, nodes="node2,node3"),
         "small": site.submit("small/run", *LOCAL, nodes="node2"),
+        "stopped": submit_drill(DRILLS[0], site),
     }
     site.cluster.inside("node3", "umount", str(hidden))
     site.cluster.inside("node2", "umount", str(small))
@@ -63,9 +57,8 @@ def test_user_errors_are_not_requeued(jobs: dict[str, Job]) -> None:
 def test_a_run_survives_a_kill_and_the_time_limit(jobs: dict[str, Job], site: Site) -> None:
     """Killed, requeued, stopped by the time limit's signal, requeued, finished: equal to a run without any of it."""
     job = jobs["long"]
-    job.until("step 5", lambda: steps(job.run) >= 5)
-    (learner,) = job.processes("recipes.train")
-    learner.kill()
+    job.until("step 3", lambda: steps(job.run) >= 3)
+    job.ranks()["0"].kill()
     seconds = job.until_state("PENDING", "COMPLETING")
     back = job.until("the next attempt", lambda: len(attempts(job.run)) == 2)
     print(f"learner killed: job step ended and requeued after {seconds:.1f} s, new attempt {back:.1f} s later")
@@ -73,7 +66,7 @@ def test_a_run_survives_a_kill_and_the_time_limit(jobs: dict[str, Job], site: Si
     error = first_error(attempts(job.run)[0])
     assert error is not None and error.role == "learner-rank0" and error.what == "ended with status 137 (signal 9)"
 
-    job.until("step 12", lambda: steps(job.run) >= 12 and len(events(attempts(job.run)[1])) > 1)
+    job.until("step 8", lambda: steps(job.run) >= 8 and len(events(attempts(job.run)[1])) > 1)
     job.cluster.ask("scancel", "--batch", "--signal=USR1", job.number)
     at = steps(job.run)
     seconds = job.until("stopped", lambda: any(e.name == "stopped" for e in events(attempts(job.run)[1])))
@@ -122,6 +115,10 @@ def test_a_full_disk_is_refused(jobs: dict[str, Job]) -> None:
     job = jobs["small"]
     assert job.until_ended() == ("FAILED", "3")
     assert "error: node2: 0.0 GiB free for the run directory, 1 needed" in job.printed()
+
+
+def test_a_stopped_rank_is_found_named_and_survived(jobs: dict[str, Job], site: Site) -> None:
+    survived(DRILLS[0], jobs["stopped"], site)
 
 
 def test_no_process_is_left(jobs: dict[str, Job], site: Site) -> None:

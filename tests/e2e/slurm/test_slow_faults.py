@@ -6,8 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from jobs import Site
-from test_jobs import LOCAL, LONG, steps
+from jobs import LOCAL, LONG, Site, steps
 
 from recipes.cluster.attempt import attempts, events
 
@@ -63,10 +62,7 @@ def test_one_rank_of_several_is_killed(site: Site) -> None:
     """Two ranks on two nodes: the step ends at once, and the first error is that of the killed rank."""
     job = site.submit("ranks", *LONG, "parallel.tp=2", nodes="node1,node2")
     job.until("step 3", lambda: steps(job.run) >= 3)
-    ranks = {
-        process.environ()["RANK"]: process for process in job.processes("recipes.train") if "RANK" in process.environ()
-    }
-    ranks["1"].kill()
+    job.ranks()["1"].kill()
     begin = time.monotonic()
     job.until_state("PENDING", "COMPLETING")
     print(f"rank 1 killed: step ended and requeued after {time.monotonic() - begin:.1f} s")
@@ -101,8 +97,7 @@ def test_a_step_that_takes_too_long_is_not_waited_for(site: Site) -> None:
     """The time limit is near and no step boundary comes: requeued all the same, from the last checkpoint."""
     job = site.submit("stuck", *LONG, STOP_GRACE_S="5")
     job.until("step 5", lambda: steps(job.run) >= 5)
-    (learner,) = job.processes("recipes.train")
-    learner.suspend()
+    job.ranks()["0"].suspend()
     site.cluster.ask("scancel", "--batch", "--signal=USR1", job.number)
     seconds = job.until("requeued", lambda: job.show("Restarts") == "1")
     assert 5 <= seconds and "no step boundary in time" in job.printed()
