@@ -20,7 +20,7 @@ from recipes.cluster.blame import first_error
 from recipes.cluster.lock import is_locked
 from recipes.reporting.runs import changed_settings, is_number, read_config, read_jsonl
 
-ALIVE_S = 60.0  # the batch script's heartbeat comes every 2 s; file servers may show it late
+ALIVE_S = 60.0  # the batch script's heartbeat comes every second; file servers may show it late
 RECENT = 10  # the median time of these last steps gives the estimate of the time left
 SHOWN = {
     "reward": "critic/rewards/mean",

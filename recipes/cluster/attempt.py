@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import stat
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -100,13 +101,13 @@ def own_attempt(run_dir: Path) -> Path:
 
 
 def record(attempt: Path, role: str, name: str, **details: Any) -> None:
-    """Append an event. What cannot be written (a full disk) is not worth ending a run for."""
+    """Append an event. One that cannot be written (a full disk) is not worth ending a run for: stderr says so."""
     line = json.dumps({"time": round(time.time(), 3), "event": name, **details}) + "\n"
     try:
         with (attempt / f"{role}{_SUFFIX}").open("a", encoding="utf-8") as file:
             file.write(line)
-    except OSError:
-        pass
+    except OSError as error:
+        print(f"{role}: event {name!r} not recorded: {error}", file=sys.stderr)
 
 
 def events(attempt: Path) -> list[Event]:

@@ -28,7 +28,8 @@ from recipes.cluster.serve import OPTIONS_FILE, Port, port_candidates
 from recipes.models.locate import model_location, prepare_model
 from recipes.rewards import make_verifier
 
-HEARTBEAT_S = 15.0  # the batch script's comes every 2 s; file servers may show it late
+ALIVE = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "CONFIGURING")
+HEARTBEAT_S = 15.0  # the batch script's comes every second; file servers may show it late
 
 
 def busy(run_dir: Path, job: str, before: Path | None = None) -> str:
@@ -50,14 +51,21 @@ def busy(run_dir: Path, job: str, before: Path | None = None) -> str:
 
 def job_runs(job: str, directory: Path) -> bool:
     """Whether Slurm says so, or, where it cannot be asked, whether its batch script's heartbeat changes."""
-    try:
-        command = ["squeue", "-h", "-j", job, "-o", "%T"]
-        told = subprocess.run(command, capture_output=True, text=True, timeout=30)
-        if told.returncode == 0 or "Invalid job id" in told.stderr:
-            return told.stdout.strip() in ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "CONFIGURING")
-    except (OSError, subprocess.TimeoutExpired):
-        pass
+    state = squeue_state(job)
+    return _beats(directory) if state is None else state in ALIVE
 
+
+def squeue_state(job: str) -> str | None:
+    """What squeue says of a job, "" when it has ended; None when there is no answer."""
+    command = ["squeue", "-h", "-j", job, "-o", "%T"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (FileNotFoundError, PermissionError, subprocess.TimeoutExpired):  # absent from most containers
+        return None
+    return told.stdout.strip() if told.returncode == 0 or "Invalid job id" in told.stderr else None
+
+
+def _beats(directory: Path) -> bool:
     def beat() -> str:
         try:
             return (directory / "heartbeat").read_text(encoding="utf-8")

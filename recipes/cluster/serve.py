@@ -10,6 +10,7 @@ update, which it takes part in like all others.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -198,12 +199,11 @@ class Supervisor:
         A tiny generation would wait behind all queued requests, and /health asks only the front end. Raises Hung; a
         refused connection is left to the guard, which ends when the server has.
         """
-        try:
-            self._ask("/is_paused", None, self._hang_s)
-        except TimeoutError as error:
-            raise Hung(f"the engine did not answer for {self._hang_s:.0f} s") from error
-        except OSError:
-            pass
+        with contextlib.suppress(OSError):
+            try:
+                self._ask("/is_paused", None, self._hang_s)
+            except TimeoutError as error:
+                raise Hung(f"the engine did not answer for {self._hang_s:.0f} s") from error
 
     def _ask(self, path: str, body: dict[str, Any] | None, timeout_s: float) -> None:
         """GET, or POST of a body. Raises TimeoutError, or another OSError for any other failure."""
