@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemT
 from torch.distributed.checkpoint.storage import WriteResult
 
 from conversion.digests import bulk_digest, text
+from megatron_ext.learner.finite import all_finite
 
 _ALIGNMENT = 64  # bytes, of tensors in the staging buffer
 _POLL_S = 0.05
@@ -78,9 +79,15 @@ class _Planner(MCoreSavePlanner):
         self.staged = {item.index: copy for item, copy in zip(items, copies, strict=True)}
 
     def resolve_data(self, write_item: WriteItem) -> Any:
-        if self.staged is None or write_item.type == WriteItemType.BYTE_IO:
+        """What to write. Raises FloatingPointError for a tensor with a NaN or an infinity in it."""
+        if write_item.type == WriteItemType.BYTE_IO:
             return super().resolve_data(write_item)
-        return self.staged[write_item.index]
+        tensor = super().resolve_data(write_item) if self.staged is None else self.staged[write_item.index]
+        if not all_finite(tensor):
+            raise FloatingPointError(
+                f"{write_item.index.fqn} holds a NaN or an infinity: no checkpoint is written, the last one stays"
+            )
+        return tensor
 
 
 @dataclass(slots=True)

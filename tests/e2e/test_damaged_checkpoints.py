@@ -9,11 +9,13 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from training import arguments, assert_same_run, launch_here, run_here
 
 from conversion.digests import range_digest
+from megatron_ext.learner.learner import Learner
 
 pytestmark = pytest.mark.usefixtures("no_report")
 SETTINGS = ("eval.every=0", "train.entropy_probe_every=0", "train.save_every=1", "train.keep_checkpoints=3")
@@ -105,3 +107,24 @@ def test_an_older_checkpoint_is_continued_without_losing_what_is_written_next(mo
     run_here(model, run, *one, "train.steps=5")
     kept = [path.name for path in checkpoint.by_write_order(run / "checkpoints")]
     assert kept == ["step_000004", "step_000005"], "not the one with the largest number"
+
+
+def test_a_diverged_run_is_not_written(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With one checkpoint kept, writing it would remove the last good one."""
+    run, one = tmp_path / "run", (*SETTINGS[:3], "train.keep_checkpoints=1")
+    original, calls = Learner.update, iter(range(100))
+
+    def diverging(learner: Learner, *args: Any, **kwargs: Any) -> Any:
+        done = original(learner, *args, **kwargs)
+        if next(calls) == 3:  # the last update of step 2
+            next(iter(learner.chunks[0].parameters())).data.view(-1)[5] = math.inf
+        return done
+
+    monkeypatch.setattr(Learner, "update", diverging)
+    assert launch_here(arguments(model, run, *one)) == 5
+    assert "holds a NaN or an infinity: no checkpoint is written, the last one stays" in capsys.readouterr().err
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step_000001"]
+    monkeypatch.undo()
+    assert launch_here(arguments(model, run, *one)) == 0
