@@ -66,7 +66,7 @@ def load_config(overrides: Sequence[str]) -> Config:
 
     Raises ValueError, in one sentence that names the key, for anything unknown, of the wrong type or impossible.
     """
-    overrides = [re.sub(r"^resume=", "resume.checkpoint=", item) for item in overrides]
+    overrides = [_canonical(item) for item in overrides]
     for item in overrides:
         _check_key(item)
     # The YAML files hold only what differs from the schema's defaults, so Hydra must be told to add keys ("++"); that
@@ -83,7 +83,19 @@ def load_config(overrides: Sequence[str]) -> Config:
         values: Any = OmegaConf.to_container(merged, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain(error, overrides)) from error
-    return _build(Config, values)
+    config: Config = _build(Config, values)
+    given = {item.lstrip("+").partition("=")[0] for item in overrides}
+    if "eval.n" in given and "eval.k" not in given and config.eval.n >= 1:
+        # The recipe's k, of which fewer samples leave some without meaning.
+        config.eval.k = sorted({k if k <= config.eval.n else config.eval.n for k in config.eval.k})
+    return config
+
+
+def _canonical(item: str) -> str:
+    """An override with the full name of its key, where it has a short one; one suite is a list of one."""
+    item = re.sub(r"^resume=", "resume.checkpoint=", item)
+    item = re.sub(r"^suite=", "eval.suite=", item)
+    return re.sub(r"^eval\.suite=(?!null$)([^\[\s]+)$", r"eval.suite=[\1]", item)
 
 
 @cache

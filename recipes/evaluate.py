@@ -95,9 +95,9 @@ def evaluation_config(argv: Sequence[str]) -> Config:
     ``data.path`` alone gives the problems to evaluate; no part of the file is held out. Sampling, template and verifier
     on the command line replace those of suites.
     """
-    words = ["eval." + word if word.startswith("suite=") else word for word in argv]
-    words = [_listed(word) if word.startswith("eval.suite=") else word for word in words]
+    words = list(argv)
     given = {word.lstrip("+").partition("=")[0]: word.partition("=")[2] for word in words}
+    given = {"eval.suite" if key == "suite" else key: value for key, value in given.items()}
     sets = {key for key in ("data.eval_path", "eval.suite") if given.get(key, "null") not in ("null", "[]")}
     if not sets and given.get("data.path", "null") != "null":
         words.append(f"data.eval_path={given['data.path']}")
@@ -125,11 +125,6 @@ def evaluation_config(argv: Sequence[str]) -> Config:
     if "rollout.max_model_len" not in given:
         config.rollout.max_model_len = 0  # what the prompts and responses need
     return config
-
-
-def _listed(word: str) -> str:
-    key, _, value = word.partition("=")
-    return word if value.startswith("[") else f"{key}=[{value}]"
 
 
 def evaluate(config: Config) -> list[SetResult]:

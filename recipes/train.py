@@ -46,6 +46,7 @@ from recipes.loop.metrics import StepMetrics
 from recipes.loop.nonfinite import Guard
 from recipes.loop.profile import check_profile, profiled
 from recipes.loop.run_dir import RunDir
+from recipes.loop.samples import make_trace
 from recipes.loop.stream import RolloutStream
 
 
@@ -138,6 +139,7 @@ def train_step(
     with metrics.clock("statistics"):
         batch, groups_B, include_B = make_batch(config, samples)
         stats = learner.statistics(batch) if needs_statistics(config, controller, step) else None
+        batch.trace = make_trace(samples)
         batch.ref_logp = learner.reference_logp(batch)
     rollout_logp = torch.cat([torch.as_tensor(s.rollout.logprobs, dtype=learner.dtype) for s in samples])
     if not guard.accepts(step, samples, rollout_logp, stats):
@@ -177,6 +179,8 @@ def train_step(
                 if (update := guard.update(step, members, step_on)) is not None:
                     metrics.update(update)
     metrics.add({"actor/nonfinite_updates": guard.skipped} if guard.skipped else {})
+    learner.gather_trace(batch.trace)
+    metrics.trace = batch.trace
     metrics.add({f"theory/{name}": value for name, value in metrics.theory().items()})
     if config.train.entropy_probe_every and (step + 1) % config.train.entropy_probe_every == 0:
         with metrics.clock("probe"):

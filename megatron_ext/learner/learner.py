@@ -46,6 +46,7 @@ from megatron_ext.learner.vocab_parallel import tensor_parallel_shard
 from megatron_ext.learner.work import Work, WorkReport
 from megatron_ext.rl import packing
 from megatron_ext.rl.objective import PolicyLoss
+from megatron_ext.rl.trace import TokenTrace
 from megatron_ext.rl.types import LossInputs, TokenStats
 
 
@@ -378,6 +379,12 @@ class Learner(Trainable):
         sums = {k.removeprefix(DIAGNOSTIC): totals.pop(k) for k in list(totals) if k.startswith(DIAGNOSTIC)}
         means = {k: v / max(tokens, 1.0) for k, v in totals.items()} | objective | about
         return UpdateMetrics(means, sums, tokens)
+
+    def gather_trace(self, trace: TokenTrace) -> None:
+        """Add up, on every rank, what the updates of all ranks wrote into the trace of a batch. A collective."""
+        sums = trace.sums.to(self.device) if self._reports else torch.zeros_like(trace.sums, device=self.device)
+        torch.distributed.all_reduce(sums)
+        trace.sums = sums.cpu()
 
     @torch.no_grad()
     def reference_logp(self, batch: TrainBatch) -> Tensor | None:

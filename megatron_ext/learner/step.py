@@ -21,6 +21,7 @@ from megatron_ext.learner.policy_head import output_weight
 from megatron_ext.rl import packing
 from megatron_ext.rl.diagnostics import diagnostic_sums
 from megatron_ext.rl.objective import Coefficients, Objective, PolicyLoss, evaluate
+from megatron_ext.rl.trace import TokenTrace
 from megatron_ext.rl.types import LossInputs, TokenStats
 
 
@@ -43,6 +44,7 @@ class TrainBatch:
     # Of each sample (fed tokens, layers with experts, top k), the experts to route to; None: the router chooses
     experts: Sequence[Tensor] | None = None
     token_weight: Tensor | None = None  # >= 0, factor on the policy loss, when the selection weighs tokens
+    trace: TokenTrace | None = None  # updates write into it what they did to the tokens that a report shows
     seq_ids: Tensor = field(init=False)  # int64, index of the token's sample
     offsets: Tensor = field(init=False)  # (samples + 1,) int64: start of each sample in the flat tensors, and T
 
@@ -204,6 +206,9 @@ def training_step(
             loss_weight=None if batch.token_weight is None else at(batch.token_weight),
         )
         result = evaluate(loss, inputs, coefficients)
+        if batch.trace is not None:
+            factor = keep if coefficients.loss_weight is None else keep * coefficients.loss_weight
+            batch.trace.add(flat, inputs, factor, result.outputs)
         divisor = torch.tensor(int(mb.counts_divisor), dtype=torch.int, device=device)
         return result.total, divisor, metric_sums(inputs, stats, result)
 

@@ -59,6 +59,7 @@ class Sample:
     text: str = ""  # decoded response, for the report only
     answer: str | None = None  # final answer that the verifier found, for votes and reports
     reward: float = 0.0
+    reward_terms: tuple[float, ...] = ()  # before weighting, where the reward has several terms
     correct: bool = False
     status: str = "ok"  # "ok" | "timeout" | "crash" | "invalid", from the reward worker
     advantage: float = 0.0

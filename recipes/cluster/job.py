@@ -26,7 +26,6 @@ from recipes.cluster import attempt, lock
 from recipes.cluster.requeue import exhausted, may_start
 from recipes.cluster.serve import OPTIONS_FILE, Port, port_candidates
 from recipes.models.locate import model_location, prepare_model
-from recipes.rewards import make_verifier
 
 ALIVE = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "CONFIGURING")
 HEARTBEAT_S = 15.0  # the batch script's comes every second; file servers may show it late
@@ -86,7 +85,6 @@ def begin(words: Sequence[str]) -> dict[str, str | int]:
     Raises ValueError for a user's error. ``STATE`` is "ready", "finished" (nothing is left to do) or "exhausted".
     """
     config = load_checked(words)
-    make_verifier(config.reward.name, **config.reward.params)
     run_dir, job = Path(config.run.dir).absolute(), os.environ["SLURM_JOB_ID"]
     if attempt.finished_steps(run_dir) >= config.train.steps:
         return {"STATE": "finished", "RUN_DIR": str(run_dir)}

@@ -54,14 +54,6 @@ class SetResult:
                 f"{share:.0%} of the responses to {self.evaluated.name} are cut off at "
                 f"{self.evaluated.protocol.max_tokens} tokens and mostly count as wrong: raise eval.max_tokens"
             )
-        solved = {sum(sample["correct"] for sample in row["samples"]) for row in self.rows}
-        if solved in ({0}, {self.evaluated.protocol.n}):
-            bound = 0.025 ** (1 / len(self.rows))  # Clopper-Pearson's, of problems that agree
-            limit = f"at most {1 - bound:.3f}" if solved == {0} else f"at least {bound:.3f}"
-            found.append(
-                f"all {len(self.rows)} problems of {self.evaluated.name} have the same result, so the bootstrap "
-                f"intervals have no width; the exact 95 % interval of {len(self.rows)} problems allows {limit}"
-            )
         if self.failures:
             listed = ", ".join(f"{status} {number}" for status, number in self.failures.items())
             found.append(f"{sum(self.failures.values())} responses could not be judged and count as wrong: {listed}")

@@ -31,7 +31,7 @@ from recipes.data.suites import Protocol
 from recipes.loop.evaluation import Answered, Progress, answer_set, set_metrics
 from recipes.loop.journal import Group
 from recipes.rewards import RewardItem, Scorer
-from recipes.rewards.terms import scorer_of
+from recipes.rewards.terms import scorer_of, term_means
 from recipes.rollout.engine import RolloutEngine, Sampling, request_seed
 from recipes.rollout.local import LocalEngine
 from recipes.rollout.make import make_engine
@@ -151,12 +151,14 @@ class Collector:
                     groups.append((problem, members))
             if len(groups) >= wanted:
                 break
+        kept = [sample.reward_terms for _, members in groups[:wanted] for sample in members]
         return {
             "kind": "rollouts",
             "step": step,
             "position": position,  # of the next problem
             "groups": groups[:wanted],
             "timing": {"generate": generate_s, "reward": reward_s},
+            "reward_terms": term_means(config.reward, kept),
             "counters": {**self.engine.counters, "dropped_problems": sum(self.source.dropped.values())},
         }
 
@@ -203,6 +205,7 @@ class Collector:
                 text=texts[i],
                 answer=result.answer,
                 reward=result.score,
+                reward_terms=result.terms,
                 correct=result.correct,
                 status=result.status,
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import comb
+from math import comb, exp, fsum, lgamma, log
 
 import numpy as np
 
@@ -62,11 +62,11 @@ def _majority(votes: np.ndarray) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean over problems with bootstrap intervals.
+    """A mean over problems with 95 % intervals.
 
-    ``low`` to ``high``: interval over other problems of the same kind. ``seed_low`` to ``seed_high``: interval over
-    other samples of the same problems (another seed); None where resampling n samples is biased (pass@k with k > n/2,
-    maj@k).
+    ``low`` to ``high``: with other problems of the same kind; exact (Clopper-Pearson) where each problem counts as 0 or
+    1, else a bootstrap. ``seed_low`` to ``seed_high``: with other samples of the same problems (another seed); None
+    where resampling n samples is biased (pass@k with k > n/2, maj@k) or says nothing (n = 1, or equal samples).
     """
 
     mean: float
@@ -98,6 +98,38 @@ def bootstrap_interval(
     tail = (1 - confidence) / 2
     low, high = np.quantile(statistic(array[picks], axis=1), [tail, 1 - tail])
     return float(low), float(high)
+
+
+def exact_interval(successes: int, trials: int, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of a binomial share (Clopper and Pearson 1934), which has a width also at 0 and at 1."""
+    if not 0 <= successes <= trials or not trials:
+        raise ValueError(f"{successes} of {trials} is no share: it needs 0 <= successes <= trials, and trials")
+    tail = (1 - confidence) / 2
+
+    def at_least(k: int, p: float) -> float:
+        """P(X >= k) for 0 < p < 1."""
+        ways = (lgamma(trials + 1) - lgamma(i + 1) - lgamma(trials - i + 1) for i in range(k, trials + 1))
+        return fsum(exp(w + i * log(p) + (trials - i) * log(1 - p)) for i, w in enumerate(ways, start=k))
+
+    def solve(k: int, level: float) -> float:
+        """The p at which P(X >= k), which rises with p, is ``level``."""
+        low, high = 0.0, 1.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (middle, high) if at_least(k, middle) < level else (low, middle)
+        return (low + high) / 2
+
+    return (
+        solve(successes, tail) if successes else 0.0,
+        solve(successes + 1, 1 - tail) if successes < trials else 1.0,
+    )
+
+
+def problem_interval(values: Sequence[float], *, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of a mean over problems: exact where every value is 0 or 1, else `bootstrap_interval`."""
+    if values and all(value in (0.0, 1.0) for value in values):
+        return exact_interval(int(sum(values)), len(values))
+    return bootstrap_interval(values, seed=seed)
 
 
 def seed_interval(
@@ -142,10 +174,12 @@ def summarise(
             pairs = zip(outcomes, answers, strict=True)
             per_problem[f"maj@{k}"] = [maj_at_k(a, b, k, seed=seed + i) for i, (a, b) in enumerate(pairs)]
     resampled = {f"avg@{n}": 1} | {f"pass@{k}": k for k in ks if 2 * k <= n or k == 1}
+    if all(c in (0, n) for c in correct):
+        resampled = {}  # all samples of a problem agree, so that resampling them changes nothing
     return {
         name: Estimate(
             float(np.mean(values)),
-            *bootstrap_interval(values, seed=seed),
+            *problem_interval(values, seed=seed),
             *(seed_interval(correct, n, resampled[name], seed=seed) if name in resampled else ()),
         )
         for name, values in per_problem.items()

@@ -15,6 +15,7 @@ from recipes.loop.estimators import Estimate, summarise
 from recipes.rewards.verifiers import normalise_answer
 
 THREADS = 16  # chunks in flight; each waits for its slowest response
+SHORT_S, LONG_S = 5.0, 30.0  # a call of an engine in this process: a shorter one may grow, a longer one shrinks
 
 
 class Respondent(Interface):
@@ -49,33 +50,48 @@ def answer_set(
 ) -> Iterator[list[Answered]]:
     """Yield answered problems in groups, as they finish, until the set is complete; ``skip``: positions done before."""
     todo = [item for item in enumerate(evaluated.problems) if not skip(item[0])]
-    chunk, threads = _chunks(respondent, evaluated.protocol.n)
-    chunks = iter([todo[start : start + chunk] for start in range(0, len(todo), chunk)])
+    pace = _Pace(respondent, evaluated.protocol.n)
     running: dict[Future[list[list[Sample]]], list[tuple[int, Problem]]] = {}
-    executor = ThreadPoolExecutor(threads, thread_name_prefix="evaluation")
+    executor = ThreadPoolExecutor(pace.threads, thread_name_prefix="evaluation")
     try:
-        while True:
-            while len(running) < threads and (part := next(chunks, None)):
+        while todo or running:
+            while len(running) < pace.threads and todo:
+                part, todo = todo[: pace.chunk], todo[pace.chunk :]
                 running[executor.submit(respondent.respond, evaluated.name, part, evaluated.protocol)] = part
-            if not running:
-                return
+            begin = time.monotonic()
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 part = running.pop(future)
                 yield [
                     Answered(position, problem, samples)
                     for (position, problem), samples in zip(part, future.result(), strict=True)
                 ]
+            pace.took(time.monotonic() - begin)
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
 
 
-def _chunks(respondent: Respondent, n: int) -> tuple[int, int]:
-    """(problems per call, concurrent calls) that keep the engine busy."""
-    at_a_time = max(1, -(-respondent.slots // n))
-    if not respondent.concurrent:
-        return at_a_time, 1
-    threads = min(THREADS, at_a_time)
-    return -(-at_a_time // threads), threads
+class _Pace:
+    """Problems per call (``chunk``) and calls at a time (``threads``) that keep the engine full.
+
+    An engine in this process answers one call at a time, and nothing is on disk or shown before a call ends. So the
+    first calls are small, and they grow as long as they are short.
+    """
+
+    def __init__(self, respondent: Respondent, n: int) -> None:
+        at_a_time = max(1, -(-respondent.slots // n))
+        self._most = at_a_time
+        if respondent.concurrent:
+            self.threads = min(THREADS, at_a_time)
+            self.chunk = -(-at_a_time // self.threads)
+        else:
+            self.threads, self.chunk = 1, max(1, at_a_time // 8)
+
+    def took(self, seconds: float) -> None:
+        """How long the calls that have just ended took."""
+        if self.threads == 1 and seconds < SHORT_S:
+            self.chunk = min(self._most, 2 * self.chunk)
+        elif self.threads == 1 and seconds > LONG_S:
+            self.chunk = max(1, self.chunk // 2)
 
 
 def estimate(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # importing Megatron takes seconds
     from megatron_ext.learner.critic import Critic
     from megatron_ext.learner.learner import Learner, UpdateMetrics
     from megatron_ext.learner.work import WorkReport
+    from megatron_ext.rl.trace import TokenTrace
 
 
 class StepMetrics:
@@ -30,6 +31,7 @@ class StepMetrics:
         self.step = step
         self._values: dict[str, float] = {}
         self.token_statistics: TokenStats | None = None  # of the step's samples, one after the other
+        self.trace: TokenTrace | None = None  # of the tokens that the report shows
         self._updates: list[UpdateMetrics] = []
         self._critic: list[dict[str, float]] = []
         self._seconds: dict[str, float] = {}

@@ -7,7 +7,6 @@ import os
 import subprocess
 import time
 from collections.abc import Mapping
-from itertools import accumulate
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from recipes.cluster import flight, heartbeat, lock
 from recipes.cluster.attempt import FINISHED, LATEST, LOGS, STOP, VARIABLE, make_run_dir, own_attempt, write_finished
 from recipes.cluster.attempt import record as record_event
 from recipes.loop import journal
+from recipes.loop import samples as kept_samples
 from recipes.loop.display import Display
 from recipes.loop.metrics import StepMetrics
 from recipes.loop.trackers import Sink
@@ -32,9 +32,7 @@ from recipes.models.card import export_card, save_command
 if TYPE_CHECKING:  # importing Megatron takes seconds
     from megatron_ext.learner.learner import Learner
 
-SAMPLES_PER_STEP = 4  # completions kept in samples.jsonl
 HANG_S, CPU_HANG_S = 60.0, 600.0  # without ``run.hang_s``; a CPU may compute on one micro-batch for minutes
-TOKENS_PER_SAMPLE = 4096  # longer ones are kept without their tokens' entropies
 ROLE = "learner"  # rank 0 speaks for the learner; under Slurm each rank's errors and exit status are recorded besides
 
 
@@ -303,23 +301,8 @@ class RunDir:
             self._tokenizer = AutoTokenizer.from_pretrained(model_location(self.config))
         golds = dict(zip(record["problems"], record["golds"], strict=True))
         with (self.path / "samples.jsonl").open("a", encoding="utf-8") as file:
-            ends = list(accumulate((len(sample.rollout.response_ids) for sample in samples), initial=0))
-            for index in range(0, len(samples), max(1, len(samples) // SAMPLES_PER_STEP))[:SAMPLES_PER_STEP]:
-                sample = samples[index]
-                row = {
-                    "step": metrics.step,
-                    "problem": sample.problem_id,
-                    "prompt": self._tokenizer.decode(sample.rollout.prompt_ids),
-                    "response": self._tokenizer.decode(sample.rollout.response_ids),
-                    "gold": golds[sample.problem_id],
-                    "reward": sample.reward,
-                    "advantage": sample.advantage,
-                }
-                stats, here = metrics.token_statistics, slice(ends[index], ends[index + 1])
-                if stats is not None and len(sample.rollout.response_ids) <= TOKENS_PER_SAMPLE:
-                    row["tokens"] = [self._tokenizer.decode([token]) for token in sample.rollout.response_ids]
-                    row["entropy"] = [round(value, 3) for value in stats.entropy[here].tolist()]
-                    row["logp"] = [round(value, 3) for value in stats.logp[here].tolist()]
+            for sample, row in kept_samples.rows(samples, metrics.token_statistics, metrics.trace, self._tokenizer):
+                row = {"step": metrics.step, **row, "gold": golds[sample.problem_id]}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 

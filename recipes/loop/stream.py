@@ -82,6 +82,7 @@ class RolloutStream:
                     self._live().begin(step + 1, found["position"], ahead)
         decoded = journal.Record(control.broadcast_bytes(record, src=0))
         metrics.add({f"rollout/{name}": float(value) for name, value in decoded.about.get("counters", {}).items()})
+        metrics.add({f"critic/rewards/{name}": mean for name, mean in decoded.about.get("reward_terms", {}).items()})
         first_seq_id = step * self._config.rollout.prompts_per_step * self._config.rollout.n
         return decoded.about, decoded.samples(first_seq_id)
 

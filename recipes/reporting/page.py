@@ -167,14 +167,20 @@ def _sample(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tokens(row: dict[str, Any]) -> dict[str, Any]:
-    """The response token by token with its entropies and log-probabilities, where the run wrote them."""
-    tokens, entropy, logp = (row.get(key) for key in ("tokens", "entropy", "logp"))
-    lists = [value for value in (tokens, entropy, logp) if isinstance(value, list)]
-    if len(lists) != 3 or len({len(value) for value in lists}) != 1:
+    """The response token by token with the numbers that the run wrote for each; clipping only where it was traced."""
+    tokens = row.get("tokens")
+    if not isinstance(tokens, list):
         return {}
-    if not all(is_number(value) for value in (*lists[1], *lists[2])):
+
+    def numbers(*names: str) -> dict[str, list[float]]:
+        found = {name: row.get(name) for name in names}
+        good = (isinstance(v, list) and len(v) == len(tokens) and all(map(is_number, v)) for v in found.values())
+        return found if all(good) else {}  # type: ignore[return-value]
+
+    known = numbers("entropy", "logp")
+    if not known:
         return {}
-    return {"tokens": [visible(token) for token in lists[0]], "entropy": entropy, "logp": logp}
+    return {"tokens": [visible(token) for token in tokens]} | known | numbers("ratio", "clip_side", "gradient_weight")
 
 
 def facts(config: dict[str, Any], engine: str = "") -> list[str]:

@@ -115,6 +115,21 @@
     return made;
   }
 
+  const SHADES = { // of a token: series colour, strength in [0, 1]
+    entropy: (row, i) => [1, row.entropy[i] / 2],
+    logp: (row, i) => [1, -row.logp[i] / 4],
+    clip: (row, i) => { // strong where the loss stops the gradient, weak where it keeps some
+      const side = row.clip_side ? row.clip_side[i] : 0;
+      return [side < 0 ? 0 : 1, Math.abs(side) * (row.clip_side && row.gradient_weight[i] ? 0.45 : 1)];
+    },
+  };
+
+  function clipping(row, i) {
+    if (!row.clip_side) return "";
+    const side = row.clip_side[i], where = side < 0 ? ", below the clip range" : side > 0 ? ", above the clip range" : "";
+    return `, ratio ${row.ratio[i]}${where}, gradient weight ${row.gradient_weight[i]}`;
+  }
+
   function card(row, shade) {
     const box = element("div", undefined, "sample" + (row.good ? " good" : ""));
     const list = element("dl");
@@ -125,10 +140,9 @@
     }
     const text = element("pre");
     if (row.tokens && shade !== "none") row.tokens.forEach((token, i) => {
-      const value = row[shade][i], span = element("span", token);
-      const strength = shade === "entropy" ? value / 2 : -value / 4;
-      span.style.background = `color-mix(in srgb, var(--s1) ${Math.round(75 * Math.min(1, Math.max(0, strength)))}%, transparent)`;
-      span.title = `entropy ${row.entropy[i]} nats, log-probability ${row.logp[i]}`;
+      const span = element("span", token), [series, strength] = SHADES[shade](row, i);
+      span.style.background = `color-mix(in srgb, var(--s${series}) ${Math.round(75 * Math.min(1, Math.max(0, strength)))}%, transparent)`;
+      span.title = `entropy ${row.entropy[i]} nats, log-probability ${row.logp[i]}` + clipping(row, i);
       text.append(span);
     });
     else text.textContent = row.response;
@@ -140,7 +154,13 @@
     browser.hidden = false;
     const run = +browser.dataset.run, choose = $("select.step", browser), shade = $("select.shade", browser);
     const steps = () => Object.keys(page.samples[run]).map(Number).sort((a, b) => a - b);
-    const show = () => $(".cards", browser).replaceChildren(...page.samples[run][choose.value].map(r => card(r, shade.value)));
+    const show = () => {
+      const rows = page.samples[run][choose.value];
+      $(".key", browser).textContent = shade.value !== "clip" ? "" : rows.some(row => row.clip_side) ?
+        "Blue: ratio below the clip range; orange: above. Strong: no gradient; weak: the loss keeps some." :
+        "This step has no record of clipping.";
+      $(".cards", browser).replaceChildren(...rows.map(row => card(row, shade.value)));
+    };
     const fill = keep => {
       choose.replaceChildren(...steps().map(step => new Option(step, step)));
       choose.value = keep ?? steps().at(-1);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -62,7 +63,5 @@ def serve(run_dirs: Sequence[Path], port: int) -> None:
         load_run(path)
     with make_server(run_dirs, port) as server:
         print(f"http://{HOST}:{server.server_port}/ (Ctrl-C ends it)", flush=True)
-        try:
+        with contextlib.suppress(KeyboardInterrupt):  # this is how it ends
             server.serve_forever()
-        except KeyboardInterrupt:
-            pass

@@ -80,6 +80,13 @@ def scorer_of(reward: RewardConfig) -> Scorer:
     return scorers[0] if len(terms) == 1 and terms[0].weight == 1.0 else WeightedScorer(terms, scorers)
 
 
+def term_means(reward: RewardConfig, scores: Sequence[tuple[float, ...]]) -> dict[str, float]:
+    """Mean score of each of several terms before weighting, by name as logged; empty for a reward of one term."""
+    names = [term.name.replace(":", ".") for term in reward_terms(reward)]
+    columns = list(zip(*scores, strict=True))
+    return {name: sum(column) / len(column) for name, column in zip(names, columns, strict=bool(columns))}
+
+
 class WeightedScorer:
     """The weighted sum of several scorers. The first one says what is correct, and what the answer was."""
 
@@ -95,7 +102,8 @@ class WeightedScorer:
         for verdicts in zip(*by_term, strict=True):
             total = sum(term.weight * verdict.score for term, verdict in zip(self._terms, verdicts, strict=True))
             status = next((verdict.status for verdict in verdicts if verdict.status != OK), OK)
-            results.append(RewardResult(total, verdicts[0].correct, status, verdicts[0].answer))
+            scores = tuple(verdict.score for verdict in verdicts)
+            results.append(RewardResult(total, verdicts[0].correct, status, verdicts[0].answer, scores))
         self.counts.update(result.status for result in results)
         return results
 

@@ -31,6 +31,7 @@ class RewardResult:
     correct: bool
     status: str = OK
     answer: str | None = None  # the final answer as it was read, at most `MAX_ANSWER_CHARS` of it
+    terms: tuple[float, ...] = ()  # scores before weighting, of a reward with several terms
 
 
 class Verifier(Protocol):

@@ -193,6 +193,7 @@ def _exported(learner: Learner) -> Results:
 def _trained(variant: Variant, learner: Learner, objective: str, stats: TokenStats) -> Results:
     """Three steps; ``stats`` are those of the weights before them."""
     from megatron_ext.rl.selection import build_selection
+    from megatron_ext.rl.trace import TokenTrace
 
     number = list(OBJECTIVES).index(objective)
     name, params, selection = OBJECTIVES[objective]
@@ -207,6 +208,7 @@ def _trained(variant: Variant, learner: Learner, objective: str, stats: TokenSta
     if selection is not None:
         _select(batch, stats, selection)
         out["selected"] = torch.stack([batch.keep.double(), batch.kl_coef.double()])
+    batch.trace = TokenTrace(torch.arange(len(batch.mask)))
     for step, members in enumerate(MINI_BATCHES):
         mini = [order.index(i) for i in members]
         weights_B = cases.aggregation_weights(AGGREGATIONS[(number + step) % len(AGGREGATIONS)], mini, order)
@@ -215,6 +217,8 @@ def _trained(variant: Variant, learner: Learner, objective: str, stats: TokenSta
         for key, value in result.means.items() | {f"sum {k}": v for k, v in result.diagnostic_sums.items()}.items():
             kind = {"grad_norm": "norm", "loss": "loss", "pg_loss": "loss"}.get(key, "metric")
             out[f"{kind}/{step}/{key}"] = torch.tensor(value, dtype=torch.float64)
+    learner.gather_trace(batch.trace)
+    out["statistics/trace"] = batch.trace.sums
     out |= {f"weight/{k}": tensor for k, tensor in _exported(learner).items()}
     if objective == "ce_gppo":
         out["statistics/after"] = cases.stack(learner.statistics(batch))

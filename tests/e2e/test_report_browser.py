@@ -98,7 +98,9 @@ def make_run(path: Path, lr: float) -> Path:
     (path / "config.yaml").write_text(f"optim: {{lr: {lr}}}\n")
     hostile = "</script><img src=x onerror=document.title='owned'>"
     sample = {"tokens": [hostile, "b"], "entropy": [0.0, 2.0], "logp": [-0.1, -4.0], "response": hostile + "b"}
+    sides = {"ratio": [0.5, 1.5], "clip_side": [-1.0, 1.0], "gradient_weight": [0.4, 0.0]}
     samples = [{"step": step, "prompt": f"p{step}", "gold": "7", "reward": 1.0, **sample} for step in (1, 25, 50)]
+    samples[1] |= sides
     (path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
     return path
 
@@ -128,7 +130,19 @@ async def look(file: Path) -> None:
         assert "p25" in await tab.js(f"{browser}.querySelector('.cards').innerText")
         await tab.js(f"shade = {browser}.querySelector('.shade'); shade.value = 'entropy'; shade.onchange()")
         tokens = await tab.js(f"[...{browser}.querySelectorAll('pre span')].map(s => [s.textContent, s.title])")
-        assert tokens[1] == ["b", "entropy 2 nats, log-probability -4"] and tokens[0][0].startswith("</script><img")
+        traced = ", ratio 1.5, above the clip range, gradient weight 0"
+        assert tokens[1] == ["b", f"entropy 2 nats, log-probability -4{traced}"]
+        assert tokens[0][0].startswith("</script><img")
+        await tab.js("shade.value = 'clip'; shade.onchange()")
+        colours = await tab.js(f"[...{browser}.querySelectorAll('pre span')].map(s => s.style.background)")
+        low, high = ("color-mix(in srgb, var(--s0) 34%", "color-mix(in srgb, var(--s1) 75%")
+        assert [colour.startswith(part) for colour, part in zip(colours, (low, high), strict=True)] == [True] * 2, (
+            colours
+        )
+        key = f"{browser}.querySelector('.key').textContent"
+        assert (await tab.js(key)).startswith("Blue: ratio below")
+        await tab.js(f"{browser}.querySelector('.before').click()")
+        assert "no record" in await tab.js(key), "an older step without a trace"
         assert (
             await tab.js("document.querySelectorAll('img').length") == 0 and await tab.js("document.title") == "a · b"
         )

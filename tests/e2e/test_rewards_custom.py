@@ -11,7 +11,8 @@ from test_rewards_pool import needs_landlock
 
 from configs.schema import RewardConfig
 from recipes.rewards import RewardItem
-from recipes.rewards.terms import check_reward, scorer_of
+from recipes.rewards.terms import check_reward, scorer_of, term_means
+from recipes.rewards.types import RewardResult
 
 MODULE = """
 import os, time
@@ -45,12 +46,16 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "my_rewards"
 
 
-def judge(texts: list[str], **reward: Any) -> list[tuple[float, bool, str]]:
+def verdicts(texts: list[str], **reward: Any) -> list[RewardResult]:
     scorer = scorer_of(RewardConfig(**reward))
     try:
-        results = scorer.score([RewardItem(text, "gold") for text in texts])
+        return scorer.score([RewardItem(text, "gold") for text in texts])
     finally:
         scorer.close()
+
+
+def judge(texts: list[str], **reward: Any) -> list[tuple[float, bool, str]]:
+    results = verdicts(texts, **reward)
     return [(result.score, result.correct, result.status) for result in results]
 
 
@@ -77,12 +82,15 @@ def test_terms_are_weighted_and_the_first_says_what_is_correct(module: str) -> N
         {"name": f"{module}:length", "weight": -0.01},
         {"name": f"{module}:hostile", "weight": 2.0, "timeout_s": 0.5},
     ]
-    found = judge(["# gold", "# lead", "spin"], terms=terms, failure_score=-1.0)
-    assert found == [
-        (pytest.approx(1 - 0.06), True, "ok"),
-        (pytest.approx(-0.06), False, "ok"),
-        (pytest.approx(-0.04 - 2.0), False, "timeout"),
+    found = verdicts(["# gold", "# lead", "spin"], terms=terms, failure_score=-1.0)
+    assert [(r.score, r.correct, r.status, r.terms) for r in found] == [
+        (pytest.approx(1 - 0.06), True, "ok", (1.0, 6.0, 0.0)),
+        (pytest.approx(-0.06), False, "ok", (0.0, 6.0, 0.0)),
+        (pytest.approx(-0.04 - 2.0), False, "timeout", (0.0, 4.0, -1.0)),
     ]
+    means = term_means(RewardConfig(terms=terms), [r.terms for r in found[:2]])
+    assert means == {"final_answer": 0.5, f"{module}.length": 6.0, f"{module}.hostile": 0.0}
+    assert term_means(RewardConfig(), [(), ()]) == term_means(RewardConfig(terms=terms), []) == {}
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,15 @@ def test_parameters_of_rewards_and_advantages_can_be_given() -> None:
     assert config.reward.params == {"marker": "####"} and config.advantage.params == {"delta": 1e-4}
 
 
+def test_short_names_stand_for_keys_in_every_command(tmp_path: Path) -> None:
+    """Also when a Slurm job checks the words of `recipes.evaluate` before that command sees them."""
+    (tmp_path / "aime24.jsonl").write_text("{}")
+    config = load_checked(["suite=aime24", f"eval.data_dir={tmp_path}", "eval.n=4"])
+    assert config.eval.suite == ["aime24"]
+    assert config.eval.k == [1, 4], "pass@8 of the recipe has no meaning with four samples"
+    assert load_checked(["eval.n=16"]).eval.k == [1, 8]
+
+
 EPS_LOW_CURVE = ["~schedule.points.beta1", "schedule.points.eps_low=[[0,0.1],[9,0.2]]"]
 
 

@@ -2,10 +2,10 @@
 
 Five objectives (three losses, and two token selections through the training loop's own code; a mixture of experts
 trains two of them on given routing) each take three optimizer steps of SGD; each aggregation is used in three of them.
-Compared are the statistics of every token, the selected tokens, the objective, the gradient and its norm, the way
-every weight has gone after the three steps, and the statistics under the last weights; then the weights after three
-steps of Adam. Layouts also differ in the token budget of a micro-batch, in the order of the samples and in
-recomputation. ``pytest -s`` prints the table of largest relative differences.
+Compared are the statistics of every token, the selected tokens, the objective, the gradient and its norm, the trace of
+every token through the updates, the way every weight has gone after the three steps, and the statistics under the last
+weights; then the weights after three steps of Adam. Layouts also differ in the token budget of a micro-batch, in the
+order of the samples and in recomputation. ``pytest -s`` prints the table of largest relative differences.
 
 All of it runs in eight processes that are started once. A layout of fewer runs in several teams of them at a time.
 """
@@ -57,6 +57,7 @@ COLUMNS = {
     "clipped": ("clipped/", 1e-6),
     "weights": ("/weight/", 1e-10),
     "after": ("/statistics/after", 1e-10),
+    "trace": ("/statistics/trace", 1e-10),
 }
 
 

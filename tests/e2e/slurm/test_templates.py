@@ -150,12 +150,13 @@ def test_evaluation_gives_every_gpu_to_a_server(site: Path) -> None:
 def test_evaluation_keeps_the_samples_of_its_suite(site: Path) -> None:
     def samples(*words: str) -> dict[str, int]:
         done = dry(ROOT / "slurm" / "evaluate.sbatch", site, *words)
+        load_checked(plan_arguments(done.stdout))  # as the job's beginning does
         config = evaluation_config(plan_arguments(done.stdout))
         return {name: protocol.n for name, protocol in protocols(config).items()}
 
     assert samples() == {"aime24": 32, "aime25": 32, "hmmt25": 32, "amc23": 32, "math500": 4}
     assert samples(f"data.eval_path={site}/AIME24.jsonl") == {"AIME24": 32}
-    assert samples("eval.suite=[math500]", "eval.n=2") == {"math500": 2}
+    assert samples("suite=math500", "eval.n=2") == {"math500": 2}
 
 
 def test_conversion_is_verified(site: Path) -> None:

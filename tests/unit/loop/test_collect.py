@@ -11,6 +11,9 @@ import pytest
 
 from megatron_ext.rl.types import Problem, Rollout, Sample
 from recipes.checks.settings import load_checked
+from recipes.data.evalsets import EvalSet
+from recipes.data.suites import Protocol
+from recipes.loop import evaluation
 from recipes.loop.collect import Collector
 from recipes.loop.journal import Record, encode
 from recipes.loop.stream import check_staleness
@@ -92,3 +95,32 @@ def test_random_rewards_depend_on_seed_step_and_attempt() -> None:
     assert Judge(0).rewards("train", 3, 0) == first
     others = [Judge(0).rewards("train", 3, 1), Judge(0).rewards("train", 4, 0), Judge(1).rewards("train", 3, 0)]
     assert all(other != first for other in others)
+
+
+class Answerer:
+    """A `Respondent` without an engine: what it is asked, and how long it takes."""
+
+    def __init__(self, slots: int, concurrent: bool) -> None:
+        self.slots, self.concurrent = slots, concurrent
+        self.asked: list[int] = []
+
+    def respond(self, name: str, problems: Any, protocol: Protocol) -> list[list[Sample]]:
+        self.asked.append(len(problems))
+        return [[Sample(Rollout([1], [2], [-1.0], [0], "stop"), p.id, 0, 0)] * protocol.n for _, p in problems]
+
+
+@pytest.mark.parametrize(
+    ("short", "long", "asked"),
+    [(5.0, 30.0, [2, 4, 8, 16, 16, 4]), (0.0, 30.0, [2] * 25), (0.0, 0.0, [2] + [1] * 48)],
+)
+def test_an_engine_in_this_process_is_asked_for_little_at_first(
+    monkeypatch: pytest.MonkeyPatch, short: float, long: float, asked: list[int]
+) -> None:
+    """So that a slow one shows progress, and loses little when it is killed; a fast one is soon full."""
+    monkeypatch.setattr(evaluation, "SHORT_S", short)
+    monkeypatch.setattr(evaluation, "LONG_S", long)
+    problems = [Problem(str(i), "", "") for i in range(50)]
+    answerer = Answerer(slots=64, concurrent=False)
+    parts = list(evaluation.answer_set(answerer, EvalSet("set", Protocol(n=4, k=(1,)), problems, 50)))
+    assert answerer.asked == asked
+    assert [item.position for part in parts for item in part] == list(range(50))

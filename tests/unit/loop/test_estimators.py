@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipes.loop.estimators import avg_at_k, bootstrap_interval, maj_at_k, pass_at_k, seed_interval, summarise
+from recipes.loop.estimators import (
+    avg_at_k,
+    bootstrap_interval,
+    exact_interval,
+    maj_at_k,
+    pass_at_k,
+    seed_interval,
+    summarise,
+)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +87,34 @@ def test_bootstrap_interval_of_a_constant_is_a_point() -> None:
         bootstrap_interval([])
     with pytest.raises(ValueError, match="between 0 and 1"):
         bootstrap_interval([1.0], confidence=95)
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    [(0, 20, 0.0, 1 - 0.025 ** (1 / 20)), (20, 20, 0.025 ** (1 / 20), 1.0), (5, 10, 0.187086, 0.812914)],
+)
+def test_exact_interval(successes: int, trials: int, low: float, high: float) -> None:
+    """Closed forms at the ends, and the value that tables print for 5 of 10."""
+    assert exact_interval(successes, trials) == pytest.approx((low, high), abs=1e-6)
+    with pytest.raises(ValueError, match="no share"):
+        exact_interval(trials + 1, trials)
+
+
+@pytest.mark.parametrize("truth", [0.02, 0.3])
+def test_exact_interval_never_covers_less_than_it_says(truth: float) -> None:
+    """Summed over all outcomes of 60 trials; a bootstrap covers 2 % in 70 of 100 cases only."""
+    weights = [comb(60, c) * truth**c * (1 - truth) ** (60 - c) for c in range(61)]
+    covered = sum(w for c, w in enumerate(weights) if exact_interval(c, 60)[0] <= truth <= exact_interval(c, 60)[1])
+    assert 0.95 <= covered < 0.995
+
+
+def test_problems_that_count_as_0_or_1_get_exact_intervals() -> None:
+    summary = summarise([[True], [False], [False]], [1])
+    assert (summary["avg@1"].low, summary["avg@1"].high) == exact_interval(1, 3)
+    assert summary["avg@1"].seed_low is None, "one sample says nothing of others"
+    summary = summarise([[False] * 4] * 5, [1, 4])
+    assert [e.high for e in summary.values()] == [pytest.approx(1 - 0.025 ** (1 / 5))] * 3
+    assert summary["pass@4"].seed_low is summary["avg@4"].seed_low is None, "all samples agree"
 
 
 def test_summarise() -> None:
