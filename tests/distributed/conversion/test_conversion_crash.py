@@ -5,7 +5,7 @@ Real processes, real SIGKILL; no Megatron, no gloo.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -14,36 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
+from tiny_checkpoint import contents, write_random
 
-import conversion
-from conversion import hf_to_megatron, megatron_to_hf, publish
+from conversion import hf_to_megatron, megatron_to_hf, publish, units
 from conversion.publish import published, working_directory, write_manifest
 from conversion.sources import open_source
+from conversion.together import Team
 from conversion.verify import compare
 
 pytestmark = pytest.mark.distributed
-RAW = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 37,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 
 
 @pytest.fixture
 def hf_dir(tmp_path: Path) -> Path:
-    directory = tmp_path / "source"
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(RAW))
-    shapes = conversion.hf_shapes(conversion.parse_config(RAW))
-    save_file({name: torch.randn(shape) for name, shape in shapes.items()}, directory / "model.safetensors")
-    return directory
+    return write_random(tmp_path / "source")
 
 
 def dies(target: Callable[..., None], *args: Any) -> None:
@@ -84,6 +68,54 @@ def test_killed_at_any_moment_it_leaves_nothing_that_loads_and_starts_again(
         assert not out.exists() and working_directory(out).exists()
     converter.convert(source, out)
     assert compare(open_source(hf_dir), open_source(out)).different == 0
+    assert not working_directory(out).parent.exists()
+
+
+def convert_as(rank: int, attempt: str, converter: Any, source: Path, out: Path, moment: int) -> None:
+    """One of two processes; dies before its block number `moment`, if it has so many."""
+    left = moment
+
+    def progress(_: int) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            die()
+
+    team = Team(rank, 2, attempt, patience_s=2.0 if moment else 60.0)
+    with contextlib.suppress(ValueError) if moment else contextlib.nullcontext():
+        converter.convert(source, out, resume=True, team=team, progress=progress)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("direction", ["in", "out"])
+def test_two_processes_of_which_one_is_killed_continue_to_the_bytes_of_one(
+    hf_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direction: str, victim: int
+) -> None:
+    monkeypatch.setattr(units, "SMALLEST", 2000)
+    source, out = hf_dir, tmp_path / "out"
+    hf_to_megatron.convert(hf_dir, tmp_path / "megatron")
+    converter, alone = (
+        (hf_to_megatron, tmp_path / "megatron") if direction == "in" else (megatron_to_hf, tmp_path / "hf")
+    )
+    if direction == "out":
+        source = tmp_path / "megatron"
+        converter.convert(source, alone)
+    fork = multiprocessing.get_context("fork").Process
+    for attempt in ("first", "second"):
+        moments = [4 if rank == victim else 1000 for rank in (0, 1)] if attempt == "first" else [0, 0]
+        ranks = [
+            fork(target=convert_as, args=(rank, attempt, converter, source, out, moment))
+            for rank, moment in enumerate(moments)
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+        if attempt == "first":
+            assert ranks[victim].exitcode == -signal.SIGKILL and not out.exists()
+            assert list((working_directory(out) / units.RECORDS).glob("*.json"))
+    assert [process.exitcode for process in ranks] == [0, 0]
+    assert contents(out) == contents(alone)
     assert not working_directory(out).parent.exists()
 
 

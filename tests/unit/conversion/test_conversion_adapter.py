@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_checkpoint import write_random
 
 import conversion
 from conversion import hf_to_megatron, megatron_to_hf
@@ -31,13 +32,8 @@ CHANGED = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "l
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    directory = tmp_path / "base"
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(RAW))
-    shapes = conversion.hf_shapes(conversion.parse_config(RAW))
     torch.manual_seed(0)
-    save_file({name: torch.randn(shape) for name, shape in shapes.items()}, directory / "model.safetensors")
-    return directory
+    return write_random(tmp_path / "base", RAW)
 
 
 def write_adapter(directory: Path, **config: Any) -> Path:

@@ -2,43 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
+from tiny_checkpoint import contents, write_random
 
-import conversion
 from conversion import cli, hf_to_megatron, megatron_to_hf, publish
 from conversion.publish import MANIFEST, published, working_directory, write_manifest
-
-RAW = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 37,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-}
 
 
 @pytest.fixture
 def hf_dir(tmp_path: Path) -> Path:
-    directory = tmp_path / "source"
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(RAW))
-    shapes = conversion.hf_shapes(conversion.parse_config(RAW))
-    save_file({name: torch.randn(shape) for name, shape in shapes.items()}, directory / "model.safetensors")
-    return directory
-
-
-def snapshot(directory: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+    return write_random(tmp_path / "source")
 
 
 def publish_text(out: Path, text: str, *, overwrite: bool = False) -> None:
@@ -57,10 +35,10 @@ def test_neighbours_with_telling_names_are_not_touched(
     for name in ("out.old", "out.partial", "out.tmp"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "thesis").write_text(name)
-    before = snapshot(tmp_path)
+    before = contents(tmp_path)
     publish_text(out, "1")
     publish_text(out, "2", overwrite=True)
-    after = snapshot(tmp_path)
+    after = contents(tmp_path)
     assert after.pop("out/version") == b"2" and after.pop(f"out/{MANIFEST}")
     assert after == before and len(list(tmp_path.iterdir())) == 4
 
@@ -114,10 +92,10 @@ def test_what_is_not_a_checkpoint_of_this_project_is_not_replaced(
 ) -> None:
     out = tmp_path / "out"
     make(out)
-    before = snapshot(tmp_path)
+    before = contents(tmp_path)
     with pytest.raises(ValueError, match=words), published(out, overwrite=True):
         raise AssertionError("must not begin")
-    assert snapshot(tmp_path) == before and [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert contents(tmp_path) == before and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_what_is_added_during_a_conversion_is_not_lost(tmp_path: Path) -> None:
@@ -146,10 +124,10 @@ def test_output_that_overlaps_the_source_is_refused(hf_dir: Path, tmp_path: Path
         "inside": source / "new",
         "through a link": tmp_path / "link" / "new",
     }[where]
-    before = snapshot(tmp_path)
+    before = contents(tmp_path)
     with pytest.raises(ValueError, match="overlaps|current directory|is not replaced"):
         (megatron_to_hf if direction == "to hf" else hf_to_megatron).convert(source, out, overwrite=True)
-    assert snapshot(tmp_path) == before
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("out", [".", "..", "/"])

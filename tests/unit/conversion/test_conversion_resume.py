@@ -10,23 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from tiny_checkpoint import contents, write_random
 
-import conversion
 from conversion import hf_to_megatron, megatron_to_hf, units
 from conversion.publish import working_directory
 from conversion.units import RECORDS, cut
 
-RAW: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 37,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 CONVERTERS: dict[str, Any] = {"in": hf_to_megatron, "out": megatron_to_hf}
 
 
@@ -51,19 +40,9 @@ def after(bytes_done: int) -> Callable[[int], None]:
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """What each direction reads, in units so small that there are many."""
     monkeypatch.setattr(units, "SMALLEST", 2000)
-    directory = tmp_path / "hf"
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(RAW))
-    shapes = conversion.hf_shapes(conversion.parse_config(RAW))
-    save_file({name: torch.randn(shape) for name, shape in shapes.items()}, directory / "model.safetensors")
+    directory = write_random(tmp_path / "hf")
     hf_to_megatron.convert(directory, tmp_path / "megatron")
     return {"in": directory, "out": tmp_path / "megatron"}
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
-    }
 
 
 def interrupt(direction: str, source: Path, out: Path, **more: Any) -> Path:

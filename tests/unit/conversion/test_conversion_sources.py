@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 import importlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from tiny_checkpoint import write_random
 
 import conversion
 from conversion import cli, hf_to_megatron
@@ -115,11 +113,7 @@ def test_a_file_that_is_no_object_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def model(directory: Path) -> Path:
-    directory.mkdir(parents=True)
-    (directory / "config.json").write_text(json.dumps(RAW))
-    shapes = conversion.hf_shapes(conversion.parse_config(RAW))
-    save_file({name: torch.randn(shape) for name, shape in shapes.items()}, directory / "model.safetensors")
-    return directory
+    return write_random(directory, RAW)
 
 
 def run(command: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from tiny_checkpoint import contents, write_random
 
-import conversion
 from conversion import hf_to_megatron, megatron_to_hf, units
 from conversion.publish import working_directory
 from conversion.together import ALONE, Team, team_of
@@ -36,12 +35,7 @@ RAW: dict[str, Any] = {
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    directory = tmp_path / "source"
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(RAW))
-    shapes = conversion.hf_shapes(conversion.parse_config(RAW))
-    save_file({name: torch.randn(shape) for name, shape in shapes.items()}, directory / "model.safetensors")
-    return directory
+    return write_random(tmp_path / "source", RAW)
 
 
 @pytest.fixture(autouse=True)
@@ -55,12 +49,6 @@ def convert(
     with ThreadPoolExecutor(world) as pool:
         teams = [Team(rank, world, "first", patience_s=more.pop("patience_s", 20.0)) for rank in ranks]
         return [pool.submit(converter.convert, source, out, team=team, **more) for team in teams]
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(directory).as_posix(): path.read_bytes() for path in directory.rglob("*") if path.is_file()
-    }
 
 
 @pytest.mark.parametrize("world", [2, 5])
