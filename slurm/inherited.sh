@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# sbatch hands on the environment of whoever calls it. From inside another job (salloc, an interactive srun) that includes
-# the other job's SLURM_* variables, and srun takes many of them for options of its own: a binding to cores that this job
-# does not have, memory per CPU beside --mem, GPUs on a CPU node. Sourced by lib.sh before site.env, which may set some.
+# sbatch hands on the environment of its caller. From inside another job (salloc, an interactive srun) that includes the
+# other job's SLURM_* variables, and srun takes many of them for options: a binding to cores that this job does not
+# have, memory per CPU beside --mem, GPUs on a CPU node. Sourced by lib.sh before site.env, which may set some.
 unset "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_@}" "${!SLURM_HET_@}" "${!SLURM_NTASKS_PER_@}" \
 	SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK SLURM_CORE_SPEC SLURM_DISTRIBUTION SLURM_DIST_PLANESIZE SLURM_EXACT \
 	SLURM_EXCLUSIVE SLURM_EXPORT_ENV SLURM_GPU_BIND SLURM_GPUS SLURM_GPUS_PER_SOCKET SLURM_GPUS_PER_TASK SLURM_GRES \

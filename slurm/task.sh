@@ -56,7 +56,7 @@ near_gpu() { # INDEX: NEAR becomes a taskset to the CPUs of this GPU's NUMA node
 	[[ -z $cpus ]] || ! taskset -c "$cpus" true 2>/dev/null || NEAR=(taskset -c "$cpus")
 }
 
-profiler() { # RUN_ARGS: PROFILER becomes the command that records this rank (run.profile=nsys run.profile_ranks=[0,...])
+profiler() { # RUN_ARGS: PROFILER becomes the command that records this rank (run.profile=nsys, run.profile_ranks)
 	PROFILER=()
 	[[ " $* " == *" run.profile=nsys "* ]] || return 0
 	local word ranks=,0,
@@ -91,7 +91,8 @@ case $role in
 		mkdir -p "$ATTEMPT_DIR/flight"
 		export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000} TORCH_NCCL_DUMP_ON_TIMEOUT=1
 		export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-$TORCH_NCCL_TRACE_BUFFER_SIZE}
-		export TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$ATTEMPT_DIR/flight/rank TORCH_FR_DUMP_TEMP_FILE=$ATTEMPT_DIR/flight/rank
+		export TORCH_FR_DUMP_TEMP_FILE=$ATTEMPT_DIR/flight/rank
+		export TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$TORCH_FR_DUMP_TEMP_FILE
 		export TORCH_NCCL_DEBUG_INFO_PIPE_FILE=${TMPDIR:-/tmp}/gppo-$SLURM_JOB_ID-flight-
 		export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$RANKS_PER_NODE
 		near_gpu "$SLURM_LOCALID"
