@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("name", nargs="?", metavar="NAME", help=", ".join([*STUDIES, *FULL_STUDIES]))
     parser.add_argument("--level", choices=["L1", "L2"], help="only this level")
     parser.add_argument("--setting", help="only the setting of this name")
+    parser.add_argument("--method", action="append", metavar="NAME", help="only this method; may be given again")
     parser.add_argument("--seeds", type=int, help="default: the study's own number")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--minutes", type=float, help="full-stack studies: start no run after so many minutes")
@@ -36,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{name:<16}{described.title}. {described.question}")
     elif args.name in STUDIES:
         study = STUDIES[args.name]
+        for known, wanted in ((study.settings, [args.setting]), (study.methods, args.method or [])):
+            if unknown := [name for name in wanted if name and name not in known]:
+                raise SystemExit(f"study {args.name!r} has no {unknown[0]!r}{suggest(unknown[0], known)}")
         runner.run(
             args.name,
             study,
@@ -44,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             seeds=args.seeds,
             level=args.level,
             only=args.setting,
+            methods=args.method,
         )
         _page(args.name, study.title, study.question, args.results)
     elif args.name in FULL_STUDIES:

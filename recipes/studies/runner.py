@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
@@ -38,9 +38,15 @@ class Item:
 
 
 def missing(
-    name: str, study: Study, rows: list[results.Row], seeds: int | None, level: str | None, only: str | None = None
+    name: str,
+    study: Study,
+    rows: list[results.Row],
+    seeds: int | None = None,
+    level: str | None = None,
+    only: str | None = None,
+    methods: Collection[str] | None = None,
 ) -> Iterator[Item]:
-    """What is not in ``rows`` yet. ``seeds``, ``level`` and ``only`` (a setting's name) narrow the study."""
+    """What ``rows`` lack. ``seeds``, ``level``, ``only`` (a setting's name) and ``methods`` narrow the study."""
     done: dict[tuple[str, str, str], set[int]] = {}
     for row in rows:
         done.setdefault((row["setting"], row["method"], row["digest"]), set()).add(row["seed"])
@@ -49,6 +55,8 @@ def missing(
             continue
         wanted = range(study.seeds_of(label) if seeds is None else seeds)
         for method_name, method in study.of(label).items():
+            if methods and method_name not in methods:
+                continue
             have = done.get((label, method_name, results.digest(setting, method)), set())
             if lacking := tuple(seed for seed in wanted if seed not in have):
                 yield Item(name, label, setting, method_name, method, lacking, study.probe)
@@ -82,11 +90,12 @@ def run(
     seeds: int | None = None,
     level: str | None = None,
     only: str | None = None,
+    methods: Collection[str] | None = None,
     report: Callable[[str], None] = print,
 ) -> list[results.Row]:
     """Complete the study's results file and return all its rows. Stop it at any time and start it again."""
     path = root / f"{name}.jsonl"
-    items = list(missing(name, study, results.read(path), seeds, level, only))
+    items = list(missing(name, study, results.read(path), seeds, level, only, methods))
     if not items:
         return results.read(path)
     begin, done, total = time.monotonic(), 0.0, sum(item.cost for item in items)

@@ -35,6 +35,7 @@ def test_a_study_resumes_and_its_page_is_written(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(runner, "_run", None)  # nothing may be run again
     assert runner.run("tiny", STUDY, root=tmp_path, seeds=2) == rows
     assert not list(runner.missing("tiny", STUDY, rows, 2, "L2"))
+    assert [item.name for item in runner.missing("tiny", STUDY, [], methods=["eps_low 0.05"])] == ["eps_low 0.05"]
     (more,) = {item.seeds for item in runner.missing("tiny", STUDY, rows, None, None)}
     assert more == (2,)
     needed = {"study", "method", "seed", "level", "final_entropy", "entropy_auc", "avg_at_k", "pass_at_k"}
