@@ -351,10 +351,14 @@ class _Optimizer:
             parameter.grad = gradient
         self._torch.step()
 
-    def second_moments(self) -> list[Tensor] | None:
-        """Adam's bias-corrected second moments, before the step at hand; None before the first, and for SGD."""
-        states = [self._torch.state.get(p, {}) for p in self.parameters]
-        if not all("exp_avg_sq" in state for state in states):
+    def second_moments(self, gradients: list[Tensor]) -> list[Tensor] | None:
+        """Adam's bias-corrected second moments with these gradients, by which it will divide; None for SGD."""
+        if not isinstance(self._torch, torch.optim.Adam):
             return None
-        kept = "max_exp_avg_sq" if "max_exp_avg_sq" in states[0] else "exp_avg_sq"
-        return [state[kept] / (1 - self._beta2 ** float(state["step"])) for state in states]
+        moments = []
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            state = self._torch.state.get(parameter, {})
+            step, old = float(state.get("step", 0.0)) + 1, state.get("exp_avg_sq", torch.zeros_like(gradient))
+            new = self._beta2 * old + (1 - self._beta2) * gradient.square()
+            moments.append(torch.maximum(new, state.get("max_exp_avg_sq", new)) / (1 - self._beta2**step))
+        return moments

@@ -59,7 +59,8 @@ class EntropyChange:
     * ``predicted_token``: -eta E_B[F keep A (S - E_p[S])] over each update's tokens, as if every token had logits of
       its own (Entropy Dynamics theorem 2 with the loss's own weight). Its scale is not that of the other three.
     * ``predicted_gradient``: -eta <grad H, g>, g the norm-clipped gradient of the update, H the batch's entropy.
-    * ``predicted_adam``: the same with g / (sqrt(v) + eps), v Adam's second moment (with SGD, equal to the last).
+    * ``predicted_adam``: the same with g / (sqrt(v) + eps), v Adam's second moment with this g (with SGD, equal to the
+      last): what Adam does without momentum.
     * ``predicted_step``: <grad H, step>, with the step that the optimizer took, momentum included.
     """
 
@@ -86,7 +87,7 @@ class EntropyChange:
         table = log_softmax(self._t.policy.rows(None))
         slope = -table.exp() * (table + entropy(table)[..., None])  # of each context's entropy, Flexible eq. 4
         self._entropy_gradient = self._t.policy.backward(self._share[..., None] * slope)
-        moments = self._t.optimizer.second_moments()
+        moments = self._t.optimizer.second_moments(update.gradients)
         scaled = update.gradients
         if moments is not None:
             eps = self._t.setting.eps

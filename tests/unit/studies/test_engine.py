@@ -145,6 +145,11 @@ def test_small_steps_change_entropy_as_predicted(level: str, lr: float, short_wa
         curves = {k: v[:, 1:] for k, v in train(setting, Method(loss={"name": "ppo"}), [0, 1], probe="entropy").items()}
         scale = curves["measured"].abs().mean()
         assert (curves["predicted_step"] - curves["measured"]).abs().mean() < 0.1 * scale + 2e-7
+        if optimizer == "adam":  # without momentum it is the step
+            alone = train(replace(setting, betas=(0.0, 0.95)), Method(loss={"name": "ppo"}), [0, 1], probe="entropy")
+            torch.testing.assert_close(
+                alone["predicted_adam"], alone["predicted_step"], rtol=2e-2, atol=1e-6, equal_nan=True
+            )
         if optimizer == "sgd":
             torch.testing.assert_close(curves["predicted_gradient"], curves["predicted_step"], rtol=1e-2, atol=1e-6)
 
