@@ -1,13 +1,13 @@
-"""What a model costs to compute: the FLOPs of MFU, by the standard count, and what GPUs could do at most.
+"""FLOPs of a model for MFU, by the standard count, and peak rates of GPUs.
 
 The count is that of the PaLM paper (Chowdhery et al. 2022, appendix B): 6 N per token of training, with N the weights
 that a token multiplies, plus attention. Three choices that it leaves open are made so:
 
-* attention is causal: a query meets the keys up to its own (PaLM's 12 L H Q T counts all of the square, twice that);
+* attention is causal: a query attends to the keys up to its own (PaLM's 12 L H Q T counts the full square, twice that);
 * N has no embedding table, which is looked up; the output layer counts for response tokens only, the ones it is run
   for; of a mixture of experts the router and the experts that a token visits count;
 * forward passes that are work of the algorithm (statistics, reference, values) count 2 N. Recomputed activations and
-  logits, and padding, do not count: they are not what anybody wanted.
+  logits, and padding, do not count, because they are not useful work.
 """
 
 from __future__ import annotations

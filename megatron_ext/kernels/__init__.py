@@ -1,4 +1,5 @@
-"""Vocabulary statistics: from logits, or from what makes them, to all that losses, selections and diagnostics see."""
+"""Vocabulary statistics for losses, selections and diagnostics, from logits or from hidden states and output
+weights."""
 
 from megatron_ext.kernels.linear_statistics import linear_vocab_statistics
 from megatron_ext.kernels.vocab_statistics import VocabShard, vocab_statistics

@@ -1,10 +1,10 @@
 """Hidden states and output weights -> vocabulary statistics, in blocks of logits.
 
-The (T, V) logits are computed in blocks of columns, forward and again in backward, unless they are small enough to be
-kept in between (``keep_bytes``), which saves one of four matrix products. On a GPU what lies between the products is
-done by the kernels of `triton_head`. Blocks of columns rather than of tokens: each block's part of the weight gradient
-is then one matrix product in the weight's own precision. Blocks of tokens would have to add up V x H numbers again and
-again, under bfloat16 in a float32 copy of the output layer.
+The (T, V) logits are computed in blocks of columns, in forward and again in backward. If they are small enough to be
+kept in between (``keep_bytes``), this saves one of four matrix products. On a GPU the kernels of `triton_head` compute
+the steps between the products. The blocks are columns, not tokens: each block's part of the weight gradient is then one
+matrix product in the weight's own precision. Blocks of tokens would have to accumulate V x H numbers for every block,
+under bfloat16 in a float32 copy of the output layer.
 
 Pure: torch, and Triton beside a GPU. Shape legend: T tokens, H hidden size, V rows of the local output layer (a whole
 vocabulary, or this rank's slice of one), B columns of a block.
@@ -33,8 +33,8 @@ from megatron_ext.kernels.vocab_statistics import (
 )
 from megatron_ext.rl.types import TokenStats
 
-_ALIGNMENT = 128  # columns; what matrix units like
-# Elements of a block when nobody chose its size. Matrix products want larger ones than the caches of a CPU hold.
+_ALIGNMENT = 128  # columns; a good multiple for matrix units
+# Default number of elements of a block. Matrix products are faster with more than the caches of a CPU hold.
 _CPU_BLOCK_ELEMENTS = 2**22
 _GPU_BLOCK_ELEMENTS = 2**26
 
@@ -147,8 +147,8 @@ class _LinearVocabStatistics(torch.autograd.Function):
         hidden_TH, weight_VH, targets_T, top_T, log_z_T, entropy_T = ctx.saved_tensors
         if grad_logp_T is None:
             grad_logp_T = torch.zeros_like(log_z_T)
-        # Without an entropy term its gradient is 0 everywhere. Asking a GPU would make the host wait, and its kernel,
-        # which is bound by memory, gains nothing.
+        # Without an entropy term its gradient is 0 everywhere. A check on a GPU would synchronise, and its memory-bound
+        # kernel would gain nothing.
         if grad_entropy_T is not None and grad_entropy_T.device.type == "cpu" and not bool(grad_entropy_T.any()):
             grad_entropy_T = None
         incoming = (top_T, log_z_T, entropy_T, grad_logp_T, grad_entropy_T)

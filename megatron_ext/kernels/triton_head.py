@@ -1,13 +1,13 @@
 """Triton kernels of the head: one pass over a block of logits for its statistics, one for its gradient.
 
-Matrix products stay with cuBLAS; what lies between them is bound by memory, and here reads each logit once. In torch's
-own operations the same takes about ten passes and float32 copies of the block.
+cuBLAS computes the matrix products. The steps between them are memory-bound, and the kernels here read each logit once.
+torch's own operations need about ten passes and float32 copies of the block.
 
-The sums depend, in their last bits, on the order in which a row is added up, so their launch has one fixed shape: a
-statistics pass and an update, and one run and the next, must agree. The gradient is element by element, the same
-whatever its launch, which is therefore tuned on first use (`triton.autotune`).
+The last bits of the sums depend on the order of addition within a row. Their launch has one fixed shape, because a
+statistics pass and an update, and two runs, must agree. The gradient is elementwise and does not depend on its launch
+shape, which is therefore tuned on first use (`triton.autotune`).
 
-On a CPU the kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), which is how they are tested.
+On a CPU the kernels run in Triton's interpreter (``TRITON_INTERPRET=1``); the tests use it.
 Shape legend: T tokens, B columns of a block.
 """
 

@@ -1,6 +1,6 @@
 """Logits -> (log p, H, sum p^2, sum p^2 log p) per token, chunked over tokens and sharded over the vocabulary.
 
-Pure: torch only; how the shards of a vocabulary talk to each other is injected (`VocabShard`).
+Pure: torch only; the reductions over the shards of a vocabulary are injected (`VocabShard`).
 Shape legend: T tokens, V columns of the local logits (a whole vocabulary, or this rank's slice of one).
 
 Written with ``u = x - max(x) <= 0`` and ``Z = sum exp(u) >= 1``, so that the bounds hold by construction and nothing
@@ -31,7 +31,7 @@ _GPU_CHUNK_ELEMENTS = 2**26
 class VocabShard:
     """This rank's slice of a vocabulary: global ids ``start .. start + size - 1`` are local columns ``0 .. size - 1``.
 
-    Columns from ``size`` on are padding: they take no part and get gradient 0. ``size`` may be 0. Both callables map a
+    Columns from ``size`` on are padding: they are ignored and get gradient 0. ``size`` may be 0. Both callables map a
     tensor to its element-wise reduction over all slices (in place or not) and are called a fixed number of times.
     """
 
@@ -46,8 +46,8 @@ def vocab_statistics(
 ) -> TokenStats:
     """Four vocabulary statistics per token, differentiable through ``logp`` and ``entropy``.
 
-    The backward pass recomputes the softmax chunk by chunk: beyond the logits and their gradient no [T, V] tensor
-    lives, in either direction. The input is never written to. Under tensor parallelism the incoming gradients of
+    The backward pass recomputes the softmax chunk by chunk, so no [T, V] tensor besides the logits and their gradient
+    is allocated in either direction. The input is not modified. Under tensor parallelism the incoming gradients of
     ``logp`` and ``entropy`` are the same on every rank, and each rank gets the gradient of its own columns without
     further communication. Double backward is not supported.
 
@@ -89,7 +89,7 @@ def checked_shard(shard: VocabShard | None, columns: int, chunk_tokens: int) -> 
 
 
 def workspace_elements(device: torch.device) -> int:
-    """Elements of a chunk when nobody chose its size."""
+    """Default number of elements of a chunk."""
     return _CPU_CHUNK_ELEMENTS if device.type == "cpu" else _GPU_CHUNK_ELEMENTS
 
 
@@ -130,7 +130,7 @@ class _VocabStatistics(torch.autograd.Function):
 def combine(
     max_T: Tensor, sums_5T: Tensor, target_T: Tensor, owned_T: Tensor, shard: VocabShard
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tensor]:
-    """The four statistics from what each shard has of them, and the maximum and log Z (T,) of the whole vocabulary.
+    """The four statistics from the parts of all shards, and the maximum and log Z (T,) of the whole vocabulary.
 
     One maximum and one sum over the shards, whatever the number of chunks.
     """

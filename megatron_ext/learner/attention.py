@@ -1,13 +1,13 @@
 """Core attention for packed sequences without Transformer Engine, as a module of Megatron's local layer spec.
 
-A packed micro-batch is one row of tokens with ``cu_seqlens`` marking where each sequence starts (Megatron's ``thd``
-format). Megatron's own ``DotProductAttention`` refuses it. Here sequences of similar length are spread over padded
-batches, ``scaled_dot_product_attention`` runs on each, and the results are gathered back into the row.
+A packed micro-batch is one row of tokens, in which ``cu_seqlens`` marks the start of each sequence (Megatron's ``thd``
+format). Megatron's own ``DotProductAttention`` does not support it. Here sequences of similar length are grouped into
+padded batches, ``scaled_dot_product_attention`` runs on each, and the results are gathered back into the row.
 
-On one rank the causal flag is the mask (right padding needs none: a real query never sees a later key). Under context
-parallelism a rank has the queries of its share of the row and gathers all keys; the mask compares positions, and is
-built for a block of queries at a time, in forward and again in backward, so that nothing quadratic in the length of a
-sequence is ever kept.
+On one rank the causal flag is the mask (right padding needs none, because a real query never attends to a later key).
+Under context parallelism a rank has the queries of its share of the row and gathers all keys. The mask compares
+positions. It is built for one block of queries at a time, in forward and again in backward, so nothing quadratic in the
+length of a sequence is kept.
 
 Shapes: N sequences of a batch, Q and K their most queries and keys, T tokens of the row, h heads, g groups, d channels.
 """
@@ -32,7 +32,7 @@ SHORT = 64  # tokens; shorter sequences are not worth a batch of their own
 
 @dataclass(frozen=True, slots=True)
 class AttentionBatch:
-    """Sequences of similar length, right-padded to one size. Padding repeats token 0; what comes of it is not read."""
+    """Sequences of similar length, right-padded to one size. Padding repeats token 0; its result is not used."""
 
     query_NQ: Tensor  # int64, tokens among this rank's
     key_NK: Tensor  # int64, tokens among all, in the order in which they are gathered
@@ -41,7 +41,7 @@ class AttentionBatch:
 
 @dataclass
 class PackedSequences(PackedSeqParams):
-    """Megatron's parameters; what :class:`PackedAttention` needs besides is worked out once, when it is first asked."""
+    """Megatron's parameters; the further needs of :class:`PackedAttention` are computed once, on first use."""
 
     _batches: tuple[list[AttentionBatch], Tensor] | None = field(default=None, repr=False)
 
@@ -55,8 +55,8 @@ class PackedSequences(PackedSeqParams):
 def packed_sequences(cu_seqlens: Tensor, max_seqlen: int) -> PackedSequences:
     """``cu_seqlens``: (N + 1,) int32 of the whole row, non-decreasing, from 0. Sequences may be empty.
 
-    Under context parallelism every length is a multiple of twice its size. Padding is then the end of a sequence, not
-    something between two; Transformer Engine asks for both kinds of length all the same.
+    Under context parallelism every length is a multiple of twice its size. Padding is at the end of a sequence, not
+    between two; Transformer Engine needs both kinds of length anyway.
     """
     padded = cu_seqlens if context_parallel.rank_and_size()[1] > 1 else None
     return PackedSequences(

@@ -1,10 +1,10 @@
 """Save and resume with Megatron's `dist_checkpointing`: any layout writes it, any layout reads it.
 
-A checkpoint directory appears complete or not at all: it is written under a temporary name, synced, described by a
-manifest of checksums and renamed; only then does the pointer file `latest` name it. Megatron's format contains pickles,
-so nothing of it is opened before the manifest verifies.
+A checkpoint directory appears complete or not at all. It is written under a temporary name, synced, described by a
+manifest of checksums and renamed; then the pointer file `latest` is updated. Megatron's format contains pickles, so no
+file is opened before the manifest is verified.
 
-Every rank writes, digests and reads its own share: data-parallel ranks divide the weights among themselves
+Every rank writes, hashes and reads its own share: data-parallel ranks divide the weights among themselves
 (Megatron's "fully parallel" strategies), and the optimizer's state is never gathered (`optimizer_pieces`).
 """
 
@@ -59,7 +59,7 @@ _METADATA = {
 }
 LATEST = "latest"
 STATE = "state.json"
-EXTRA_STATE = "._extra_state"  # in the names of what Transformer Engine keeps beside parameters; a number may follow
+EXTRA_STATE = "._extra_state"  # in the names of Transformer Engine's state besides parameters; a number may follow
 CRITIC = "critic"  # directory inside a checkpoint, in the same format
 
 
@@ -71,8 +71,8 @@ class Saver:
         Args:
             root: where checkpoints ``step_N`` and the pointer ``latest`` are, on a file system that all ranks share.
             keep: all but the newest so many checkpoints are removed after each save; 0 keeps all.
-            background: `save` returns once this rank has copied its part to host memory, and training goes on while
-                the copy is written. Needs that memory: this rank's share of weights and optimizer state.
+            background: `save` returns once this rank has copied its part to host memory, and training continues while
+                the copy is written. It needs host memory for this rank's share of weights and optimizer state.
         """
         self._root, self._keep = root, keep
         self._background = background
@@ -135,7 +135,7 @@ class Saver:
     def report(self) -> dict[str, float]:
         """In the background: seconds from the call to the published checkpoint, once, and host memory. No collective.
 
-        Raises what went wrong on this rank.
+        Raises an error of this rank's background save.
         """
         self._raise()
         if not self._background or self.seconds is None:
@@ -149,7 +149,7 @@ class Saver:
             raise error
 
     def wait(self) -> None:
-        """Return when the checkpoint in the making, if there is one, is published. A collective."""
+        """Wait until the checkpoint that is being written, if any, is published. A collective."""
         if self._thread is None:
             return
         self._thread.join()
@@ -175,7 +175,7 @@ class Saver:
         rank: int,
         world: int,
     ) -> None:
-        """Write this rank's files if that was not done yet; rank 0 then publishes. No collective."""
+        """Write this rank's files if that is still to do; rank 0 then publishes. No collective."""
         temporary = working_directory(directory)
         with stack:
             try:
@@ -213,7 +213,7 @@ def save(
 def find_latest(root: Path) -> Path | None:
     """The newest complete checkpoint, or None when there is none.
 
-    Raises ValueError when the pointer names a directory that is not there: silently starting over would lose a run.
+    Raises ValueError if the pointer names a missing directory: a silent new start would lose the run.
     """
     pointer = root / LATEST
     if not pointer.is_file():
@@ -225,7 +225,7 @@ def find_latest(root: Path) -> Path | None:
 
 
 def load(learner: Learner, directory: Path, *, critic: Critic | None = None) -> dict[str, Any]:
-    """Restore everything :func:`save` wrote, in the present layout; returns ``state`` with its ``step``. A collective.
+    """Restore everything that :func:`save` wrote, in any layout; returns ``state`` with its ``step``. A collective.
 
     Raises ManifestError (a ValueError) when a file is missing, differs from the manifest or holds a number that is not
     finite, and ValueError when the optimizer or the precision is another one, or there is a critic on one side only;
@@ -249,7 +249,7 @@ def load(learner: Learner, directory: Path, *, critic: Critic | None = None) -> 
 
 
 def verified_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest, once all bytes are what it says and all numbers finite.
+    """The manifest, after a check that all bytes match it and all numbers are finite.
 
     Ranks divide the large files, and all raise the same error.
 
@@ -279,7 +279,7 @@ def verified_manifest(directory: Path) -> dict[str, Any]:
 
 
 def _plan(model: Trainable, directory: Path, staging: Staging | None) -> PlannedFile:
-    """What this rank writes of ``model``, copied to the host if there is ``staging``. A collective."""
+    """This rank's part of ``model``, copied to the host if there is ``staging``. A collective."""
     model.reload(optimizer=True)
     _start(model.optimizer)
     strategy = SaveStrategy(staging)
@@ -291,14 +291,14 @@ def _plan(model: Trainable, directory: Path, staging: Staging | None) -> Planned
 
 
 def _replicas() -> Any:
-    """Ranks that hold the same weights: those among which saving and loading is divided."""
+    """The ranks with the same weights, which divide saving and loading among themselves."""
     return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
 
 def _restore(model: Trainable, directory: Path, saved_scales: bool) -> None:
     model.reload(optimizer=True)
     if model.config.optim.distributed:
-        _start(model.optimizer)  # what is loaded goes straight into it
+        _start(model.optimizer)  # the loaded state is written directly into it
     scales = saved_scales and _has_scales(model)
     with on_device():
         wanted = _sharded_state(model, is_loading=True, scales=scales)
@@ -319,23 +319,23 @@ def _restore(model: Trainable, directory: Path, saved_scales: bool) -> None:
 
 
 def load_weights(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
-    """`load_state_dict` that may lack extra states, but nothing else. ValueError names what is missing or unknown."""
+    """`load_state_dict` that allows only extra states to be missing. ValueError names missing or unknown tensors."""
     missing, unexpected = chunk.load_state_dict(state, strict=False)
     if wrong := [key for key in (*missing, *unexpected) if EXTRA_STATE not in key]:
         raise ValueError(f"the checkpoint does not fit the model: {len(wrong)} tensors missing or unknown, {wrong[:3]}")
 
 
 def _has_scales(model: Trainable) -> bool:
-    """Whether Transformer Engine's extra states hold anything that training depends on.
+    """Whether training depends on Transformer Engine's extra states.
 
-    Only delayed scaling has a memory. Every other extra state is empty or repeats the settings, and is left out of a
-    checkpoint: so the same checkpoint fits Megatron's own layers, Transformer Engine's, and FP8.
+    Only delayed scaling depends on earlier batches. All other extra states are empty or repeat the settings. They are
+    not saved, so a checkpoint fits Megatron's own layers, Transformer Engine's, and FP8.
     """
     return model.config.model.fp8 is not None and model.config.model.fp8_recipe == "delayed"
 
 
 def _settings(learner: Learner) -> dict[str, Any]:
-    """What decides which tensors a checkpoint holds. The layout is not in it: any fits any."""
+    """The settings that determine the tensors of a checkpoint. The layout is not one of them."""
     config = learner.config
     return {
         "model.dtype": config.model.dtype,
@@ -353,9 +353,9 @@ def _is_torch_adam(part: Any) -> bool:
 
 
 def _start(optimizer: Any) -> None:
-    """Give every parameter the state that the first update would: a checkpoint must hold it even before that.
+    """Create the optimizer state of every parameter, as the first update would, so that a checkpoint can hold it.
 
-    A policy has none yet while its critic warms up. State that is there stays.
+    During the critic's warm-up the policy has no state yet. Existing state is kept.
     """
     for part in _parts(optimizer):
         if part.init_state_fn is not None:
@@ -366,11 +366,11 @@ def _start(optimizer: Any) -> None:
 
 
 def _fit_parts(optimizer: Any, loaded: dict[Any, Any], settings: dict[Any, Any]) -> dict[Any, Any]:
-    """What was loaded, with as many parts as this optimizer.
+    """The loaded state, with as many parts as this optimizer.
 
-    Experts that are spread over ranks have an optimizer of their own, others share one with the dense weights, and a
-    checkpoint may come from the other kind of layout. Tensors were found by their names; all the rest, ``settings``, is
-    then this run's, and only the step count is the checkpoint's.
+    Experts that are distributed over ranks have a separate optimizer, others share one with the dense weights, and a
+    checkpoint may come from the other kind of layout. Tensors were found by their names. Of the rest, only the step
+    count comes from the checkpoint; ``settings`` are this run's.
     """
     parts = len(_parts(optimizer))
     numbered = {key: value for key, value in loaded.items() if isinstance(key, int)}
@@ -394,17 +394,17 @@ def _fit_parts(optimizer: Any, loaded: dict[Any, Any], settings: dict[Any, Any])
 
 
 def _saved_step(saved: dict[str, Any]) -> int:
-    """Taken out of where either kind of Adam has put it."""
+    """Remove and return the step count from where either kind of Adam stores it."""
     return int(
         saved.get("state", {}).pop("common_step", 0) or max(g.pop("step", None) or 0 for g in saved["param_groups"])
     )
 
 
 def _fit_steps(optimizer: Any, loaded: dict[Any, Any]) -> None:
-    """Bring the step count, and settings that one Adam has and the other lacks, to where this optimizer looks.
+    """Convert the step count, and settings that only one Adam has, to the form of this optimizer.
 
-    torch's Adam counts steps per parameter, which Megatron's ordinary optimizers save as one ``common_step`` (and leave
-    out when it is 0); Transformer Engine's and apex's count whole numbers per group. A run may go on with the other.
+    torch's Adam counts steps per parameter, which Megatron's ordinary optimizers save as one ``common_step`` (and omit
+    if it is 0). Transformer Engine's and apex's count whole numbers per group. A run may continue with the other kind.
     """
     parts = _parts(optimizer)
     for part, saved in zip(parts, [loaded] if len(parts) == 1 else loaded.values(), strict=True):
@@ -456,7 +456,7 @@ def by_write_order(root: Path) -> list[Path]:
 
 
 def point_to(root: Path, name: str) -> None:
-    """Make the pointer file name this checkpoint."""
+    """Point `latest` to this checkpoint."""
     _write_atomically(root / LATEST, name + "\n")
 
 

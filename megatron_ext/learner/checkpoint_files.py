@@ -1,7 +1,7 @@
-"""This rank's file of a checkpoint: planned by all ranks together, written by each alone, now or in the background.
+"""This rank's file of a checkpoint: planned by all ranks together, written by each rank, now or in the background.
 
-The format is torch's (`torch.distributed.checkpoint`), the plan Megatron's. Files are digested while they are written:
-a digest of what was read back would certify whatever happened on the way.
+The format is torch's (`torch.distributed.checkpoint`), the plan Megatron's. Files are hashed while they are written: a
+hash of bytes that were read back would not detect damage during the write.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from megatron_ext.learner.finite import all_finite
 
 _ALIGNMENT = 64  # bytes, of tensors in the staging buffer
 _POLL_S = 0.05
-# A file server may show what one node writes to another only a minute later. After that the directory is not shared,
-# or a rank is gone.
+# On a file server another node may see a new file only after a minute. After that the directory is not shared, or a
+# rank is gone.
 _APPEARS_WITHIN_S = 600.0
 
 
 class Staging:
-    """Host memory for one copy of what this rank writes, page-locked beside a GPU and kept for the next checkpoint."""
+    """Host memory for one copy of this rank's part, page-locked if there is a GPU, and kept for the next checkpoint."""
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
@@ -69,7 +69,7 @@ class Staging:
 
 
 class _Planner(MCoreSavePlanner):
-    """Megatron's plan; what it writes are the tensors themselves, or copies of them once `stage` was called."""
+    """Megatron's plan; it writes the tensors themselves, or their copies after a call of `stage`."""
 
     staged: dict[MetadataIndex, Tensor] | None = None
 
@@ -92,7 +92,7 @@ class _Planner(MCoreSavePlanner):
 
 @dataclass(slots=True)
 class PlannedFile:
-    """What this rank will write into one directory; rank 0 also knows the description of the whole."""
+    """This rank's part of one directory; rank 0 also has the description of the whole."""
 
     directory: Path
     writer: FileSystemWriter
@@ -101,7 +101,7 @@ class PlannedFile:
     metadata: Metadata | None
 
     def write(self) -> dict[str, Any]:
-        """Write and sync it. Returns, for `finish`, what is where, and the checksums of every piece; all JSON."""
+        """Write and sync it. Returns the positions and checksums of all pieces for `finish`, as JSON values."""
         self.writer.fs = files = _DigestingFiles()
         results = self.writer.write_data(self.plan, self.planner).wait()
         items = []
@@ -112,7 +112,7 @@ class PlannedFile:
         return {"items": items, "segments": {path.name: starts for path, starts in files.segments.items()}}
 
     def finish(self, written: list[dict[str, Any]]) -> dict[str, dict[int, str]]:
-        """Rank 0, with what `write` returned on every rank: describe the whole.
+        """On rank 0, with the results of `write` on all ranks: write the description of the whole.
 
         Returns the checksum of every piece by file name and by where it begins.
         """
@@ -148,7 +148,7 @@ class SaveStrategy:
         first = dist.get_rank() == 0
         planner = _Planner(dedup_replicated_tensors=False, flatten_state_dict=False)
         planner.set_up_planner(mcore_to_pyt_state_dict(mine), is_coordinator=first)
-        # One file of its own for each rank, in one go: many writers are what a file server likes.
+        # One file per rank: a file server is fast with many writers.
         writer = FileSystemWriter(checkpoint_dir, thread_count=1, overwrite=True)
         writer.set_up_storage_writer(first)
         local = writer.prepare_local_plan(planner.create_local_plan())
@@ -156,7 +156,7 @@ class SaveStrategy:
         dist.gather_object(local, plans)
         metadata = None
         if plans is not None:
-            # Refuses plans that overlap or leave a part of a tensor out.
+            # Refuses plans that overlap or omit a part of a tensor.
             plans, metadata = planner.create_global_plan(plans)
             plans = writer.prepare_global_plan(plans)
         received: list[Any] = [None]
@@ -168,7 +168,7 @@ class SaveStrategy:
 
 
 class _DigestingFiles(FileSystem):
-    """Digests what is written to each file, piece by piece."""
+    """Hashes the written pieces of each file."""
 
     def __init__(self) -> None:
         self.segments: dict[Path, dict[int, str]] = {}  # checksums by where a piece begins
@@ -182,7 +182,7 @@ class _DigestingFiles(FileSystem):
 
 
 class _DigestingStream:
-    """A file that is only ever appended to, by a writer that asks where it is before and after each piece."""
+    """An append-only file, whose writer asks for the position before and after each piece."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -224,7 +224,7 @@ def _report_file(directory: Path, rank: int) -> Path:
 
 
 def report(directory: Path, rank: int, content: dict[str, Any]) -> None:
-    """Leave ``content`` for rank 0 in the directory that all ranks write into. No collective: ranks go on training."""
+    """Write ``content`` for rank 0 into the directory of all ranks. No collective: ranks continue to train."""
     path = _report_file(directory, rank)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content), encoding="utf-8")

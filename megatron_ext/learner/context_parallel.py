@@ -1,14 +1,14 @@
-"""Context parallelism: which tokens of a packed row this rank holds, and how it gets to see those of the others.
+"""Context parallelism: the tokens of a packed row that this rank holds, and the gathers of the other ranks' tokens.
 
 All context-parallel ranks pack the same micro-batch; rank c runs the model over its zig-zag share of it
-(`packing.zigzag`). Two gathers join the shares, and they differ in backward only:
+(`packing.zigzag`). Two gathers join the shares. They differ only in backward:
 
-* `gather_keys` inside attention. Every rank goes on to compute something else with what it gets, so the gradient of a
-  key is the sum over the ranks.
-* `gather_tokens` at the end of the model. Every rank goes on to compute the very same thing, the loss of the whole
-  micro-batch, so each already holds the full gradient of the tokens that are its own, and takes that. Losses that look
-  at a whole sequence thus see whole sequences, and no loss, metric or denominator knows of context parallelism. What
-  is gathered is a few numbers per token.
+* `gather_keys` inside attention. Every rank uses the gathered keys for different queries, so the gradient of a key is
+  the sum over the ranks.
+* `gather_tokens` at the end of the model. Every rank computes the same thing from it, the loss of the whole
+  micro-batch, so each rank already has the full gradient of its own tokens and takes that. Losses of whole sequences
+  thus get whole sequences, and losses, metrics and denominators do not depend on context parallelism. Only a few
+  numbers per token are gathered.
 
 With both, the gradient of a rank's weights is that of the global objective through its own tokens, and Megatron sums it
 over data- and context-parallel ranks.
@@ -35,7 +35,7 @@ def local_tokens(cu_seqlens: Tensor) -> Tensor:
 
 
 def gathered_order(cu_seqlens: Tensor) -> Tensor:
-    """(T,) int64: where each token of the row is in what the gathers return."""
+    """(T,) int64: the index of each token of the row in the result of the gathers."""
     _, size = rank_and_size()
     held = torch.cat([packing.zigzag(cu_seqlens, rank, size) for rank in range(size)])
     return torch.empty_like(held).scatter_(0, held, torch.arange(len(held)))
@@ -47,7 +47,7 @@ def gather_keys(local: Tensor) -> Tensor:
 
 
 def gather_tokens(local: Tensor) -> Tensor:
-    """(T / cp, ...) of every rank as (T, ...), rank after rank; for what all ranks use in the same way."""
+    """(T / cp, ...) of every rank as (T, ...), rank after rank; for values that all ranks use in the same way."""
     return _gather(local, summed=False)
 
 

@@ -1,9 +1,9 @@
 """Control data between ranks: broadcasts and barriers on the CPU, in which ranks may wait for days.
 
-Rank 0 generates, evaluates and writes files while the other ranks wait for it. They wait here, in a gloo group of its
-own: a wait inside a device collective would end with that collective's short limit (``run.collective_timeout_s``), and
-would spin on the GPU that a colocated rollout server needs. A peer that is lost while others wait here is found by its
-heartbeat (`megatron_ext.progress`), not by a time limit.
+Rank 0 generates, evaluates and writes files while the other ranks wait for it in a separate gloo group. A wait inside a
+device collective would end at its short limit (``run.collective_timeout_s``), and would keep the GPU busy that a
+colocated rollout server needs. If a peer is lost while others wait here, its heartbeat (`megatron_ext.progress`)
+detects it, not a time limit.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _made: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None  # the default 
 
 
 def rendezvous(timeout_s: float) -> dict[str, Any]:
-    """Arguments of `init_process_group`: where the ranks of the environment's MASTER_ADDR and MASTER_PORT meet.
+    """Arguments of `init_process_group` for a rendezvous at the environment's MASTER_ADDR and MASTER_PORT.
 
-    torch would let rank 0 listen on every interface, without authentication; here it listens on MASTER_ADDR alone.
-    Under torchrun, whose agent has a store of its own, on its terms: {}.
+    torch would let rank 0 listen on every interface, without authentication; here it listens only on MASTER_ADDR.
+    Under torchrun, whose agent has its own store, they are {}.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or not os.environ.get("MASTER_PORT"):
         return {}

@@ -1,11 +1,11 @@
-"""All that makes Megatron-Core run unmodified on a CPU with gloo, in one file.
+"""Patches that let Megatron-Core run unmodified on a CPU with gloo.
 
-Megatron-Core names CUDA in three ways that matter without a GPU, and each has one answer here:
+Megatron-Core depends on CUDA in three ways, and each has one patch here:
 
-* it asks ``torch.cuda`` for the current device, streams and random states: those functions are replaced by CPU ones;
+* it calls ``torch.cuda`` for the current device, streams and random states: CPU functions replace these;
 * it allocates with ``device="cuda"``: a ``TorchFunctionMode`` rewrites that argument;
-* its optimizers recognise tensors by the string ``Tensor.type()``: the same mode answers ``torch.cuda.FloatTensor``.
-  float64 answers so too, which lets the float64 reference runs of the tests use the same optimizers.
+* its optimizers recognise tensors by the string ``Tensor.type()``: the same mode returns ``torch.cuda.FloatTensor``,
+  also for float64, so that the float64 reference runs of the tests use the same optimizers.
 
 Nothing here is imported when a GPU is used. Call :func:`enable` before ``megatron.core`` is imported anywhere.
 """
@@ -30,14 +30,14 @@ _CUDA_NAME = {
 
 
 class _Stream:
-    """A stream that does nothing: on a CPU everything is already ordered."""
+    """A stream that does nothing: operations on a CPU are ordered."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def synchronize(self) -> None: ...
     def wait_stream(self, _other: Any) -> None: ...
     def wait_event(self, _event: Any) -> None: ...
     def record_event(self, event: Any = None) -> Any:
-        return event or _Stream()  # the expert dispatcher waits for what it gets
+        return event or _Stream()  # the expert dispatcher waits for the returned event
 
 
 def _is_cuda(device: Any) -> bool:
@@ -47,7 +47,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 class CudaOnCpu(TorchFunctionMode):
-    """Within this mode ``device="cuda"`` means the CPU and ``Tensor.type()`` answers with CUDA type names."""
+    """In this mode ``device="cuda"`` means the CPU and ``Tensor.type()`` returns CUDA type names."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -68,13 +68,13 @@ _enabled = False
 
 
 def enable() -> None:
-    """Replace the parts of ``torch.cuda`` that Megatron-Core calls. Idempotent, process-wide, refuses beside a GPU."""
+    """Replace the parts of ``torch.cuda`` that Megatron-Core calls. Idempotent, process-wide; an error with a GPU."""
     global _enabled
     if _enabled:
         return
     if torch.cuda.is_available():
         raise RuntimeError("megatron_ext.learner.cpu.enable() was called on a machine with a GPU")
-    for package in ("transformer_engine", "apex"):  # a GPU machine has them, but its GPUs may be hidden from us
+    for package in ("transformer_engine", "apex"):  # installed on a GPU machine whose GPUs are hidden
         sys.modules.setdefault(package, None)  # type: ignore[arg-type]  # importing it fails from here on
     _import_megatron_without_compile()
     cuda: Any = torch.cuda
@@ -99,8 +99,8 @@ def enable() -> None:
 def _import_megatron_without_compile() -> None:
     """Import Megatron-Core with ``torch.compile`` as the identity.
 
-    Megatron decorates helpers with it at import. Compiling needs a C++ compiler on a CPU, and merely decorating
-    imports torch._dynamo, which costs seconds of every start.
+    Megatron decorates helpers with it at import. Compilation on a CPU needs a C++ compiler, and the decorator alone
+    imports torch._dynamo, which takes seconds at every start.
     """
     compile_, torch_ = torch.compile, cast(Any, torch)
     torch_.compile = lambda function=None, **_: function if function is not None else (lambda f: f)
@@ -129,11 +129,11 @@ def _patch_experts() -> None:
 
     utils: Any = moe_utils
     if not hasattr(utils, "te_general_gemm"):
-        utils.te_general_gemm = None  # it asks whether this is None but defines it only beside Transformer Engine
+        utils.te_general_gemm = None  # Megatron tests whether this is None, but defines it only with Transformer Engine
     move = utils.maybe_move_tensor_to_cpu
 
     def move_and_convert(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        """Megatron's function converts only what comes from a GPU, but its all-to-all wants numbers, not tensors."""
+        """Megatron's function converts only GPU tensors, but its all-to-all needs numbers, not tensors."""
         if as_numpy and isinstance(tensor, torch.Tensor):
             return tensor.numpy()
         return move(tensor, as_numpy, record_stream)

@@ -1,4 +1,4 @@
-"""The critic of PPO with GAE: a second model of the policy's family and layout that ends in one number per token.
+"""The critic of PPO with GAE: a second model of the policy's family and layout with one output per token.
 
 It starts from the policy's weights with a zero head, runs over the same packed micro-batches by the same Megatron
 schedule, and has its own gradient buffers, optimizer and learning-rate schedule. The value of a response token is that
@@ -25,8 +25,8 @@ from megatron_ext.rl.value import value_loss
 class Critic(Trainable):
     """A value function under training. Create inside :func:`megatron_ext.learner.model.distributed`.
 
-    ``config.critic`` says what differs from the policy; batching, optimizer, warm-up and decay are the policy's.
-    While it is built, the last stage holds the policy's output layer for a moment too.
+    ``config.critic`` has the settings that differ from the policy; batching, optimizer, warm-up and decay are the
+    policy's. During construction the last stage temporarily holds the policy's output layer too.
     """
 
     def __init__(self, config: Config, model_dir: Path, *, total_updates: int) -> None:

@@ -1,8 +1,8 @@
-"""Megatron's local transformer layers for every family that conversion knows, by layer spec.
+"""Megatron's local transformer layers for every family that conversion supports, as a layer spec.
 
-What Megatron-Core's own modules do not have, and some families need, is here: norms behind attention and MLP, an
-RMSNorm over all heads, constants that scale branches, embedding and logits, rotary frequencies of other constants, and
-latent attention whose gradients are right under tensor parallelism.
+Some families need modules that Megatron-Core does not have: norms after attention and MLP, an RMSNorm over all heads,
+constant factors on branches, embedding and logits, other rotary frequencies, and latent attention with correct
+gradients under tensor parallelism.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def _device() -> torch.device:
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with the constructor and the marking that Megatron expects.
+    """torch's RMSNorm with the constructor and the attribute that Megatron expects.
 
-    Under sequence parallelism each tensor-parallel rank sees part of the tokens, so the weight's gradient must be
-    summed over them; Megatron does so for parameters marked ``sequence_parallel``.
+    Under sequence parallelism each tensor-parallel rank has a part of the tokens, so the weight's gradient must be
+    summed over the ranks; Megatron does so for parameters marked ``sequence_parallel``.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
@@ -48,10 +48,10 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class NormOverHeads(torch.nn.Module):
-    """RMSNorm over all heads of the queries (or keys) of a token, which tensor parallelism spreads over ranks.
+    """RMSNorm over all heads of the queries (or keys) of a token; tensor parallelism distributes the heads over ranks.
 
-    In and out: (..., this rank's heads, channels). The weight has another name than a norm of each head alone, whose
-    gradient Megatron sums over tensor-parallel ranks by its name: this one is cut, not repeated.
+    In and out: (..., this rank's heads, channels). The weight is split over the ranks, not replicated. Its name differs
+    from that of a norm per head, because Megatron sums the gradient of that one over tensor-parallel ranks by name.
     """
 
     def __init__(self, hidden_size: int, config: TransformerConfig, eps: float, *, keys: bool) -> None:
@@ -86,7 +86,7 @@ class NormOverHeads(torch.nn.Module):
 
 
 class BranchProjection(RowParallelLinear):
-    """The projection that ends attention or MLP, with a norm behind it, a constant factor, or both."""
+    """The output projection of attention or MLP, followed by a norm, a constant factor, or both."""
 
     def __init__(self, *args: Any, post_norm: bool, scale: float, config: TransformerConfig, **kwargs: Any) -> None:
         super().__init__(*args, config=config, **kwargs)
@@ -96,7 +96,7 @@ class BranchProjection(RowParallelLinear):
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         output, bias = super().forward(input_)
         if self.post_layernorm is not None:
-            assert bias is None, "a bias would belong in front of the norm"
+            assert bias is None, "a bias would have to be added before the norm"
             output = self.post_layernorm(output)
         if self.scale != 1:
             output, bias = output * self.scale, None if bias is None else bias * self.scale
@@ -113,10 +113,10 @@ class LatentNorm(RMSNorm):
 class LatentAttention(MLASelfAttention):
     """Megatron's latent attention with the gradient of the keys' rotated channels summed over tensor-parallel ranks.
 
-    Those channels are the same for all heads, and each rank has some heads. Megatron 0.16 cuts the projection that
-    makes them over the ranks and gathers its output, and in the backward pass gives every rank back its own gradient
-    alone. Here a hook gathers the output and cuts the sequence instead: Megatron then gathers the sequence of the
-    rotated channels, and sums their gradient. Without sequence parallelism it trains no mixture of experts.
+    These channels are shared by all heads, and each rank has some of the heads. Megatron 0.16 splits the projection to
+    them over the ranks and gathers its output, but in the backward pass each rank gets only its own gradient. Here a
+    hook gathers the output and splits the sequence instead; Megatron then gathers the sequence of the rotated channels
+    and sums their gradient. Without sequence parallelism it cannot train a mixture of experts.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -130,7 +130,7 @@ class LatentAttention(MLASelfAttention):
 
 
 def needs_own_modules(hf: conversion.HFConfig) -> bool:
-    """Whether a model needs modules of this file, which stand in Megatron's local layers alone."""
+    """Whether a model needs modules of this file, which exist only for Megatron's local layers."""
     return hf.norms != "before" or hf.qk_norm_over_heads or hf.residual_scale != 1 or hf.latent is not None
 
 
@@ -159,7 +159,8 @@ def _local_layer(config: TransformerConfig, hf: conversion.HFConfig, experts: in
     if hf.latent is not None:
         layer.self_attention.module = LatentAttention
         attention.q_layernorm = attention.kv_layernorm = LatentNorm
-        # Saved as Transformer Engine's layers do it, which fuse these norms. Megatron's local spec forgets to.
+        # Saved under the names of Transformer Engine's layers, which fuse these norms. Megatron's local spec does not
+        # do so.
         layer.sharded_state_dict_keys_map = dict(_FUSED_WITH_LATENT)
     attention.core_attention = PackedAttention
     identity = layer.pre_cross_attn_layernorm
@@ -181,7 +182,8 @@ def _local_layer(config: TransformerConfig, hf: conversion.HFConfig, experts: in
 
 
 def finish_model(model: Any, hf: conversion.HFConfig) -> None:
-    """What GPTModel's constructor cannot be told: rotary frequencies, constants on embedding and logits, groups."""
+    """Settings that GPTModel's constructor does not take: rotary frequencies, factors on embedding and logits,
+    groups."""
     if model.config.tensor_model_parallel_size > 1:
         for name, parameter in model.named_parameters():
             # Without expert parallelism Megatron 0.16 sums gradients of experts over the data-parallel ranks alone. But
@@ -194,7 +196,7 @@ def finish_model(model: Any, hf: conversion.HFConfig) -> None:
     if model.pre_process and hf.embedding_scale != 1:
         model.embedding.register_forward_hook(lambda module, inputs, output: output * hf.embedding_scale)
     if model.post_process and hf.logits_divisor != 1:
-        # on the hidden state, because the policy head never makes all logits
+        # on the hidden state, because the policy head never computes all logits
         model.decoder.final_layernorm.register_forward_hook(lambda module, inputs, output: output / hf.logits_divisor)
 
 

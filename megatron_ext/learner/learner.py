@@ -52,7 +52,7 @@ from megatron_ext.rl.types import LossInputs, TokenStats
 
 @dataclass(frozen=True, slots=True)
 class UpdateMetrics:
-    """What one optimizer step reports, over the whole mini-batch."""
+    """Metrics of one optimizer step, over the whole mini-batch."""
 
     means: dict[
         str, float
@@ -66,7 +66,7 @@ class NotFinite(FloatingPointError):
 
 
 class Trainable:
-    """A Megatron model with its optimizer and learning-rate schedule, and how packed micro-batches go through it."""
+    """A Megatron model with its optimizer and learning-rate schedule, run over packed micro-batches."""
 
     most_padding = 0.02  # by which micro-batches may grow, as a share, so that pipeline stages need send no shapes
     replays_routing = False  # whether a batch's experts are routed to; see `routing`
@@ -112,8 +112,8 @@ class Trainable:
     def offload(self, *, weights: bool = False) -> None:
         """Free the memory of optimizer state and gradient buffers, and with ``weights`` that of the weights too.
 
-        State and weights wait in host memory, gradients are dropped, so call it between updates. Local to this rank. A
-        second call may add the weights; while they are away only :meth:`reload` may be called.
+        State and weights are moved to host memory, gradients are dropped, so call it between updates. Local to this
+        rank. A second call may add the weights; while they are offloaded only :meth:`reload` may be called.
         """
         if weights:
             self.settle()
@@ -128,8 +128,8 @@ class Trainable:
     def reload(self, *, optimizer: bool | None = None) -> None:
         """Undo :meth:`offload`, bit for bit; does nothing when nothing is offloaded. Local to this rank.
 
-        ``optimizer``: its state too; by default unless ``optim.offload`` keeps it on the host. An update brings back
-        by itself what it needs of state and gradient buffers.
+        ``optimizer``: its state too; by default unless ``optim.offload`` keeps it on the host. An update restores the
+        state and gradient buffers that it needs by itself.
         """
         self._weights.unpark()
         if optimizer or (optimizer is None and not self.config.optim.offload):
@@ -148,7 +148,7 @@ class Trainable:
                         group.start_param_sync(force_sync=True)
 
     def rest(self) -> None:
-        """What ``optim.offload`` asks for whenever no optimizer step is being made."""
+        """Offload as ``optim.offload`` requires between optimizer steps."""
         if self.config.optim.offload:
             self.offload()
 
@@ -225,7 +225,7 @@ class Trainable:
         *,
         forward_only: bool,
     ) -> list[Any]:
-        """Plan, pack and push micro-batches through Megatron's schedule; what the last stage collected."""
+        """Plan and pack micro-batches and run them through Megatron's schedule; returns the last stage's results."""
         micro_batches: list[MicroBatch] = []
         planned = self._plan(batch, samples)
         pad_to = self._padding([[self._fed_length(batch, samples[i]) for i in members] for members in planned])
@@ -264,7 +264,8 @@ class Trainable:
         return collected
 
     def _finalize(self, finalize: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        """Megatron calls this after the last micro-batch; it reduces gradients, so from here on ranks wait."""
+        """Called by Megatron after the last micro-batch. It reduces gradients, so ranks wait for each other from
+        here."""
         self.work.end()
         finalize(*args, **kwargs)
 
@@ -305,12 +306,12 @@ class Trainable:
         return longest if alike else multiple
 
     def packing_report(self) -> dict[str, float]:
-        """What packing has cost since the last call, as `packing.PackingCost.report` says."""
+        """The cost of packing since the last call, see `packing.PackingCost.report`."""
         report, self._packing = self._packing.report(), packing.PackingCost()
         return report
 
     def work_report(self, *others: Trainable) -> WorkReport:
-        """What this model and the others have computed since the last call. A collective of all ranks."""
+        """Work of this and the other models since the last call. A collective of all ranks."""
         return work.report([model.work for model in (self, *others)], self.config, self.device)
 
     def _reduce_sums(self, collected: list[dict[str, Tensor]]) -> dict[str, float]:
@@ -419,15 +420,15 @@ def _noting_progress(step: Callable[..., Any], total: int) -> Callable[..., Any]
 
 
 def sequence_multiple(config: Config) -> int:
-    """What the length of every packed sequence must be a multiple of: context parallelism cuts it into 2 cp chunks."""
+    """The length of every packed sequence is a multiple of this: context parallelism splits it into 2 cp chunks."""
     return 2 * config.parallel.cp if config.parallel.cp > 1 else 1
 
 
 def token_multiple(config: Config) -> int:
-    """What the number of tokens of a micro-batch must be a multiple of.
+    """The number of tokens of a micro-batch is a multiple of this.
 
-    Sequence parallelism cuts the tokens of a context-parallel rank into tp equal parts, and FP8 products want each of
-    those in multiples of their own.
+    Sequence parallelism splits the tokens of a context-parallel rank into tp equal parts, and each part must be a
+    multiple of FP8's block.
     """
     parallel = config.parallel
     return parallel.cp * (parallel.tp if parallel.sp else 1) * alignment(config)

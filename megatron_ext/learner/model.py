@@ -39,7 +39,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 
 
 def on_device() -> contextlib.AbstractContextManager[Any]:
-    """Context in which Megatron's ``device="cuda"`` means the device that is there."""
+    """Context in which Megatron's ``device="cuda"`` means the CPU if there is no GPU."""
     return contextlib.nullcontext() if ON_GPU else cpu.CudaOnCpu()
 
 
@@ -48,9 +48,9 @@ def device() -> torch.device:
 
 
 def transformer_impl(model: ModelConfig) -> str:
-    """Which layers ``model.transformer_impl`` means here: "transformer_engine" or "local".
+    """The layers that ``model.transformer_impl`` selects on this machine: "transformer_engine" or "local".
 
-    Raises ValueError when Transformer Engine is asked for, or needed for FP8, and is not there.
+    Raises ValueError if Transformer Engine is requested, or needed for FP8, and not installed.
     """
     installed = bool(gpt_layer_specs.HAVE_TE)
     if model.transformer_impl == "transformer_engine" and not installed:
@@ -74,18 +74,17 @@ def transformer_impl(model: ModelConfig) -> str:
 def distributed(
     parallel: ParallelConfig, seed: int, *, alone: bool = False, timeout_s: float = 600.0
 ) -> Iterator[None]:
-    """Join the process group and lay out Megatron's groups; undone on a clean exit.
+    """Join the process group and create Megatron's groups; undone on a clean exit.
 
-    The group is that of torchrun's environment, or this process alone when there is none or ``alone`` is set.
-    ``timeout_s``: after which a collective on the device fails. Waits for another rank's work do not belong there, but
-    in `megatron_ext.learner.control`.
+    The group is that of torchrun's environment, or this process alone if there is none or ``alone`` is set.
+    ``timeout_s``: limit of a device collective. To wait for another rank's work use `megatron_ext.learner.control`.
     """
     from datetime import timedelta
 
     # Warnings that Megatron causes itself: old names of collectives, missing `.grad` in its distributed optimizer.
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf", module="megatron")
-    if parallel.tp > 1:  # Megatron wants kernels to start in the order of their launch; read when CUDA starts
+    if parallel.tp > 1:  # Megatron needs kernels to start in the order of their launch; read when CUDA starts
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # torch keeps its last collectives in memory
     started_here = not torch.distributed.is_initialized()
@@ -112,8 +111,8 @@ def distributed(
     with on_device():
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
     yield
-    # Not in a `finally`: after an error on one rank the others may be inside a collective, and waiting for them here
-    # would turn a clear failure into a hang.
+    # Not in a `finally`: after an error on one rank the others may be inside a collective, and a wait for them here
+    # would turn the error into a hang.
     parallel_state.destroy_model_parallel()
     if started_here:
         torch.distributed.destroy_process_group()
@@ -136,7 +135,7 @@ def block_spec(
         block = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
         assert len(block.layer_specs) == here.stop - here.start
         return block
-    # Given a layer alone, Megatron would end the block with a norm of its own choice: torch's, always in float32.
+    # Without a final norm in the spec, Megatron would add torch's norm, always in float32.
     return TransformerBlockSubmodules(layer_specs=local_layer_specs(config, hf)[here], layer_norm=RMSNorm)
 
 
@@ -145,7 +144,7 @@ def _leave_as_is(weight: torch.Tensor) -> torch.Tensor:
 
 
 def transformer_engine_settings(model: ModelConfig, moe: bool) -> dict[str, Any]:
-    """Settings of TransformerConfig that decide about kernels and precision; names are Megatron's."""
+    """Settings of TransformerConfig for kernels and precision, under Megatron's names."""
     if transformer_impl(model) == "local":
         return {"transformer_impl": "local"}
     settings: dict[str, Any] = {
@@ -169,7 +168,7 @@ def transformer_engine_settings(model: ModelConfig, moe: bool) -> dict[str, Any]
 
 
 def _without_transformer_engine(model: ModelConfig, hf: conversion.HFConfig) -> ModelConfig:
-    """The same settings with Megatron's local layers. ValueError when others were asked for by name."""
+    """The same settings with Megatron's local layers. ValueError if other layers were requested by name."""
     if model.transformer_impl == "transformer_engine" or model.fp8 is not None:
         lacking = conversion.beyond_gpt_model(hf) or [
             "latent attention with gradients summed over tensor-parallel ranks"
@@ -183,7 +182,7 @@ def _without_transformer_engine(model: ModelConfig, hf: conversion.HFConfig) -> 
 
 def transformer_config(hf: conversion.HFConfig, parallel: ParallelConfig, model: ModelConfig) -> Any:
     """Megatron's configuration: architecture from the checkpoint, layout and precision from the run."""
-    # The dispatcher is named for dense models too: Megatron checks it against variable sequence lengths all the same.
+    # The dispatcher is set for dense models too, because Megatron checks it against variable sequence lengths anyway.
     architecture = {"moe_token_dispatcher_type": "alltoall", **conversion.transformer_config(hf)}
     if isinstance(architecture.get("activation_func"), str):
         architecture["activation_func"] = getattr(torch.nn.functional, architecture["activation_func"])
@@ -202,8 +201,8 @@ def transformer_config(hf: conversion.HFConfig, parallel: ParallelConfig, model:
     if yarn and kernels.get("apply_rope_fusion"):
         kernels["apply_rope_fusion"] = False  # the fused kernel ignores YaRN's attention factor in packed sequences
     if hf.latent is not None:
-        # Megatron would sum the gradient of the queries' latent norm over tensor-parallel ranks, taking it for one of
-        # heads; our layers have the norm without being told.
+        # Megatron would sum the gradient of the queries' latent norm over tensor-parallel ranks, as if it were a norm
+        # of single heads; our layers have the norm anyway.
         architecture["qk_layernorm"] = False
     config = (MLATransformerConfig if hf.latent is not None else TransformerConfig)(
         **architecture,
@@ -216,7 +215,7 @@ def transformer_config(hf: conversion.HFConfig, parallel: ParallelConfig, model:
         num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
         context_parallel_size=parallel.cp,
         expert_model_parallel_size=parallel.ep,
-        expert_tensor_parallel_size=1,  # experts are spread, never cut: gloo cannot gather parts of different sizes
+        expert_tensor_parallel_size=1,  # experts are never split: gloo cannot gather parts of different sizes
         sequence_parallel=parallel.sp,
         params_dtype=torch_dtype,
         pipeline_dtype=torch_dtype,
@@ -256,7 +255,7 @@ def build_chunks(
     ``value_head``: a critic, whose last stage ends in a `value_head.ValueHead` and shares no weight with the first.
     """
     with on_device(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecation notes about settings that are not ours
+        warnings.simplefilter("ignore")  # deprecation warnings about Megatron's own settings
         config = transformer_config(hf, parallel, model_config)
         kwargs = conversion.gpt_model_kwargs(hf, tp_size=parallel.tp)
         if value_head:

@@ -1,10 +1,9 @@
-"""Memory of a model that is not in use, parked on the host and brought back bit for bit.
+"""Move the memory of a model that is not in use to the host and back, bit for bit.
 
-Megatron-Core 0.16 has three answers of its own. ``DistributedDataParallel.offload_grad_buffers`` is used as it is. Its
-``optimizer.offload_to_cpu`` gives parameters new storage, which in float32 tears the distributed optimizer's shards
-from the weights that they are views of, so that later updates go nowhere; its ``optimizer_cpu_offload`` keeps the state
-on the host for good and computes the updates there. Here storages are emptied and refilled in place: whoever holds a
-view of one notices nothing.
+Megatron-Core 0.16 has three methods. ``DistributedDataParallel.offload_grad_buffers`` is used as it is. Its
+``optimizer.offload_to_cpu`` gives parameters new storage; in float32 the distributed optimizer's shards are then no
+longer views of the weights, and later updates are lost. Its ``optimizer_cpu_offload`` keeps the state on the host
+permanently and computes the updates there. Here storages are emptied and refilled in place, so views stay valid.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ class Parking:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are on the host at present."""
+        """Bytes that are on the host now."""
         return sum(host.nbytes for _, host in self._parked)
 
     @torch.no_grad()
     def park(self, tensors: Iterable[Tensor]) -> None:
-        """Copy the storages behind ``tensors`` to the host and empty them. Those that are empty already stay so.
+        """Copy the storages of ``tensors`` to the host and empty them. Empty storages stay empty.
 
         Until :meth:`unpark` reading any of their views is an error that torch does not always catch.
         """
@@ -49,7 +48,7 @@ class Parking:
 
     @torch.no_grad()
     def unpark(self) -> None:
-        """Everything back to where it was."""
+        """Restore all storages."""
         for storage, host in self._parked:
             storage.resize_(host.nbytes)
             _bytes(storage).copy_(host, non_blocking=True)
@@ -76,7 +75,7 @@ def model_tensors(chunks: list[Any]) -> list[Tensor]:
 
 
 def drop_fp8_copies(chunks: list[Any]) -> None:
-    """Forget the weights that Transformer Engine has rounded to FP8; the next pass rounds them anew."""
+    """Drop Transformer Engine's cached FP8 weights; the next pass quantises them again."""
     for module in (module for chunk in chunks for module in chunk.modules()):
         getattr(module, "_fp8_workspaces", {}).clear()
 

@@ -2,10 +2,11 @@
 
 Megatron's ``fully_reshardable`` format stores moments and master weights in the shape of the parameters, so that any
 layout reads them. To write it, Megatron-Core 0.16-0.19 gathers the whole state on every data-parallel rank (or on one):
-12 bytes a parameter in host memory for each. A data-parallel rank owns a contiguous range of each flattened parameter,
-however, and such a range is at most ``2 n - 1`` rectangles of an n-dimensional tensor: rows in part, whole rows, rows
-in part. torch's checkpoint format stores rectangles of any size. So every rank writes, and reads, views of what it has:
-nothing is gathered and nothing allocated. Names and global shapes are Megatron's, which reads these files as its own.
+12 bytes a parameter in host memory for each. But a data-parallel rank owns a contiguous range of each flattened
+parameter, and such a range consists of at most ``2 n - 1`` rectangles of an n-dimensional tensor: a partial row, whole
+rows, a partial row. torch's checkpoint format stores rectangles of any size. So every rank writes and reads views of
+its own state, without gathering or allocating anything. Names and global shapes are Megatron's, so Megatron reads these
+files as its own.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def _already_in_place(_: Any) -> None: ...
 def state_pieces(
     part: Any, model_sharded_state_dict: Any, is_loading: bool = False, metadata: Any = None
 ) -> dict[int, dict[str, dict[int, ShardedTensor]]]:
-    """Of every parameter that this rank has a range of: master weights and moments, as views of the state.
+    """Master weights and moments of every parameter of which this rank has a range, as views of the state.
 
     The arguments are those of ``DistributedOptimizer.sharded_param_state_fully_reshardable``.
     """
@@ -75,7 +76,7 @@ def _buckets(part: Any) -> Iterator[Any]:
 
 
 def _stored_tensors(base: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
-    """What a parameter is stored as: itself, or parts of it such as gate and up, each a contiguous view of it."""
+    """The stored tensors of a parameter: itself, or parts such as gate and up, each a contiguous view of it."""
     shape, dtype = base.data.shape, base.data.dtype
     blank = replace(base, data=torch.empty(shape, dtype=dtype, device="meta"))
     built = blank.build() if isinstance(blank, ShardedTensorFactory) else blank
@@ -85,7 +86,7 @@ def _stored_tensors(base: ShardedTensor | ShardedTensorFactory) -> list[ShardedT
 
 
 def _within(tensor: ShardedTensor, start: int, stop: int) -> Iterator[Rectangle]:
-    """Of the elements ``start .. stop - 1`` of a parameter those that belong to one stored tensor of it.
+    """The elements of ``start .. stop - 1`` of a parameter that belong to one of its stored tensors.
 
     Offsets are within that tensor, `Rectangle.start` counts from the parameter's first element.
     """

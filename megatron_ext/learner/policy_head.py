@@ -1,4 +1,4 @@
-"""The policy's output layer without its product: hidden states and weight go to the loss, which never makes all logits.
+"""The policy's output layer without its product: the loss gets hidden states and weight, and never computes all logits.
 
 See `megatron_ext.kernels.linear_vocab_statistics`.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class HiddenStates(ColumnParallelLinear):
-    """GPTModel's output layer that hands on what it is given, with the communication that its product would need.
+    """GPTModel's output layer that returns its input, with the communication that its product would need.
 
     hidden: (T, 1, h), this rank's part of the tokens under sequence parallelism; returns (T, 1, h), all tokens. In
     backward each tensor-parallel rank brings the part of the gradient that comes from its slice of the vocabulary:

@@ -1,8 +1,8 @@
 """The reference policy of a KL penalty: weights that are swapped into the policy's model for one pass per batch.
 
-There is no second model. This rank's slices of the reference are kept in host memory (page-locked beside a GPU); for
-its pass they change places with the policy's, bit for bit. So the reference has the policy's layout, kernels and
-packing, and takes no memory on the device; it costs three copies of the weights over the bus per batch.
+There is no second model. This rank's slices of the reference are kept in host memory (page-locked if there is a GPU).
+For the reference pass they are exchanged with the policy's weights, bit for bit. So the reference has the policy's
+layout, kernels and packing and takes no device memory; it costs three copies of the weights over the bus per batch.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Reference:
     def logp(self, batch: TrainBatch) -> Tensor:
         """log p of every response token under the reference, (T,), on every rank.
 
-        The experts of a replay are the policy's choice: the reference routes by itself, as it would where it is served.
+        Recorded experts belong to the policy; the reference uses its own routing.
         """
         with self._in_place():
             return self._statistics(replace(batch, experts=None)).logp

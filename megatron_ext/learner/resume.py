@@ -1,8 +1,8 @@
-"""From which checkpoint a run continues: ``resume=latest`` or ``resume=latest_valid``. Never a silent step back.
+"""Choose the checkpoint from which a run continues: ``resume=latest`` or ``resume=latest_valid``.
 
-"latest" continues from the checkpoint that the pointer file names, or refuses: the message names the newest one whose
-bytes are all as they were written, and the key that continues from it. "latest_valid" does that: it sets damaged ones
-aside under another name, says so, and makes the pointer name the one it has loaded. Nothing is deleted.
+"latest" continues from the checkpoint that the pointer file names. If it is damaged, an error names the newest intact
+checkpoint and the key that continues from it. "latest_valid" continues from that one: it renames damaged checkpoints,
+prints a message, and updates the pointer. Nothing is deleted, and a run never goes back silently.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from megatron_ext.learner import checkpoint, control
 from megatron_ext.learner.critic import Critic
 from megatron_ext.learner.learner import Learner
 
-DAMAGED = ".damaged"  # behind the name of a checkpoint that "latest_valid" has set aside
+DAMAGED = ".damaged"  # suffix of a checkpoint that "latest_valid" has set aside
 
 
 def resume(learner: Learner, root: Path, mode: str, *, critic: Critic | None = None) -> dict[str, Any] | None:
-    """Restore the run's last checkpoint and return its state; None when there is none yet. A collective.
+    """Restore the run's last checkpoint and return its state; None if there is none yet. A collective.
 
     Raises ValueError in one sentence, on every rank.
     """

@@ -1,13 +1,13 @@
 """Routing replay for mixtures of experts: the learner sends each token to the experts that the rollout engine chose.
 
-Engine and learner round differently. Where two experts have nearly the same score, one of them then chooses another
-expert than the other, and the log-probability of the token moves by far more than rounding: the importance ratio of a
-policy that has not been updated is not 1 ("Rollout Routing Replay", R3, arXiv 2510.11370). Replayed are the *indices*
-alone; the weights of the chosen experts come from the learner's own router, so its gradient is what it was.
+Engine and learner round differently. If two experts have nearly the same score, engine and learner may choose different
+ones, and the log-probability of the token changes by far more than rounding: the importance ratio of a policy that has
+not been updated is not 1 ("Rollout Routing Replay", R3, arXiv 2510.11370). Only the *indices* are replayed. The weights
+of the chosen experts come from the learner's own router, so its gradient is unchanged.
 
-Megatron-Core has the mechanism: a router with a `RouterReplay` takes its experts from there. What is added here is
-where the indices come from, and that every pass finds those of its own micro-batch: recomputation in the backward pass
-happens after the forward passes of later micro-batches.
+Megatron-Core has the mechanism: a router with a `RouterReplay` takes its experts from it. This module provides the
+indices, and makes sure that every pass uses those of its own micro-batch: recomputation in the backward pass happens
+after the forward passes of later micro-batches.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class Replay(RouterReplay):
     def __init__(self, column: int, *, recomputed: bool) -> None:
         """``column``: of the router's layer in `MicroBatch.experts_M`; ``recomputed``: backward routes again."""
         super().__init__()
-        RouterReplay.global_router_replay_instances.remove(self)  # a list that would keep every model's routers
+        RouterReplay.global_router_replay_instances.remove(self)  # this list would keep every model's routers alive
         self.column, self.recomputed = column, recomputed
 
     def begin(self, indices: Tensor, *, training: bool) -> None:
         """``indices``: (tokens of this rank, top k) int64, of the forward pass that comes next."""
         self.target_topk_idx, self.router_replay_action = indices, RouterReplayAction.REPLAY_FORWARD
-        if training and self.recomputed:  # micro-batches come back in the order in which they went
+        if training and self.recomputed:  # backward passes follow the order of the forward passes
             self.replay_backward_list.append(indices)
 
     def clear(self) -> None:
@@ -46,7 +46,7 @@ class Replay(RouterReplay):
         self.clear_router_replay_action()
 
     def get_replay_topk(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """See `RouterReplay`; within the backward pass it is a recomputation that asks."""
+        """See `RouterReplay`; a call during the backward pass comes from recomputation."""
         action = self.router_replay_action
         if action is not None and torch._C._current_graph_task_id() != -1:
             self.router_replay_action = RouterReplayAction.REPLAY_BACKWARD
@@ -58,7 +58,7 @@ class Replay(RouterReplay):
 
 
 def install(chunks: Sequence[Any], hf: conversion.HFConfig) -> None:
-    """Give every router of these model chunks a `Replay`; does nothing to a dense model."""
+    """Attach a `Replay` to every router of these model chunks; does nothing to a dense model."""
     columns = {layer: column for column, layer in enumerate(filter(hf.sparse, range(hf.num_layers)))}
     for chunk in chunks:
         config = chunk.config
@@ -96,8 +96,8 @@ def local_experts(
 ) -> Tensor:
     """(tokens of this rank's routers, layers with experts, top k): its share of a packed micro-batch's experts.
 
-    ``experts``: of each packed sample (fed tokens, layers with experts, top k), integers. Padding, which no token sees,
-    is spread evenly over the experts.
+    ``experts``: of each packed sample (fed tokens, layers with experts, top k), integers. Padding tokens are
+    distributed evenly over the experts.
 
     Raises ValueError where a sample has another number of tokens, layers or experts per token than the model.
     """

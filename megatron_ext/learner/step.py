@@ -27,7 +27,7 @@ from megatron_ext.rl.types import LossInputs, TokenStats
 
 @dataclass(slots=True)
 class TrainBatch:
-    """A rollout batch, whole, on every rank: token ids per sample and flat per-token tensors of shape (T,)."""
+    """A whole rollout batch on every rank: token ids per sample and flat per-token tensors of shape (T,)."""
 
     prompts: Sequence[list[int] | Tensor]  # a list, or int tensors of one dimension
     responses: Sequence[list[int] | Tensor]
@@ -56,9 +56,10 @@ class TrainBatch:
 
 @dataclass(slots=True)
 class MicroBatch:
-    """What one micro-batch needs on this rank: packed tokens, and the flat indices (R,) of its response tokens.
+    """One micro-batch on this rank: packed tokens, and the flat indices (R,) of its response tokens.
 
-    Under context parallelism this rank runs the model over some of the tokens; all else is about the whole micro-batch.
+    Under context parallelism this rank runs the model over a part of the tokens; all other fields describe the whole
+    micro-batch.
     """
 
     packed: packing.PackedBatch
@@ -106,7 +107,7 @@ def forward(model: Any, mb: MicroBatch, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """How this rank computes vocabulary statistics; see `megatron_ext.kernels.linear_vocab_statistics`."""
+    """Settings of the vocabulary statistics on this rank; see `megatron_ext.kernels.linear_vocab_statistics`."""
 
     shard: VocabShard | None = None  # this rank's slice of the vocabulary; None: all of it
     chunk_tokens: int = 0
@@ -134,7 +135,7 @@ def _statistics(hidden: Tensor, model: Any, mb: MicroBatch, head: Head) -> Token
 
 
 def whole_micro_batch(rows: Tensor, mask: Tensor, mb: MicroBatch) -> Tensor:
-    """(R, k) in packed order, from what each context-parallel rank has of it: rows where ``mask``, (local tokens,)."""
+    """(R, k) in packed order, from the parts of all context-parallel ranks: rows where ``mask``, (local tokens,)."""
     local = rows.new_zeros(len(mask), rows.shape[1]).masked_scatter(mask[:, None], rows)
     return context_parallel.gather_tokens(local)[mb.gathered_R.to(rows.device)]
 
@@ -167,9 +168,9 @@ def training_step(
     """Megatron ``forward_step_func`` of an optimizer step.
 
     The objective is `megatron_ext.rl.objective.evaluate`, whose weight is the aggregation weight times the mismatch
-    weight. All denominators are in the weights, so that gradients only need to be summed. Megatron insists on dividing
-    by a global token count, in float32; it is handed a count of exactly one (``MicroBatch.counts_divisor`` is True for
-    one micro-batch of one rank), which costs no precision.
+    weight. All denominators are in the weights, so gradients only need to be summed. Megatron always divides by a
+    global token count, in float32. We pass a count of exactly one (``MicroBatch.counts_divisor`` is True for one
+    micro-batch of one rank), which costs no precision.
     """
     mb = next(iterator)
 

@@ -13,15 +13,15 @@ WEIGHT = "output_layer.weight"  # its name in the model; Megatron's checkpointin
 
 
 class ValueHead(torch.nn.Module):
-    """One number per token, in place of GPTModel's ``output_layer``.
+    """One number per token, instead of GPTModel's ``output_layer``.
 
     hidden: (T, 1, h), this rank's part of the tokens under sequence parallelism; returns (T, 1, 1), all tokens.
-    Zero-initialised, so the first values are 0 and the first advantages those without a critic. Float32 under
-    bfloat16: returns differ in digits that bfloat16 does not have.
+    Zero-initialised, so the first values are 0 and the first advantages equal those without a critic. It stays float32
+    in a bfloat16 model, because bfloat16 cannot represent the differences between returns.
 
-    The weight is repeated over tensor-parallel ranks. All see the same hidden states and compute the same gradient,
-    which Megatron's gradient norm then counts on one of them. Under sequence parallelism each sees a part of the
-    tokens, and the mark makes Megatron sum the gradients.
+    The weight is replicated over tensor-parallel ranks. All have the same hidden states and compute the same gradient,
+    which Megatron's gradient norm counts on one of them. Under sequence parallelism each has a part of the tokens, and
+    the attribute makes Megatron sum the gradients.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -37,7 +37,7 @@ class ValueHead(torch.nn.Module):
         """The arguments and the pair are those of the layer it replaces."""
         assert weight is None, "a critic shares no weight with its embedding"
         values = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight)
-        if self.sequence_parallel:  # what follows is computed on every rank, so backward takes its own part only
+        if self.sequence_parallel:  # every rank computes the same from here, so backward takes its own part only
             values = gather_from_sequence_parallel_region(values, tensor_parallel_output_grad=False)
         return values, None
 

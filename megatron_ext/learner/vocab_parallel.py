@@ -1,4 +1,4 @@
-"""The vocabulary slice that this tensor-parallel rank holds, as the kernels want it."""
+"""The vocabulary slice of this tensor-parallel rank, in the form of the kernels' `VocabShard`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def tensor_parallel_shard(
     """This rank's slice of a vocabulary that is padded at its end and cut into equal contiguous slices.
 
     Args:
-        vocab_size: number of real tokens; ids from here on are padding and take no part in any softmax.
+        vocab_size: number of real tokens; larger ids are padding and are excluded from every softmax.
         padded_vocab_size: rows of the (whole) output layer, a multiple of the tensor-parallel size.
         group: tensor-parallel group; by default Megatron's. Megatron must be initialised in that case.
 

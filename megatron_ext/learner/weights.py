@@ -1,7 +1,7 @@
 """Weights in and out of the running model by name, tensor by tensor: the learner's side of `conversion`.
 
-Neither direction holds a second copy of the model: import reads the slices a rank needs, export gathers a bucket at a
-time and hands over one full tensor after the other.
+Neither direction holds a second copy of the model: import reads only the slices that a rank needs; export gathers one
+bucket at a time and yields one full tensor after the other.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _named(chunks: list[Any], tensors: Callable[[Any], Iterable[tuple[str, Any]]
 
 
 def _global_expert(name: str, config: Any) -> str:
-    """Megatron numbers the experts of a rank from 0; each expert-parallel rank has the next few."""
+    """Model-wide expert number in a name: Megatron numbers the experts of each expert-parallel rank from 0."""
     match = _EXPERT.fullmatch(name)
     if match is None:
         return name
@@ -70,7 +70,7 @@ def _global_expert(name: str, config: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Slices:
-    """How this process takes part in the tensor-parallel slices of a tensor: experts have groups of their own."""
+    """This process's part in the tensor-parallel slices of a tensor; experts have separate groups."""
 
     rank: int
     size: int

@@ -1,4 +1,4 @@
-"""What the learner has computed, and how evenly: counted by every rank, told by all together once per step."""
+"""Counters of the learner's computation and its balance, kept by every rank and reduced once per step."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class WorkReport:
 
     flops: float  # useful ones of all models and passes, see `megatron_ext.flops`
     ranks: int
-    peak_tflops: float | None  # what one rank could do; None when that is not known
+    peak_tflops: float | None  # peak of one rank; None if unknown
     time_imbalance: float  # of the busiest rank above the mean, as a share of the mean; 0 at best
-    token_imbalance: float  # likewise, of tokens pushed through the models
+    token_imbalance: float  # likewise, of tokens through the models
     peak_memory_gib: float  # of the rank that needed most, since the start: allocated on its GPU, or resident without
 
 
@@ -44,7 +44,7 @@ class Work:
         self._began = time.monotonic()
 
     def end(self) -> None:
-        """This rank's part of the pass is done."""
+        """Mark the end of this rank's part of the pass."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.busy_s += time.monotonic() - self._began
@@ -85,7 +85,7 @@ def _above_mean(values: Any) -> float:
 
 
 def peak_memory_gib() -> float:
-    """Most memory this learner process has held: allocated on the GPU, or resident when there is none."""
+    """Peak memory of this learner process: allocated on the GPU, or resident without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB

@@ -1,6 +1,6 @@
-"""Authentication in front of a whole vLLM server, given to it as ``--middleware megatron_ext.sync.auth.RequireToken``.
+"""Authentication for all routes of a vLLM server (``--middleware megatron_ext.sync.auth.RequireToken``).
 
-vLLM's own key guards /v1, /v2 and /inference only; its control routes (weights, pause, collective_rpc) are open to
+vLLM's own key protects only /v1, /v2 and /inference; its control routes (weights, pause, collective_rpc) are open to
 every local user. Plain ASGI, standard library only.
 """
 

@@ -1,8 +1,8 @@
-"""The contract of a weight update, the same for every transport, and the checksum that seals it.
+"""The interface of a weight update, the same for every transport, and its checksum.
 
 A transport *stages* one version at a time (`stage_weights`) and then delivers it to any set of servers, any number of
-times: to all of them at an update, to a single one that came back. `recipes.rollout.vllm.update` drives the servers.
-A server that did not confirm version and checksum serves nothing.
+times: to all of them at an update, or to one that returned. `recipes.rollout.vllm.update` drives the servers. A server
+that has not confirmed version and checksum gets no requests.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class WeightUpdateError(RuntimeError):
 
 
 class WeightSync(Protocol):
-    """Where one version of the weights is staged, and how servers get at it."""
+    """Stages one version of the weights and delivers it to servers."""
 
     digest: str  # kind of `WeightDigest`
 
@@ -63,7 +63,7 @@ def _hash_threads() -> ThreadPoolExecutor:
 
 
 class WeightDigest:
-    """A digest over names, dtypes, shapes and bytes of a set of tensors, whatever their order.
+    """A digest over names, dtypes, shapes and bytes of a set of tensors, independent of their order.
 
     Args:
         kind: how the bytes of a tensor are hashed.
@@ -152,7 +152,7 @@ def stage_weights(
             clock.lap("export")
             placed = sync.send(name, tensor)
             clock.lap("stage")
-            # The source where its bytes are at hand: a digest of the copy would certify a damaged copy.
+            # Hash the source if its bytes are on the host: a hash of the copy would not detect a damaged copy.
             digest.add(name, placed if tensor.is_cuda and sync.digest != "lanes" else tensor)
             clock.lap("digest")
         checksum = digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Run a command and leave nothing of it behind, even when whoever asked for it is killed with SIGKILL.
+"""Run a command and end all of its processes, even if the parent is killed with SIGKILL.
 
 Started as ``python process_guard.py PARENT_PID COMMAND...`` (by path, standard library only: it starts in
 milliseconds). vLLM's engine is a grandchild that outlives a killed API server, so killing one process is not enough:

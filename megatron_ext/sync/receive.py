@@ -1,4 +1,4 @@
-"""The receiving side of a weight update, without vLLM: what every worker does with files or buckets before it loads."""
+"""The receiving side of a weight update, without vLLM: checks of files or buckets before a worker loads them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Update:
 def receive_buckets(
     group: Any, buckets: list[list[Entry]], device: torch.device, timeout_s: float
 ) -> Iterator[dict[str, Tensor]]:
-    """The tensors of one bucket after the other, each in memory of its own: vLLM may keep them until the end.
+    """The tensors of one bucket after the other, each in separate memory, because vLLM may keep them until the end.
 
     The next bucket arrives while the caller checks and loads this one.
     """
@@ -73,7 +73,7 @@ def read_verified(info: Update, clock: Clock) -> dict[str, Tensor]:
 
 
 def verify(digest: WeightDigest, info: Update) -> None:
-    """ValueError unless what was received is what was announced."""
+    """ValueError unless the received checksum is the announced one."""
     found = digest.hexdigest()
     if found != info.checksum:
         raise ValueError(

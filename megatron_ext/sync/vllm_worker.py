@@ -1,12 +1,12 @@
-"""What runs inside a vLLM worker: receive weights from files or a broadcast, verify everything, change the model.
+"""The code inside a vLLM worker: receive weights from files or a broadcast, verify them, change the model.
 
 Given to the server as ``--worker-extension-cls megatron_ext.sync.vllm_worker.WorkerExtension`` and
 ``--weight-transfer-config '{"backend": "gppo"}'``; importing this module registers the backend (vLLM >= 0.22).
 
-vLLM calls start -> update -> finish. Names and shapes are verified before anything is touched, and for files the
-checksum too: a refused update leaves the old weights whole. A broadcast is loaded bucket by bucket, so that a worker
-never holds a second copy of the model; a wrong checksum is then found when the old weights are gone, and the server
-says it holds none (`WorkerExtension.loaded_weights`) until an update succeeds.
+vLLM calls start -> update -> finish. Names and shapes are verified before the model changes, and for files the checksum
+too, so a refused update leaves the old weights in place. A broadcast is loaded bucket by bucket, so that a worker never
+holds a second copy of the model. A wrong checksum is then found after the old weights were overwritten, and the server
+reports that it has no weights (`WorkerExtension.loaded_weights`) until an update succeeds.
 """
 
 from __future__ import annotations
