@@ -1,6 +1,7 @@
 """Check every theorem of the papers by taking the step: `python -m recipes.theory [--out FILE]`, `make theory`.
 
 Prints a line per check and writes one self-contained page. Exit status 1 if a check contradicts what is expected.
+`python -m recipes.theory --losses` prints instead what a step of every loss and selection does to the entropy.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from recipes.studies import figures, pages
+from recipes.studies import figures, pages, slopes
 from recipes.studies.checks import CHECKS
 from recipes.studies.checks.kinds import ETA, POLICIES, Check, Outcome
 
@@ -52,7 +53,11 @@ def _tables(found: list[tuple[Check, Outcome]]) -> list[pages.Table]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m recipes.theory", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/theory.html"))
+    parser.add_argument("--losses", action="store_true", help="print the change of entropy per loss and selection")
     args = parser.parse_args(argv)
+    if args.losses:
+        print(slopes.table())
+        return 0
     found = []
     for check in CHECKS:
         outcome = check.run()

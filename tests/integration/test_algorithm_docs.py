@@ -12,6 +12,7 @@ from configs.load import choices
 from megatron_ext.rl.advantages import ADVANTAGES
 from megatron_ext.rl.aggregation import AGGREGATIONS
 from recipes.checks.settings import load_checked
+from recipes.studies import slopes
 
 TEXT = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text()
 LINES = re.findall(r'`make train ARGS="([^"]+)"`', TEXT)
@@ -44,3 +45,14 @@ def test_every_method_is_in_the_tables() -> None:
         assert methods <= shown and methods <= set(choices(group))
     for name in (*ADVANTAGES, *AGGREGATIONS, "gae"):
         assert f"| `{name}` |" in TEXT
+
+
+def test_the_table_of_entropy_changes_is_what_the_command_prints() -> None:
+    """To the last digit but one: rounding may differ between machines."""
+    for line in slopes.table().splitlines()[2:-2]:
+        name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        (row,) = [other for other in TEXT.splitlines() if other.startswith(f"| {name} | ") and " / " in other]
+        shown = [cell.strip().split(" / ") for cell in row.strip("|").split("|")[1:]]
+        computed = [cell.split(" / ") for cell in cells]
+        for (a, b), (c, d) in zip(shown, computed, strict=True):
+            assert float(a) == pytest.approx(float(c), abs=2e-4) and float(b) == pytest.approx(float(d), abs=2e-4)

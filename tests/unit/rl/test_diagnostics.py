@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from megatron_ext.rl import diagnostics as d
-from megatron_ext.rl.aggregation import sequence_weights
 from megatron_ext.rl.losses import LOSSES, build_loss
-from megatron_ext.rl.objective import Coefficients, Objective, evaluate
-from megatron_ext.rl.selection import SELECTIONS, Selection, SelectionInputs, build_selection
+from megatron_ext.rl.objective import Coefficients, evaluate
+from megatron_ext.rl.selection import SELECTIONS, build_selection
 from megatron_ext.rl.types import LossInputs, TokenStats
 from recipes.studies import theorems as theory
+from recipes.studies.slopes import LOSS_PARAMS, TabularBatch, slopes, statistics, tabular_batch
 
 F64 = torch.float64
 
@@ -25,68 +25,6 @@ def close(actual: Tensor, expected: Tensor | float, tolerance: float = 1e-12) ->
     torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=actual.dtype), rtol=tolerance, atol=tolerance)
 
 
-def statistics(z_TV: Tensor, actions_T: Tensor) -> TokenStats:
-    """By the definitions, differentiable."""
-    logp_TV = z_TV.log_softmax(-1)
-    p_TV = logp_TV.exp()
-    logp = logp_TV.gather(-1, actions_T[:, None]).squeeze(-1)
-    return TokenStats(
-        logp, -(p_TV * logp_TV).sum(-1), p_TV.square().sum(-1).detach(), (p_TV.square() * logp_TV).sum(-1).detach()
-    )
-
-
-@dataclass
-class Batch:
-    """Eight tokens in each of many states: every action as often as its probability under pi_old says, exactly."""
-
-    z_old_TV: Tensor
-    z_TV: Tensor
-    actions: Tensor
-    advantages: Tensor
-    mask: Tensor
-    seq_ids: Tensor
-    weights: Tensor  # of ``seq_mean_token_mean``
-
-    def inputs(self, z_TV: Tensor) -> tuple[LossInputs, TokenStats]:
-        stats = statistics(z_TV, self.actions)
-        old = statistics(self.z_old_TV, self.actions)
-        x = LossInputs(stats.logp, old.logp, self.advantages, self.mask, self.seq_ids, stats.entropy, old.entropy)
-        return x, stats
-
-    def objective(self, z_TV: Tensor, loss: Any, selection: Selection) -> tuple[Objective, LossInputs, TokenStats]:
-        positions = torch.arange(len(self.actions))
-        old = statistics(self.z_old_TV, self.actions)
-        chosen = selection.select(
-            SelectionInputs(old, self.advantages, self.mask, self.seq_ids, positions, seed=0, step=0)
-        )
-        x, stats = self.inputs(z_TV)
-        keep = chosen.keep & selection.inside(x)
-        c = Coefficients(self.weights, keep, chosen.kl_coef, chosen.entropy_coef, loss_weight=chosen.weight)
-        return evaluate(loss, x, c), x, stats
-
-
-def make_batch(seed: int = 0, states: int = 60, drift: float = 0.5) -> Batch:
-    g = torch.Generator().manual_seed(seed)
-    p_old = torch.tensor([4, 2, 1, 1], dtype=F64) / 8
-    actions = torch.tensor([0] * 4 + [1] * 2 + [2, 3]).repeat(states)
-    z_old = p_old.log().expand(states, 4)
-    z = z_old + drift * torch.randn(states, 4, generator=g, dtype=F64)
-    tokens = 8 * states
-    seq_ids = torch.arange(tokens) // 16  # two states
-    advantages = torch.randn(int(seq_ids.max()) + 1, generator=g, dtype=F64)[seq_ids]
-    mask = seq_ids % 6 != 5
-    lengths = torch.bincount(seq_ids[mask], minlength=int(seq_ids.max()) + 1)
-    weights = sequence_weights("seq_mean_token_mean", lengths, torch.arange(len(lengths)))[seq_ids]
-    z_old_TV, z_TV = (v.repeat_interleave(8, dim=0) for v in (z_old, z))
-    return Batch(z_old_TV, z_TV, actions, advantages, mask, seq_ids, weights)
-
-
-LOSS_PARAMS: dict[str, dict[str, Any]] = {
-    "dynamic_clip": {"strategy": "both"},
-    "gspo": {"eps_low": 0.05, "eps_high": 0.05},
-    "entropic": {"likely": 0.4, "control": -0.5},
-    "repo_r": {"zeta": 0.05},
-}
 SELECTION_PARAMS: dict[str, dict[str, Any]] = {
     "clip_b": {"mu_low": 0.5},
     "clip_v": {"mu_low": 0.5, "mu_high": 0.5},
@@ -103,24 +41,16 @@ SELECTION_PARAMS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_predicted_entropy_change_is_the_measured_one(loss: str, selection: str) -> None:
     """A small step of every token's own logits down the gradient of the whole objective, both ways."""
-    batch = make_batch()
-    policy_loss = build_loss(loss, **LOSS_PARAMS.get(loss, {}))
     select = build_selection(selection, **SELECTION_PARAMS.get(selection, {}))
-    z = batch.z_TV.clone().requires_grad_()
-    objective, x, stats = batch.objective(z, policy_loss, select)
-    (gradient,) = torch.autograd.grad(objective.total, z)
-    got = d.diagnostics(d.diagnostic_sums(stats, x, objective))["entropy_slope"]
-    eta = 1e-3 / float(gradient.abs().max())
-    up, down = (statistics(batch.z_TV - step * gradient, batch.actions).entropy.sum() for step in (eta, -eta))
-    measured = (up - down) / (2 * eta)
-    assert abs(float(measured)) > 1e-4
-    close(got, measured, 1e-8)
+    measured, predicted, _ = slopes(tabular_batch(), build_loss(loss, **LOSS_PARAMS.get(loss, {})), select)
+    assert abs(measured) > 1e-4
+    assert predicted == pytest.approx(measured, rel=1e-8, abs=1e-8)
 
 
 def test_the_prediction_knows_the_loss_and_the_selection() -> None:
     """What the printed formula cannot tell apart: it is the same for every clipped loss and every selection."""
-    batch = make_batch()
-    slopes, unclipped = {}, set()
+    batch = tabular_batch()
+    found, unclipped = {}, set()
     for loss, params, selection in (
         ("ppo", {}, "none"),
         ("ppo", {"eps_low": 1, "eps_high": math.inf}, "none"),
@@ -128,15 +58,14 @@ def test_the_prediction_knows_the_loss_and_the_selection() -> None:
         ("ppo", {}, "clip_b"),
     ):
         select = build_selection(selection, **SELECTION_PARAMS.get(selection, {}))
-        objective, x, stats = batch.objective(batch.z_TV.clone().requires_grad_(), build_loss(loss, **params), select)
-        got = d.diagnostics(d.diagnostic_sums(stats, x, objective))
-        slopes[loss, str(params), selection] = round(float(got["entropy_slope"]), 6)
-        unclipped.add(round(float(got["entropy_slope_unclipped"]), 12))
-    assert len(set(slopes.values())) == 4 and len(unclipped) == 1
+        _, predicted, without = slopes(batch, build_loss(loss, **params), select)
+        found[loss, str(params), selection] = round(predicted, 6)
+        unclipped.add(round(without, 12))
+    assert len(set(found.values())) == 4 and len(unclipped) == 1
 
 
 def test_the_unclipped_slope_is_the_masked_covariance() -> None:
-    batch = make_batch(1)
+    batch = tabular_batch(1)
     objective, x, stats = batch.objective(
         batch.z_TV.clone().requires_grad_(), build_loss("ppo"), build_selection("none")
     )
@@ -148,7 +77,7 @@ def test_the_unclipped_slope_is_the_masked_covariance() -> None:
 
 
 def test_token_quantities_equal_the_tabular_ones() -> None:
-    batch = make_batch(2)
+    batch = tabular_batch(2)
     stats = statistics(batch.z_TV, batch.actions)
     s = theory.discriminants(batch.z_TV)
     close(d.discriminant(stats), s.gather(1, batch.actions[:, None]).squeeze(1))
@@ -157,12 +86,12 @@ def test_token_quantities_equal_the_tabular_ones() -> None:
     close(d.score_norm(stats), score.norm(dim=-1))
 
 
-def cut(batch: Batch, rows: slice) -> Batch:
-    return Batch(**{name: value[rows] for name, value in vars(batch).items()})
+def cut(batch: TabularBatch, rows: slice) -> TabularBatch:
+    return TabularBatch(**{name: value[rows] for name, value in vars(batch).items()})
 
 
 def test_sums_add_up_over_any_cut_and_ignore_what_is_masked() -> None:
-    batch = make_batch(3)
+    batch = tabular_batch(3)
     none, loss = build_selection("none"), build_loss("ppo")
     spoiled = replace(batch, z_TV=torch.where(batch.mask[:, None], batch.z_TV, math.nan))
     objective, x, stats = batch.objective(batch.z_TV.clone().requires_grad_(), loss, none)
@@ -178,7 +107,7 @@ def test_sums_add_up_over_any_cut_and_ignore_what_is_masked() -> None:
 
 
 def test_an_empty_mask_gives_zeros() -> None:
-    batch = replace(make_batch(4), mask=torch.zeros(480, dtype=torch.bool))
+    batch = replace(tabular_batch(4), mask=torch.zeros(480, dtype=torch.bool))
     objective, x, stats = batch.objective(
         batch.z_TV.clone().requires_grad_(), build_loss("ppo"), build_selection("none")
     )
