@@ -4,7 +4,7 @@
 # make theory                                                         check the papers' theorems by taking the step
 # make atlas                                                          draw every loss from its code
 # make study [STUDY=losses]                                           compare methods over seeds; no name: the list
-# make test-integrations [INTEGRATIONS="trl verl"]                    our losses inside other trainers, with their packages
+# make test-integrations [INTEGRATIONS="trl verl skyrl"]              our losses inside other trainers, with their packages
 # make keys                                                           write docs/keys.md, the reference of all keys
 # make doctor                                                         what this machine has, what it lacks, what that costs
 #
@@ -16,7 +16,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-INTEGRATIONS ?= trl verl
+INTEGRATIONS ?= trl verl skyrl
 RECIPE ?= quickstart
 ARGS ?=
 STUDY ?=
@@ -80,9 +80,13 @@ test-distributed: env
 test-integrations: $(addprefix .venv-,$(INTEGRATIONS))
 	@set -e; for peer in $(INTEGRATIONS); do \
 	  PYTHONPATH=. HF_HUB_OFFLINE=1 .venv-$$peer/bin/python -m pytest -q -W ignore -c /dev/null --rootdir . -p no:cacheprovider \
-	    tests/integrations/test_$$peer.py; done
+	    --noconftest tests/integrations/test_$$peer.py tests/unit/integrations; done
 
+.venv-skyrl: PEER_PYTHON = python3.12
 .venv-%: constraints/integrations-%.txt
-	@rm -rf $@ && $(PYTHON) -m venv $@
+	@rm -rf $@ && $(or $(PEER_PYTHON),$(PYTHON)) -m venv $@ || \
+	  { echo "$* needs $(PEER_PYTHON). Without it: make test-integrations INTEGRATIONS='trl verl'" >&2; exit 1; }
 	@$@/bin/pip install -q "torch==2.13.0+cpu" || $@/bin/pip install -q "torch==2.13.0"
+	@if [ -e constraints/integrations-$*-alone.txt ]; then \
+	  $@/bin/pip install -q --no-deps -r constraints/integrations-$*-alone.txt; fi
 	@$@/bin/pip install -q -r $< && touch $@
