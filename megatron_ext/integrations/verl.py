@@ -69,8 +69,10 @@ def select(
         metrics under the names that our own trainer logs.
     Raises:
         ValueError: the selection needs statistics that verl does not compute, or sets an entropy bonus (use
-            ``actor.entropy_coeff``).
+            ``actor.entropy_coeff``), or decides in every forward pass.
     """
+    if selection.per_forward():
+        raise ValueError(f"{type(selection).__name__} decides in every forward pass, where verl calls nothing of ours.")
     tensors = batch.batch
     old, mask = tensors["old_log_probs"], tensors["response_mask"].bool()
     out = select_tokens(

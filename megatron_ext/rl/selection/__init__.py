@@ -58,6 +58,9 @@ class Composed(Selection):
     def needs(self) -> set[str]:
         return {name for _, part in self.parts for name in part.needs()}
 
+    def per_forward(self) -> bool:
+        return any(part.per_forward() for _, part in self.parts)
+
     def select(self, x: SelectionInputs, reduce: Reduce | None = None) -> SelectionOutputs:
         outputs = [(name, part.select(x, reduce)) for name, part in self.parts]
         keep, first, weight = x.mask, outputs[0][1], None

@@ -75,6 +75,10 @@ class Selection:
         """Fields of `TokenStats` that decide; a trainer that lacks one cannot offer the selection."""
         return set(self.statistics)
 
+    def per_forward(self) -> bool:
+        """Whether `inside` decides anything; a trainer that does not call it cannot offer the selection."""
+        return False
+
     def inside(self, x: LossInputs) -> Tensor:
         """Bool (T,): tokens that train, by a rule on the importance ratio of the current forward. Default: all."""
         return x.mask

@@ -45,8 +45,11 @@ class Region(Selection):
         drop = of_sign(x.advantages, self.advantage) & (chosen if self.mode == "drop" else ~chosen)
         return ~drop, {}
 
+    def per_forward(self) -> bool:
+        return self.region.startswith("e")
+
     def inside(self, x: LossInputs) -> Tensor:
-        if not self.region.startswith("e"):
+        if not self.per_forward():
             return x.mask
         logp = x.logp.detach()
         regions = region_masks(logp, (logp - x.old_logp).exp(), x.advantages)
@@ -71,6 +74,9 @@ class EntropyRatio(Selection):
     def __post_init__(self) -> None:
         check_number("selection.low", self.low, 0, 1)
         check_number("selection.high", self.high, 1)
+
+    def per_forward(self) -> bool:
+        return True
 
     def inside(self, x: LossInputs) -> Tensor:
         if x.entropy is None or x.old_entropy is None:

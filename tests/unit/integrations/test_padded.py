@@ -123,3 +123,16 @@ def test_without_the_trainers_the_import_says_so(monkeypatch: pytest.MonkeyPatch
 def test_the_ten_lines_of_the_docs_run() -> None:
     (code, *_) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), flags=re.S)
     exec(code, {})
+
+
+def test_verl_refuses_rules_on_the_forward_pass_and_weighs_tokens() -> None:
+    t = tensors()
+    batch = SimpleNamespace(
+        batch={"old_log_probs": t["logp"], "response_mask": t["mask"], "advantages": t["advantages"]}
+    )
+    for name, also in (("entropy_ratio", []), ("none", [{"name": "region", "region": "e2"}])):
+        with pytest.raises(ValueError, match="every forward pass"):
+            verl.select(batch, build_selection(name, also=also))
+    verl.select(batch, build_selection("steer", weight_min=0.5), entropies=t["entropy"])
+    weights = batch.batch["rollout_is_weights"][t["mask"]]
+    assert weights.min().item() == pytest.approx(0.5) and 0.5 < weights.mean() < weights.max() <= 1
