@@ -18,6 +18,8 @@ from recipes.studies.definitions import STUDIES
 from recipes.studies.full_stack import FULL_STUDIES
 from recipes.studies.report import study_page
 
+PAGES = Path("runs/studies")
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m recipes.study", description=__doc__.split("\n")[0])
@@ -52,19 +54,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         _page(args.name, study.title, study.question, args.results)
     elif args.name in FULL_STUDIES:
-        whole, root, runs = FULL_STUDIES[args.name], args.results, Path("runs/studies")
+        whole, root, runs = FULL_STUDIES[args.name], args.results, PAGES
         if args.rehearse:
             whole, root, runs = full_stack.rehearsal(whole), runs / "rehearsal", runs / "rehearsal"
         full_stack.run(args.name, whole, root=root, runs=runs, seeds=args.seeds, minutes=args.minutes)
-        _page(args.name, whole.title, whole.question, root)
+        _page(args.name, whole.title, whole.question, root, runs)
     elif args.name == "evidence":
         print(*evidence.write(root=args.results), sep="\n")
     else:
         raise SystemExit(f"study {args.name!r} is unknown{suggest(args.name, [*STUDIES, *FULL_STUDIES])}")
 
 
-def _page(name: str, title: str, question: str, root: Path) -> None:
-    print(study_page(name, title, question, Path("runs/studies") / f"{name}.html", root))
+def _page(name: str, title: str, question: str, root: Path, pages: Path = PAGES) -> None:
+    print(study_page(name, title, question, pages / f"{name}.html", root))
 
 
 if __name__ == "__main__":

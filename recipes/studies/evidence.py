@@ -14,7 +14,7 @@ from recipes.studies import evidence_figures as draw
 from recipes.studies import figures, report, results
 from recipes.studies.claims import CLAIMS, FULL, decide
 from recipes.studies.evidence_figures import Results
-from recipes.studies.methods import BASELINE, BETAS
+from recipes.studies.methods import BASELINE
 from recipes.studies.results import Row
 from recipes.studies.statistics import Interval, holm, interval, paired
 from recipes.studies.summary import by_setting, direction, summarise, values
@@ -258,10 +258,6 @@ def write(document: Path = DOCUMENT, folder: Path = FIGURES, root: Path = result
     for name, (study, make) in makers.items():
         level = name.removeprefix("map_")
         ready = any(level == name or row["level"] == level for row in read(study))
-        if name == "betas":
-            ready = all(
-                len(by_setting(read(study)).get(label, {})) == len(BETAS) for label in ("16 updates", "64 updates")
-            )
         if ready:
             figures.save(make(), folder / f"{name}.png")
             written.append(folder / f"{name}.png")

@@ -131,15 +131,15 @@ def random_figure(read: Results) -> Any:
 
 def betas_figure(read: Results) -> Any:
     """Final entropy at 16 updates and accuracy at 64, over beta1 (x) and beta2 (y)."""
-    grid = (0.0, 0.25, 0.5, 0.75, 1.0)
-    result, axes = figures.figure(8.6, 3.4, 1, 2)
-    panels = (
-        ("16 updates", "final_entropy", "entropy, 16 updates"),
-        ("64 updates", "avg_at_k", "accuracy, 64 updates"),
-    )
+    table = by_setting(read("betas"))
+    every = (("16 updates", "final_entropy", "entropy"), ("64 updates", "final_entropy", "entropy"),
+             ("64 updates", "avg_at_k", "accuracy"))  # fmt: skip
+    panels = [panel for panel in every if panel[0] in table]
+    result, axes = figures.figure(4.2 * len(panels), 3.4, 1, len(panels))
     for ax, (setting, metric, title) in zip(axes[0], panels, strict=True):
-        found = {s.method: s.means[metric] for s in summarise(by_setting(read("betas"))[setting])}
-        cells = [[found[_beta_name(b1, b2)] for b1 in grid] for b2 in grid]
+        found = {s.method: s.means[metric] for s in summarise(table[setting])}
+        grid = [b for b in (0.0, 0.25, 0.5, 0.75, 1.0) if b == 0 or beta_name(b, b) in found]
+        cells = [[found[beta_name(b1, b2)] for b1 in grid] for b2 in grid]
         image = [[c.mean for c in line] for line in cells]
         shown = ax.imshow(image, cmap="gray", origin="lower", aspect="auto")
         low, high = shown.get_clim()
@@ -148,15 +148,15 @@ def betas_figure(read: Results) -> Any:
                 dark = (cell.mean - low) / (high - low) < 0.45
                 ax.text(i, j, f"{cell.mean:.2f}\n±{cell.half:.2f}", ha="center", va="center", fontsize=7,
                         color="white" if dark else "black")  # fmt: skip
-        ax.set_xticks(range(5), [f"{b:g}" for b in grid])
-        ax.set_yticks(range(5), [f"{b:g}" for b in grid])
+        for ticks in (ax.set_xticks, ax.set_yticks):
+            ticks(range(len(grid)), [f"{b:g}" for b in grid])
         ax.set(xlabel="beta1", ylabel="beta2")
-        ax.set_title(title, fontsize=9.5)
+        ax.set_title(f"{title}, {setting}", fontsize=9.5)
         ax.grid(False)
     return result
 
 
-def _beta_name(b1: float, b2: float) -> str:
+def beta_name(b1: float, b2: float) -> str:
     return f"CE-GPPO ({b1:g}, {b2:g})" if b1 or b2 else BASELINE
 
 
@@ -199,29 +199,49 @@ def prediction_figure(lines: list[Row]) -> Any:
 
 
 def full_stack_figure(lines: list[Row]) -> Any:
-    """Entropy, reward and clipped tokens of the full-stack runs over the steps: means with 95 % bands over seeds."""
-    panels = (
-        ("entropy", "entropy, nats", 1),
-        ("reward", "reward of the batch", 1),
-        ("clip_low", "clipped below, %", 100),
-    )
-    methods: dict[str, list[Row]] = {}
+    """The full-stack runs over the steps: entropy and clipped tokens, and both against the baseline of the same seeds.
+
+    Means with 95 % bands over seeds; rewards are smoothed over five steps.
+    """
+    methods: dict[str, dict[int, Row]] = {}
     for line in lines:
-        if "entropy" in line:  # a line of before has the pairs of `prediction_figure` alone
-            methods.setdefault(line["method"], []).append(line)
-    result, axes = figures.figure(11.0, 3.2, 1, 3)
+        if "entropy" in line:  # the lines of older runs have the pairs of `prediction_figure` alone
+            methods.setdefault(line["method"], {})[line["seed"]] = line
+    base = methods.get(BASELINE, {})
+    result, axes = figures.figure(12.0, 3.0, 1, 4)
+    levels, against, reward, clipped = axes[0]
     for (name, runs), style in zip(methods.items(), figures.LINES, strict=False):
-        for ax, (key, title, scale) in zip(axes[0], panels, strict=True):
-            columns = list(zip(*(line[key] for line in runs), strict=False))
-            found = [interval([scale * v for v in column if v is not None]) for column in columns]
-            steps = range(1, len(found) + 1)
-            ax.plot(
-                steps, [f.mean for f in found], **style, markevery=10, markersize=4, label=f"{name}, {len(runs)} runs"
-            )
-            if len(runs) > 1:
-                band = [f.low for f in found], [f.high for f in found]
-                ax.fill_between(steps, *band, color=style["color"], alpha=0.15, linewidth=0)
-            ax.set(xlabel="step")
-            ax.set_title(title, fontsize=9.5)
-    axes[0][0].legend()
+        _band(levels, [run["entropy"] for run in runs.values()], style, f"{name}, {len(runs)} runs")
+        _band(clipped, [[100 * v for v in run["clip_low"]] for run in runs.values()], style)
+        both = [(run, base[seed]) for seed, run in runs.items() if seed in base and name != BASELINE]
+        for ax, key, window in ((against, "entropy", 1), (reward, "reward", 5)):
+            pairs = [(_smooth(mine[key], window), _smooth(theirs[key], window)) for mine, theirs in both]
+            _band(ax, [[a - b for a, b in zip(*pair, strict=True)] for pair in pairs], style)
+    for ax in (against, reward):
+        ax.axhline(0, color="black", linewidth=0.8)
+    titles = (
+        "entropy, nats",
+        f"entropy minus {BASELINE}'s",
+        f"reward minus {BASELINE}'s, mean of 5 steps",
+        "clipped below, %",
+    )
+    for ax, title in zip(axes[0], titles, strict=True):
+        ax.set(xlabel="step")
+        ax.set_title(title, fontsize=9)
+    levels.legend(fontsize=7.5)
     return result
+
+
+def _smooth(values: list[float], window: int) -> list[float]:
+    return [sum(values[i : i + window]) / window for i in range(len(values) - window + 1)]
+
+
+def _band(ax: Any, runs: list[list[float]], style: dict[str, Any], label: str | None = None) -> None:
+    """Mean over runs, and its 95 % interval, at every step that all runs have."""
+    found = [interval(column) for column in zip(*runs, strict=False)]
+    steps = range(1, len(found) + 1)
+    ax.plot(steps, [f.mean for f in found], **style, markevery=10, markersize=4, label=label)
+    if len(runs) > 1:
+        ax.fill_between(
+            steps, [f.low for f in found], [f.high for f in found], color=style["color"], alpha=0.15, linewidth=0
+        )

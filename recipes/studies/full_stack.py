@@ -88,6 +88,8 @@ REHEARSAL = (
     "model.dtype=float32",
     "data.name=chain",
     "data.template='{problem}'",
+    "reward.name=random",
+    "optim.lr=0.01",
     "rollout.engine=local",
     "rollout.dtype=float32",
     "rollout.prompts_per_step=2",
@@ -127,14 +129,15 @@ def run(
         run_dir = runs / name / f"{_slug(method)}-seed{seed}"
         words = [*study.words, *overrides(study.methods[method])]
         words += [f"seed={seed}", f"model.warm_start.seed={seed}", f"run.dir={run_dir}", f"run.name={name}"]
-        failed, started = False, time.monotonic()
+        failed, taken = False, None
         if not (run_dir / "hf").is_dir():  # exported at the end
+            started = time.monotonic()
             run_dir.parent.mkdir(parents=True, exist_ok=True)
             with (run_dir.parent / f"{run_dir.name}.log").open("a") as log:
                 command = [sys.executable, "-m", "recipes.train", *words]
                 failed = subprocess.run(command, stdout=log, stderr=log, check=False).returncode != 0
-        minutes_taken = round((time.monotonic() - started) / 60, 1)
-        row = {**_row(name, study, method, seed, run_dir, words, failed), "minutes": minutes_taken}
+            taken = round((time.monotonic() - started) / 60, 1)
+        row = {**_row(name, study, method, seed, run_dir, words, failed), "minutes": taken}
         results.append(root / "curves" / path.name, [curve(method, seed, results.read(run_dir / "metrics.jsonl"))])
         results.append(path, [row])
         elapsed = time.monotonic() - begin
