@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, Protocol
@@ -40,7 +40,7 @@ class WeightSync(Protocol):
     def send(self, name: str, tensor: Tensor) -> Tensor:
         """Keep a copy, on the host: the caller may reuse its buffer. Returns the copy."""
 
-    def seal(self, version: int, checksum: str) -> None: ...  # complete: `info` describes it from here on
+    def seal(self, version: int, checksum: str, manifest: Mapping[str, str]) -> None: ...  # complete: sets `info`
     def discard(self) -> None: ...  # nothing is staged afterwards
 
     @property
@@ -94,12 +94,22 @@ class WeightDigest:
         one = _sha256 if self._kind == "sha256" else xxhash.xxh3_128_digest
         return b"".join(map(one, chunks) if len(chunks) < 2 else _hash_threads().map(one, chunks))
 
+    def manifest(self) -> dict[str, str]:
+        """Of each tensor dtype, shape and a digest of its bytes: equal entries are equal tensors."""
+        found = {}
+        for name, (head, parts) in self._parts.items():
+            data = parts if isinstance(parts, bytes) else parts.cpu().numpy().tobytes()
+            found[name] = head + hashlib.sha256(data).hexdigest()
+        return found
+
     def hexdigest(self) -> str:
-        lines = [self._kind]
-        for name, (head, found) in sorted(self._parts.items()):
-            data = found if isinstance(found, bytes) else found.cpu().numpy().tobytes()
-            lines.append(f"{name} {head}{hashlib.sha256(data).hexdigest()}")
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        return checksum_of(self._kind, self.manifest())
+
+
+def checksum_of(kind: str, manifest: Mapping[str, str]) -> str:
+    """The digest of a set of tensors, from `WeightDigest.manifest`."""
+    lines = [kind, *(f"{name} {entry}" for name, entry in sorted(manifest.items()))]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _sha256(data: memoryview) -> bytes:
@@ -155,9 +165,10 @@ def stage_weights(
             # Hash the source if its bytes are on the host: a hash of the copy would not detect a damaged copy.
             digest.add(name, placed if tensor.is_cuda and sync.digest != "lanes" else tensor)
             clock.lap("digest")
-        checksum = digest.hexdigest()
+        manifest = digest.manifest()
+        checksum = checksum_of(sync.digest, manifest)
         clock.lap("digest")
-        sync.seal(version, checksum)
+        sync.seal(version, checksum, manifest)
         clock.lap("stage")
     except BaseException:
         sync.discard()

@@ -12,12 +12,14 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_ext.sync.node import stamps_of
 
 SHARD_BYTES = 1 << 30
 HEADER_BYTES = 256 << 10  # of a file, for some 2000 tensors
@@ -43,10 +45,14 @@ class DiskSync:
             temporary directory. Servers on other hosts need a shared file system here.
         need_bytes: room that one update takes, for the choice of the default.
         digest: kind of `WeightDigest`.
+        delta: workers keep layers that have not changed since their last update. Not for servers that sleep between
+            updates and forget their weights.
     """
 
-    def __init__(self, parent: Path | None = None, need_bytes: int = 0, digest: str = "xxh3") -> None:
-        self.digest = digest
+    def __init__(
+        self, parent: Path | None = None, need_bytes: int = 0, digest: str = "xxh3", *, delta: bool = False
+    ) -> None:
+        self.digest, self._delta = digest, delta
         parent = parent or default_parent(need_bytes)
         parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(parent)
@@ -88,14 +94,14 @@ class DiskSync:
             self._shards.append(shard)
         return self._shards[-1].put(name, tensor.detach())
 
-    def seal(self, version: int, checksum: str) -> None:
+    def seal(self, version: int, checksum: str, manifest: Mapping[str, str]) -> None:
         assert self._stage is not None, "seal() before begin()"
         if self._shards:
             self._shards[-1].finish()
         self._remove_spare()
         files = [shard.name for shard in self._shards]
         self.info = {"directory": str(self._stage), "files": files, "version": version, "checksum": checksum}
-        self.info["digest"] = self.digest
+        self.info |= {"digest": self.digest, "tensors": dict(manifest), "delta": self._delta}
 
     def _remove_spare(self) -> None:
         assert self._stage is not None
@@ -127,6 +133,7 @@ class DiskSync:
         """Remove the private directory; safe to call twice."""
         self.discard()
         shutil.rmtree(self.root, ignore_errors=True)
+        shutil.rmtree(stamps_of(self.root), ignore_errors=True)
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
@@ -225,6 +232,6 @@ def remove_abandoned(parent: Path) -> None:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(root, ignore_errors=True)
         except BlockingIOError:
-            pass  # its owner lives
+            continue  # its owner lives
         finally:
             os.close(fd)

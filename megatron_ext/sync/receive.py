@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_ext.sync.base import Clock, WeightDigest
+from megatron_ext.sync.base import Clock, WeightDigest, checksum_of
 from megatron_ext.sync.broadcast import Entry, broadcast, layout
+from megatron_ext.sync.node import Checks
 
 LM_HEAD = "lm_head.weight"
 
@@ -27,6 +30,8 @@ class Update:
     digest: str = "xxh3"  # kind of `WeightDigest`
     directory: str = ""
     files: list[str] = field(default_factory=list)
+    tensors: dict[str, str] = field(default_factory=dict)  # `WeightDigest.manifest`, of files
+    delta: bool = False  # whether a receiver may keep layers that have not changed since its last update
     buckets: list[list[dict[str, Any]]] = field(default_factory=list)
 
 
@@ -57,29 +62,63 @@ def receive_buckets(
             }
 
 
-def read_verified(info: Update, clock: Clock) -> dict[str, Tensor]:
-    """All tensors of an update, mapped and not copied. ValueError if their checksum is not the announced one."""
-    weights: dict[str, Tensor] = {}
-    digest = WeightDigest(info.digest)
-    for name in info.files:
-        found = load_file(Path(info.directory) / name)
-        clock.lap("receive")
-        for key, tensor in found.items():
+def read_verified(info: Update, clock: Clock, held: Mapping[str, str] | None = None) -> dict[str, Tensor]:
+    """Tensors of an update's files, mapped and not copied; with ``held`` only those of layers that changed.
+
+    The processes of a node that read the same files share the work: each file is checked by the first of them, and the
+    others wait for its verdict (`node.Checks`). ``held``: manifest of what the caller's model holds.
+
+    ValueError if any tensor is not the announced one, whichever process found it.
+    """
+    if checksum_of(info.digest, info.tensors) != info.checksum:
+        raise refusal(info, "its list of tensors is not the announced one")
+    found = {name: load_file(Path(info.directory) / name) for name in info.files}
+    clock.lap("receive")
+    given = Counter(key for tensors in found.values() for key in tensors)
+    if given != Counter(info.tensors.keys()):
+        raise refusal(info, "its files hold other tensors than announced")
+
+    def check(file: str) -> None:
+        digest = WeightDigest(info.digest)
+        for key, tensor in found[file].items():
             digest.add(key, tensor)
-            weights[key] = tensor
-        clock.lap("check")
-    verify(digest, info)
-    return weights
+        wrong = [key for key, entry in digest.manifest().items() if entry != info.tensors[key]]
+        if wrong:
+            raise refusal(info, f"{wrong[0]} in {file} is not what was sent")
+
+    Checks(Path(info.directory), f"{info.version}-{info.checksum}").run(info.files, check)
+    clock.lap("check")
+    stale = changed(info.tensors, held or {})
+    return {key: tensor for tensors in found.values() for key, tensor in tensors.items() if key in stale}
+
+
+def changed(tensors: Mapping[str, str], held: Mapping[str, str]) -> set[str]:
+    """Names to load: all of a layer of which one changed, because engines fuse tensors within a layer."""
+    layers = {_layer(name) for name, entry in tensors.items() if held.get(name) != entry}
+    return {name for name in tensors if _layer(name) in layers}
+
+
+def _layer(name: str) -> str:
+    """What is loaded together: a decoder layer, or everything outside of layers (a tied head needs its embedding)."""
+    match = re.match(r"(.*?\.layers\.\d+)\.", name)
+    return match[1] if match else ""
+
+
+def refusal(info: Update, why: str) -> ValueError:
+    return ValueError(f"weight update to version {info.version} refused: {why}; send the update again")
 
 
 def verify(digest: WeightDigest, info: Update) -> None:
     """ValueError unless the received checksum is the announced one."""
     found = digest.hexdigest()
     if found != info.checksum:
-        raise ValueError(
-            f"weight update to version {info.version} refused: checksum {found[:12]}, announced {info.checksum[:12]}; "
-            "send the update again"
-        )
+        raise refusal(info, f"checksum {found[:12]}, announced {info.checksum[:12]}")
+
+
+def shape_of(entry: str) -> tuple[int, ...]:
+    """Shape in an entry of a manifest, such as ``torch.float32 (2, 3) 9f3c...``."""
+    numbers = entry[entry.index("(") + 1 : entry.index(")")].split(",")
+    return tuple(int(number) for number in numbers if number.strip())
 
 
 def check_complete(given: dict[str, tuple[int, ...]], shapes: dict[str, tuple[int, ...]], *, tied: bool) -> None:

@@ -25,7 +25,15 @@ from torch import Tensor, nn
 
 from megatron_ext.sync.base import Clock, WeightDigest
 from megatron_ext.sync.broadcast import Entry, Rendezvous, join_group
-from megatron_ext.sync.receive import LM_HEAD, Update, check_complete, read_verified, receive_buckets, verify
+from megatron_ext.sync.receive import (
+    LM_HEAD,
+    Update,
+    check_complete,
+    read_verified,
+    receive_buckets,
+    shape_of,
+    verify,
+)
 
 try:
     from vllm.distributed.weight_transfer.base import (
@@ -64,6 +72,7 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.loaded: tuple[int, str] | None = None
         self._shapes = checkpoint_shapes(Path(self.model_config.model))  # now: the directory may be gone later
         self._tied = bool(getattr(self.model_config.hf_text_config, "tie_word_embeddings", False))
+        self._held: dict[str, str] = {}  # manifest of the last update by files
         self._group: Any = None
         self._timeout_s = 0.0
         self.seconds: dict[str, float] = {}  # of the last update: "receive", "check", "load"
@@ -91,12 +100,17 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.seconds = {}
         clock = Clock(self.seconds)
         if update_info.buckets:
+            self._held = {}
             self._receive_broadcast(update_info, clock)
         else:
-            weights = read_verified(update_info, clock)
-            check_complete({name: tuple(w.shape) for name, w in weights.items()}, self._shapes, tied=self._tied)
-            with self._loading():
-                self._load(weights)
+            held = self._held if self.loaded is not None and update_info.delta else {}
+            shapes = {name: shape_of(entry) for name, entry in update_info.tensors.items()}
+            check_complete(shapes, self._shapes, tied=self._tied)
+            weights = read_verified(update_info, clock, held)
+            if weights:
+                with self._loading():
+                    self._load(weights)
+            self._held = dict(update_info.tensors)
             clock.lap("load")
         self.loaded = (update_info.version, update_info.checksum)
 

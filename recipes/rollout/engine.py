@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -55,6 +55,17 @@ class Sampling:
             )
 
 
+@dataclass(eq=False)
+class Request:
+    """``n`` responses to one prompt. It may stay open over several calls of `RolloutEngine.complete`, and updates."""
+
+    prompt: Sequence[int]
+    n: int
+    seed: int
+    rollouts: list[Rollout] | None = None  # once all n are complete
+    state: Any = None  # the engine's own, while the request is open
+
+
 class RolloutEngine(Protocol):
     """What the training loop knows of an engine. `generate` may run in several threads, also while `push` runs."""
 
@@ -69,6 +80,15 @@ class RolloutEngine(Protocol):
         self, prompts: Sequence[Sequence[int]], *, n: int, sampling: Sampling, seeds: Sequence[int]
     ) -> list[Rollout]:
         """``n`` responses per prompt, grouped in prompt order; one seed per prompt. Blocks until all are there."""
+        ...
+
+    def complete(self, requests: Sequence[Request], *, sampling: Sampling) -> Generator[list[Request], None, None]:
+        """Yield requests as they complete, one or more at a time, until all are.
+
+        Whoever stops asking closes the iterator. What is open then stays so: servers go on with it, an engine in this
+        process halts it, and a later call with the same requests continues them. A response keeps the tokens that it
+        has, each with its log-probability and the version of the weights that wrote it.
+        """
         ...
 
     def push(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> None:

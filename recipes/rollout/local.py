@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from megatron_ext import progress
 from megatron_ext.rl.types import Rollout
 from megatron_ext.sync.base import WeightUpdateError
-from recipes.rollout.engine import Sampling, check_request, stop_tokens
+from recipes.rollout.engine import Request, Sampling, check_request, stop_tokens
 from recipes.rollout.routing import Experts, experts_of
 
 
@@ -45,50 +45,60 @@ class LocalEngine:
     ) -> list[Rollout]:
         """See `RolloutEngine`."""
         check_request(prompts, n, seeds, self._max_model_len)
-        self.counters["requests"] += len(prompts)
-        rows = [(index, sample) for index in range(len(prompts)) for sample in range(n)]
-        done: list[Rollout] = []
-        with self._lock, torch.inference_mode():
-            for start in range(0, len(rows), self._max_num_seqs):
-                part = rows[start : start + self._max_num_seqs]
-                uniforms = [uniform_numbers(seeds[index], sample, sampling.max_tokens) for index, sample in part]
-                done += self._decode([list(prompts[index]) for index, _ in part], np.stack(uniforms), sampling)
-        return done
+        requests = [Request(prompt, n, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        for _ in self.complete(requests, sampling=sampling):
+            pass
+        return [rollout for request in requests for rollout in request.rollouts or ()]
 
-    def _decode(self, prompts: list[list[int]], uniforms: np.ndarray, sampling: Sampling) -> list[Rollout]:
-        """One batch, row for row. ``uniforms``: (rows, max_tokens) in [0, 1)."""
-        batch = _Batch(prompts, self._device)
+    def complete(self, requests: Sequence[Request], *, sampling: Sampling) -> Generator[list[Request], None, None]:
+        """See `RolloutEngine`. Responses that were halted are read again by the weights of now, and go on."""
+        with self._lock:
+            for request in requests:
+                if request.state is None:
+                    self.counters["requests"] += 1
+                    request.state = [
+                        _Row(
+                            list(request.prompt),
+                            limit=min(sampling.max_tokens, self._max_model_len - len(request.prompt)),
+                            uniforms=uniform_numbers(request.seed, sample, sampling.max_tokens),
+                        )
+                        for sample in range(request.n)
+                    ]
+            open_rows = [
+                (request, row) for request in requests for row in request.state if request.rollouts is None and row.open
+            ]
+            for start in range(0, len(open_rows), self._max_num_seqs):
+                yield from self._decode(open_rows[start : start + self._max_num_seqs], sampling)
+
+    def _decode(self, rows: Sequence[tuple[Request, _Row]], sampling: Sampling) -> Iterator[list[Request]]:
+        """One batch, row for row. Requests are yielded when their last row is complete."""
+        batch = _Batch([[*row.prompt, *row.tokens] for _, row in rows], self._device)
         stop = torch.tensor(sorted(self._eos | set(sampling.stop_token_ids)), dtype=torch.long, device=self._device)
-        limits = torch.tensor([self._max_model_len - len(prompt) for prompt in prompts], device=self._device)
-        noise = torch.from_numpy(uniforms).to(self._device)
-        output: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
-        reasons = ["length"] * len(prompts)
-        watch = _Watch(self.model, self._experts if sampling.experts else None)
-        logits = self._prefill(batch)
-        watch.prefilled(batch, prompts)
-        for step in range(sampling.max_tokens):
-            progress.beat(phase="rollout")
-            tokens, logprobs = sample(logits, noise[batch.rows, step], sampling)
-            stopped = torch.isin(tokens, stop)
-            ended = stopped | (limits[batch.rows] <= step + 1)
-            for row, token, logprob, stop_here in zip(
-                batch.rows.tolist(), tokens.tolist(), logprobs.tolist(), stopped.tolist(), strict=True
-            ):
-                output[row][0].append(token)
-                output[row][1].append(logprob)
-                if stop_here:
-                    reasons[row] = "stop"
-            if bool(ended.all()) or step + 1 == sampling.max_tokens:
-                break
-            batch.keep(~ended)
-            logits = self._forward(batch, tokens[~ended, None])
-            watch.decoded(batch)
-        return [
-            Rollout(prompt, tokens, logprobs, [self.version] * len(tokens), reason, chosen)
-            for prompt, (tokens, logprobs), reason, chosen in zip(
-                prompts, output, reasons, watch.close(len(prompts)), strict=True
-            )
-        ]
+        with _Watch(self.model, self._experts if sampling.experts else None) as watch:
+            with torch.inference_mode():  # never around a `yield`: the caller's own work would be inside
+                logits = self._prefill(batch)
+            watch.prefilled(batch, [row for _, row in rows])
+            while True:
+                progress.beat(phase="rollout")
+                alive = [rows[index] for index in batch.rows.tolist()]
+                noise = torch.tensor([row.uniforms[len(row.tokens)] for _, row in alive], dtype=torch.float64)
+                with torch.inference_mode():
+                    tokens, logprobs = sample(logits, noise.to(self._device), sampling)
+                    stopped = torch.isin(tokens, stop)
+                for (_, row), token, logprob, stop_here in zip(
+                    alive, tokens.tolist(), logprobs.tolist(), stopped.tolist(), strict=True
+                ):
+                    row.append(token, logprob, self.version, stop_here)
+                complete = list(dict.fromkeys(request for request, row in alive if not row.open and _finish(request)))
+                if complete:
+                    yield complete
+                going = torch.tensor([row.open for _, row in alive], device=self._device)
+                if not bool(going.any()):
+                    return
+                with torch.inference_mode():
+                    batch.keep(going)
+                    logits = self._forward(batch, tokens[going, None])
+                watch.decoded([row for _, row in alive if row.open])
 
     def _prefill(self, batch: _Batch) -> Tensor:
         """Logits after the prompts. A prompt shared by neighbouring rows is computed once."""
@@ -163,6 +173,40 @@ def _checkpoint_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
+class _Row:
+    """One response being written."""
+
+    def __init__(self, prompt: list[int], limit: int, uniforms: np.ndarray) -> None:
+        self.prompt, self._limit, self.uniforms = prompt, limit, uniforms  # ``uniforms``: (max_tokens,) in [0, 1)
+        self.tokens: list[int] = []
+        self._logprobs: list[float] = []
+        self._versions: list[int] = []
+        self.experts: list[Tensor] = []  # of the tokens that were read, in parts
+        self._reason = ""
+
+    @property
+    def open(self) -> bool:
+        return not self._reason
+
+    def append(self, token: int, logprob: float, version: int, stop: bool) -> None:
+        self.tokens.append(token)
+        self._logprobs.append(logprob)
+        self._versions.append(version)
+        self._reason = "stop" if stop else "length" if len(self.tokens) == self._limit else ""
+
+    def rollout(self) -> Rollout:
+        experts = torch.cat(self.experts) if self.experts else None
+        return Rollout(self.prompt, self.tokens, self._logprobs, self._versions, self._reason, experts)
+
+
+def _finish(request: Request) -> bool:
+    """Whether all of its responses are complete, which it then holds."""
+    if request.rollouts is not None or any(row.open for row in request.state):
+        return False
+    request.rollouts, request.state = [row.rollout() for row in request.state], []
+    return True
+
+
 class _Batch:
     """Left-padded rows under generation. ``rows``: (live rows,), their places in the original batch."""
 
@@ -197,7 +241,6 @@ class _Watch:
         assert experts is None or len(modules) == len(experts.sparse), "transformers has changed its modules"
         self._experts = experts
         self._last: list[Tensor] = []  # of the forward pass under way, (tokens, top k) by layer
-        self._rows: list[list[Tensor]] = []
         self._hooks = [module.register_forward_pre_hook(self._note, with_kwargs=True) for module in modules]
 
     def _note(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -210,26 +253,28 @@ class _Watch:
         self._last.clear()
         return taken
 
-    def prefilled(self, batch: _Batch, prompts: list[list[int]]) -> None:
-        """After the prompts."""
+    def __enter__(self) -> _Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def prefilled(self, batch: _Batch, rows: Sequence[_Row]) -> None:
+        """After prompts and what was written of responses; of tokens that were read before, the experts stay."""
         if self._experts is None:
             return
         unique, width = batch.unique_ids.shape
         taken = self._taken().unflatten(0, (unique, width))
-        places = zip(batch.unique_of_row.tolist(), prompts, strict=True)
-        self._rows = [[taken[place, width - len(prompt) :]] for place, prompt in places]
+        for place, row in zip(batch.unique_of_row.tolist(), rows, strict=True):
+            known = sum(map(len, row.experts))
+            row.experts.append(taken[place, width - len(row.prompt) - len(row.tokens) + known :])
 
-    def decoded(self, batch: _Batch) -> None:
-        """After one token of each live row."""
+    def decoded(self, rows: Sequence[_Row]) -> None:
+        """After one token of each of these rows."""
         if self._experts is not None:
-            for row, chosen in zip(batch.rows.tolist(), self._taken(), strict=True):
-                self._rows[row].append(chosen[None])
-
-    def close(self, rows: int) -> list[Tensor | None]:
-        """`Rollout.experts` of each row."""
-        for hook in self._hooks:
-            hook.remove()
-        return [torch.cat(parts) for parts in self._rows] if self._experts is not None else [None] * rows
+            for row, chosen in zip(rows, self._taken(), strict=True):
+                row.experts.append(chosen[None])
 
 
 def uniform_numbers(seed: int, sample: int, count: int) -> np.ndarray:

@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 from stand_in import MIXTURE, WEIGHTS, StandIn, make_pool, prompts, wait_until
 
 from configs.schema import RolloutConfig
-from recipes.rollout.engine import Sampling, request_seed
+from recipes.rollout.engine import Request, Sampling, request_seed
 from recipes.rollout.vllm import client
 from recipes.rollout.vllm.client import Line, Piece, ServerError, parse_answer
 from recipes.rollout.vllm.pool import VLLMPool
@@ -257,3 +258,20 @@ def test_request_seeds_of_neighbours_are_far_apart() -> None:
     seeds = sorted(request_seed(seed, first) for seed in range(1000) for first in (0, 8))
     assert 0 <= seeds[0] and seeds[-1] < 2**62
     assert min(b - a for a, b in zip(seeds, seeds[1:], strict=False)) > 1024, "vLLM adds the sample's index"
+
+
+def test_open_requests_go_on_between_calls(pool: VLLMPool, stand_ins: list[StandIn]) -> None:
+    """What is not waited for is generated all the same, and asked for once only; a failure is raised when asked."""
+    fast, slow = [Request([10 + i, 3, 4], 1, i) for i in range(2)], Request([77, 3, 4], 1, 9)
+    with closing(pool.complete([slow, *fast], sampling=Sampling(5))) as parts:
+        first = [request for request in next(parts)]
+    assert first and pool.counters["requests"] == 3
+    wait_until(lambda: all(request.state is None or request.state.task.done() for request in (slow, *fast)), "all")
+    rest = [request for part in pool.complete([slow, *fast], sampling=Sampling(5)) for request in part]
+    assert len(first) + len(rest) == 3 and pool.counters["requests"] == 3
+    assert [(request.rollouts or [])[0].response_ids[0] for request in fast] == [10, 11]
+    for server in stand_ins:
+        server.fault["poison"] = "500"
+    with pytest.raises(ServerError, match="failed on 3 servers"):
+        for _ in pool.complete([Request([77, 3, 4], 1, 0)], sampling=Sampling(5)):
+            pass

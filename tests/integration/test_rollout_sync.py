@@ -23,12 +23,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_ext.sync import base, broadcast, disk, process_guard
+from megatron_ext.sync import base, broadcast, disk, node, process_guard, receive
 from megatron_ext.sync.auth import RequireToken
 from megatron_ext.sync.base import WeightDigest, stage_weights
 from megatron_ext.sync.broadcast import BroadcastSync, Entry, Rendezvous, join_group, layout
 from megatron_ext.sync.broadcast import broadcast as broadcast_data
 from megatron_ext.sync.disk import DiskSync
+from megatron_ext.sync.receive import Update, read_verified
 
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.tensor(3)}
 
@@ -376,3 +377,108 @@ def test_guard_notices_that_its_parent_was_killed() -> None:
     parent.stdout.close()
     _, alive = psutil.wait_procs([guard, *family], timeout=10)
     assert not alive
+
+
+# ---- what a worker reads -------------------------------------------------------------------------------------------
+
+
+def update_of(sync: DiskSync, version: int, weights: dict[str, Tensor]) -> Update:
+    stage_weights(sync, version, weights.items())
+    assert sync.info is not None
+    return Update(**sync.info)
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Names of the tensors that this process has hashed as a receiver."""
+    monkeypatch.setattr(node, "MEMORY", tmp_path / "memory")
+    (tmp_path / "memory").mkdir()
+    monkeypatch.setattr(disk, "SHARD_BYTES", 32)  # two files
+    names: list[str] = []
+
+    class Watched(WeightDigest):
+        def add(self, name: str, tensor: Tensor) -> None:
+            names.append(name)
+            super().add(name, tensor)
+
+    monkeypatch.setattr(receive, "WeightDigest", Watched)
+    return names
+
+
+def test_processes_of_a_node_check_a_file_once(sync: DiskSync, hashed: list[str], tmp_path: Path) -> None:
+    info = update_of(sync, 1, WEIGHTS)
+    assert len(info.files) == 2
+    for _ in range(3):
+        found = read_verified(info, base.Clock({}))
+        assert all(torch.equal(found[name], tensor) for name, tensor in WEIGHTS.items())
+    assert sorted(hashed) == sorted(WEIGHTS), "the second and third found the stamps"
+    read_verified(update_of(sync, 2, WEIGHTS), base.Clock({}))
+    assert len(hashed) == 2 * len(WEIGHTS), "the same bytes as another version are checked again"
+    directory = node.stamp_directory(Path(info.directory))
+    assert directory is not None and stat.S_IMODE(directory.stat().st_mode) == 0o700
+    directory.chmod(0o755)  # somebody else's, or opened to others: nobody's word is taken
+    read_verified(Update(**sync.info), base.Clock({}))  # type: ignore[arg-type]
+    assert len(hashed) == 3 * len(WEIGHTS)
+
+
+def test_a_stamp_holds_for_a_short_time(sync: DiskSync, hashed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    info = update_of(sync, 1, WEIGHTS)
+    read_verified(info, base.Clock({}))
+    monkeypatch.setattr(node, "VALID_S", 0.0)
+    read_verified(info, base.Clock({}))
+    assert len(hashed) == 2 * len(WEIGHTS)
+
+
+def test_damage_is_refused_by_every_process(sync: DiskSync, hashed: list[str]) -> None:
+    info = update_of(sync, 1, WEIGHTS)
+    path = Path(info.directory) / info.files[-1]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="is not what was sent"):
+            read_verified(info, base.Clock({}))
+    info.tensors["a"] = info.tensors["a"][:-1] + "0"
+    with pytest.raises(ValueError, match="list of tensors is not the announced one"):
+        read_verified(info, base.Clock({}))
+
+
+def test_a_process_waits_for_the_one_that_checks(sync: DiskSync, hashed: list[str]) -> None:
+    """And checks by itself when that one is killed, or fails."""
+    info = update_of(sync, 1, WEIGHTS)
+    checks = node.Checks(Path(info.directory), "1-x")
+    inside, go_on = threading.Event(), threading.Event()
+    seen: list[tuple[str, str]] = []
+
+    def slow(file: str) -> None:
+        seen.append(("slow", file))
+        inside.set()
+        assert go_on.wait(10)
+        raise ValueError("damaged")
+
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(checks.run, info.files[:1], slow)
+        assert inside.wait(10)
+        second = threads.submit(checks.run, info.files, lambda file: seen.append(("second", file)))
+        while ("second", info.files[1]) not in seen:
+            time.sleep(0.01)
+        assert ("second", info.files[0]) not in seen, "left for last"
+        go_on.set()
+        with pytest.raises(ValueError, match="damaged"):
+            first.result()
+        second.result()
+    assert ("second", info.files[0]) in seen
+
+
+def test_only_layers_that_changed_are_loaded(sync: DiskSync, hashed: list[str]) -> None:
+    weights = {f"model.layers.{k}.mlp.{p}.weight": torch.full((2,), 10.0 * k) for k in range(3) for p in ("up", "down")}
+    weights |= {"model.embed_tokens.weight": torch.ones(3), "lm_head.weight": torch.ones(3)}
+    first = update_of(sync, 1, weights)
+    assert read_verified(first, base.Clock({})).keys() == weights.keys(), "nothing is held yet"
+    weights["model.layers.1.mlp.up.weight"] = torch.zeros(2)
+    second = update_of(sync, 2, weights)
+    found = read_verified(second, base.Clock({}), first.tensors)
+    assert found.keys() == {"model.layers.1.mlp.up.weight", "model.layers.1.mlp.down.weight"}
+    assert read_verified(second, base.Clock({}), second.tensors) == {}
+    assert receive.shape_of(first.tensors["lm_head.weight"]) == (3,)
+    assert receive.shape_of(update_of(sync, 3, WEIGHTS).tensors["c"]) == ()

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import itertools
+import queue
 import secrets
 import threading
 import time
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Generator, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +28,7 @@ from megatron_ext.rl.types import Rollout
 from megatron_ext.sync.base import WeightSync, WeightUpdateError, stage_weights
 from megatron_ext.sync.broadcast import BroadcastSync
 from megatron_ext.sync.disk import DiskSync
-from recipes.rollout.engine import Sampling, check_request, request_seed, stop_tokens, url_token
+from recipes.rollout.engine import Request, Sampling, check_request, request_seed, stop_tokens, url_token
 from recipes.rollout.routing import FLAG, experts_of
 from recipes.rollout.vllm.client import (
     GivenUp,
@@ -45,6 +48,36 @@ from recipes.rollout.vllm.update import Updater
 
 T = TypeVar("T")
 ATTEMPTS = 3  # servers on which a request may fail before its prompt is blamed
+
+
+@dataclass
+class OpenRequest:
+    """The pool's part of a `Request`. Only the event loop's thread changes it."""
+
+    request: Request
+    task: asyncio.Task[list[Rollout]]
+    _listener: queue.SimpleQueue[Request] | None = None
+    _told: bool = False
+
+    def tell(self, listener: queue.SimpleQueue[Request]) -> None:
+        """Put the request into ``listener`` once it is complete, and no longer into an earlier one."""
+        if self._listener is None:
+            self.task.add_done_callback(self._complete)
+        elif self._told:
+            listener.put(self.request)
+        self._listener = listener
+
+    def _complete(self, _: asyncio.Task[list[Rollout]]) -> None:
+        assert self._listener is not None
+        self._told = True
+        self._listener.put(self.request)
+
+
+def first_of(error: BaseException) -> BaseException:
+    """Of the errors of a TaskGroup, the cause: the others follow from it."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 class VLLMPool:
@@ -113,18 +146,59 @@ class VLLMPool:
         check_request(prompts, n, seeds, self._rollout.max_model_len)
         if sampling.temperature == 0 and n > 1:
             raise ValueError(f"n={n} with temperature=0: greedy responses are all the same, use n=1")
-        return self._run(self._generate(prompts, n, sampling, seeds))
+        requests = [Request(prompt, n, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        for _ in self.complete(requests, sampling=sampling):
+            pass
+        return [rollout for request in requests for rollout in request.rollouts or ()]
 
-    async def _generate(
-        self, prompts: Sequence[Sequence[int]], n: int, sampling: Sampling, seeds: Sequence[int]
-    ) -> list[Rollout]:
-        per_request = min(n, self._rollout.max_num_seqs)
+    def complete(self, requests: Sequence[Request], *, sampling: Sampling) -> Generator[list[Request], None, None]:
+        """See `RolloutEngine`. The first request that fails ends the others, and is raised as by `generate`."""
+        complete: queue.SimpleQueue[Request] = queue.SimpleQueue()
+        left = sum(request.rollouts is None for request in requests)
+        try:
+            self._run(self._ask_all(requests, sampling, complete))
+            while left:
+                found = [complete.get()]
+                with contextlib.suppress(queue.Empty):
+                    while True:
+                        found.append(complete.get_nowait())
+                for request in found:
+                    try:
+                        request.rollouts, request.state = request.state.task.result(), None
+                    except BaseExceptionGroup as errors:
+                        raise first_of(errors) from None
+                left -= len(found)
+                yield found
+        except GeneratorExit:
+            raise
+        except BaseException:  # Ctrl-C included
+            tasks = [request.state.task for request in requests if request.state is not None]
+            with contextlib.suppress(RuntimeError):  # the pool is closed, and its loop with it
+                self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
+            raise
+
+    async def _ask_all(
+        self, requests: Sequence[Request], sampling: Sampling, complete: queue.SimpleQueue[Request]
+    ) -> None:
+        """Begin what was not begun; ``complete`` is told of every request that is, from now on or already."""
         batch = next(self._batches)
+        for request in requests:
+            if request.rollouts is not None:
+                continue
+            if request.state is None:
+                task = asyncio.create_task(self._respond_all(batch, request, sampling))
+                request.state = OpenRequest(request, task)
+            request.state.tell(complete)
+
+    async def _respond_all(self, batch: int, request: Request, sampling: Sampling) -> list[Rollout]:
+        """All responses of a request, in as many HTTP requests as a server's slots ask for."""
+        most = min(request.n, self._rollout.max_num_seqs)
         async with asyncio.TaskGroup() as group:  # one failure cancels the rest
             tasks = [
-                group.create_task(self._respond(batch, prompt, min(per_request, n - first), sampling, (seed, first)))
-                for prompt, seed in zip(prompts, seeds, strict=True)
-                for first in range(0, n, per_request)
+                group.create_task(
+                    self._respond(batch, request.prompt, min(most, request.n - first), sampling, (request.seed, first))
+                )
+                for first in range(0, request.n, most)
             ]
         return [rollout for task in tasks for rollout in task.result()]
 
@@ -360,11 +434,8 @@ class VLLMPool:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
-        except BaseExceptionGroup as errors:  # of a TaskGroup: the first is the cause, the others follow from it
-            error: BaseException = errors
-            while isinstance(error, BaseExceptionGroup):
-                error = error.exceptions[0]
-            raise error from None
+        except BaseExceptionGroup as errors:
+            raise first_of(errors) from None
         finally:
             future.cancel()  # after Ctrl-C here, the requests must not go on
 
@@ -401,4 +472,5 @@ def make_sync(rollout: RolloutConfig, model_dir: Path) -> WeightSync:
         return BroadcastSync(rollout.weight_sync, digest=digest)
     on_disk = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
     parent = Path(rollout.sync_dir).absolute() if rollout.sync_dir else None
-    return DiskSync(parent, 4 * on_disk, digest or "xxh3")  # bfloat16 sent as float32, and twice that to spare
+    need = 4 * on_disk  # bfloat16 sent as float32, and twice that to spare
+    return DiskSync(parent, need, digest or "xxh3", delta=not rollout.colocated)  # sleeping servers forget all weights

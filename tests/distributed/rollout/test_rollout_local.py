@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3MoeConfig, Qwen3Moe
 from configs.schema import RolloutConfig
 from megatron_ext.rl.types import Rollout
 from megatron_ext.sync.base import WeightUpdateError
-from recipes.rollout.engine import Sampling, stop_tokens
+from recipes.rollout.engine import Request, Sampling, stop_tokens
 from recipes.rollout.local import LocalEngine, sample
 from recipes.rollout.make import make_engine
 
@@ -205,3 +206,39 @@ def test_stop_tokens_come_from_both_files(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": None}))
     assert stop_tokens(tmp_path) == set()
+
+
+def test_halted_responses_go_on_under_other_weights(engine: LocalEngine, model_dir: Path) -> None:
+    """Every token's log-probability is that of the weights of its version, given all tokens before it."""
+    requests = [Request(PROMPTS[k % 3], 1, k) for k in range(12)]
+    tensors = load_file(model_dir / "model.safetensors")
+    changed = {name: tensor * 1.3 for name, tensor in tensors.items()}
+    with closing(engine.complete(requests, sampling=Sampling(12))) as parts:
+        first = next(parts)
+    assert first and len(first) < len(requests) and all(r.rollouts for r in first)
+    engine.push(1, changed.items())  # would wait for ever, had the iterator not been closed
+    done = [request for part in engine.complete(requests, sampling=Sampling(12)) for request in part]
+    assert {id(r) for r in (*first, *done)} == {id(r) for r in requests} and len(done) == len(requests) - len(first)
+    models = [reference(model_dir), reference(model_dir)]
+    models[1].load_state_dict(changed, strict=False)
+    models[1].tie_weights()
+    mixed = 0
+    for rollout in (r for request in requests for r in request.rollouts or ()):
+        versions = torch.tensor(rollout.weight_versions)
+        mixed += len(versions.unique()) > 1
+        expected = torch.where(versions == 0, *(logprobs_of(model, rollout) for model in models))
+        torch.testing.assert_close(torch.tensor(rollout.logprobs), expected, rtol=0, atol=5e-5)
+        assert versions.tolist() == sorted(versions.tolist())
+    assert mixed, "no response was cut"
+
+
+def test_halted_and_continued_by_the_same_weights_changes_no_token(engine: LocalEngine) -> None:
+    requests = [Request(PROMPTS[k % 3], 1, k) for k in range(12)]
+    with closing(engine.complete(requests, sampling=Sampling(12))) as parts:
+        next(parts)
+    assert any(request.rollouts is None for request in requests)
+    for _ in engine.complete(requests, sampling=Sampling(12)):
+        pass
+    found = [r.response_ids for request in requests for r in request.rollouts or ()]
+    expected = engine.generate([r.prompt for r in requests], n=1, sampling=Sampling(12), seeds=range(12))
+    assert found == [r.response_ids for r in expected]
