@@ -21,6 +21,9 @@ def register(name: str, loss: Loss) -> None:
     Call it before the trainer starts: SkyRL copies its registry to the workers. Aggregation (``loss_reduction``) and
     truncated importance weights (``use_tis``) stay SkyRL's; its clip settings have no effect. Losses that need the
     entropy (`archer`, `entropy_shaped`) do not work: SkyRL computes it after the policy loss.
+
+    Raises:
+        ValueError: the name is taken.
     """
     from skyrl_train.utils.ppo_utils import PolicyLossRegistry, reduce_loss
 

@@ -39,8 +39,9 @@ def tensors() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_where_both_have_the_loss_they_agree(reduction: str, tis: bool) -> None:
     """Value, gradient and clip fraction of PPO with dual clip; also after the pickling that takes it to a worker."""
-    register("ours", build_loss("ppo", eps_low=0.2, eps_high=0.28, dual_clip=3.0))
-    ours = cloudpickle.loads(cloudpickle.dumps(PolicyLossRegistry.get("ours")))
+    name = f"ours/{reduction}/{tis}"
+    register(name, build_loss("ppo", eps_low=0.2, eps_high=0.28, dual_clip=3.0))
+    ours = cloudpickle.loads(cloudpickle.dumps(PolicyLossRegistry.get(name)))
     logp, old, rollout, a, mask = tensors()
     results = []
     for fn in (ppo_policy_loss, ours):

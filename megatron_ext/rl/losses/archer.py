@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.rl.losses.base import Loss, Terms, needed
-from megatron_ext.rl.losses.ppo import check_offsets, clipped_terms
+from megatron_ext.rl.losses.ppo import CLIP_ACTUATORS, check_offsets, clipped_terms
 from megatron_ext.rl.params import check_number
 from megatron_ext.rl.types import LossInputs
 
@@ -23,6 +23,8 @@ class Archer(Loss):
 
     The entropies are those of the current forward pass, detached.
     """
+
+    actuators = CLIP_ACTUATORS
 
     eps_low: float = 0.2
     """Lower offset; 1 switches clip-low off."""

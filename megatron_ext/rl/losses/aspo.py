@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_ext.rl.losses.base import Loss, Terms
-from megatron_ext.rl.losses.ppo import check_offsets
+from megatron_ext.rl.losses.ppo import CLIP_ACTUATORS, check_offsets
 from megatron_ext.rl.params import check_number
 from megatron_ext.rl.types import LossInputs
 
@@ -23,6 +23,8 @@ class Aspo(Loss):
     A rewarded token with a small ratio thus gets a larger weight, not a smaller one. The cap is soft: beyond it the
     weight is constant and the gradient stays.
     """
+
+    actuators = CLIP_ACTUATORS
 
     eps_low: float = 0.2
     """Lower offset: the bound is 1 - eps_low."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.rl.losses.base import Actuator, Loss, Terms
-from megatron_ext.rl.losses.ppo import check_offsets, clipped_terms
+from megatron_ext.rl.losses.ppo import CLIP_ACTUATORS, check_offsets, clipped_terms
 from megatron_ext.rl.params import check_number
 from megatron_ext.rl.types import LossInputs
 
@@ -30,7 +30,9 @@ class CeGppo(Loss):
     """
 
     # Sec. 5.1. beta1 stops at 0.75, the paper's setting for 7B: beta1 = 1 was unstable at small scale.
-    actuators = MappingProxyType({"beta1": Actuator(-1, (0.0, 0.75)), "beta2": Actuator(+1, (0.5, 1.0))})
+    actuators = MappingProxyType(
+        {"beta1": Actuator(-1, (0.0, 0.75)), "beta2": Actuator(+1, (0.5, 1.0)), **CLIP_ACTUATORS}
+    )
 
     beta1: float = 0.5
     """Weight of the left branch, >= 0. Larger: entropy falls faster."""

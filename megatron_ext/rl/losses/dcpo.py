@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_ext.rl.losses.base import Loss, Terms
-from megatron_ext.rl.losses.ppo import check_dual_clip, clipped_terms
+from megatron_ext.rl.losses.ppo import CLIP_ACTUATORS, check_dual_clip, clipped_terms
 from megatron_ext.rl.params import check_number
 from megatron_ext.rl.types import LossInputs
 
@@ -24,6 +24,8 @@ class Dcpo(Loss):
     q = exp(old_logp). The bounds solve (r - 1) r q = -eps_low and (r - 1) r q = eps_high, so the interval is wider for
     unlikely tokens. The upper bound is at most ``ratio_cap``.
     """
+
+    actuators = CLIP_ACTUATORS
 
     eps_low: float = 0.2
     """The lower bound solves (r - 1) r q = -eps_low."""

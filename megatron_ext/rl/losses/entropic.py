@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.rl.losses.base import Loss, Terms
-from megatron_ext.rl.losses.ppo import check_offsets, clipped_terms
+from megatron_ext.rl.losses.ppo import CLIP_ACTUATORS, check_offsets, clipped_terms
 from megatron_ext.rl.params import check_number
 from megatron_ext.rl.types import LossInputs
 
@@ -28,6 +28,7 @@ class Entropic(Loss):
     control > 0 weighs rewarded likely tokens more and penalised ones less, which lowers entropy; control < 0 raises it.
     """
 
+    actuators = CLIP_ACTUATORS
     runtime = ("control",)
 
     eps_low: float = 0.2

@@ -7,12 +7,13 @@ and its printed code. This is no entropy bonus: no gradient flows through the en
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
-from megatron_ext.rl.losses.base import Loss, Terms, needed
-from megatron_ext.rl.losses.ppo import check_offsets, clipped_terms
+from megatron_ext.rl.losses.base import Actuator, Loss, Terms, needed
+from megatron_ext.rl.losses.ppo import CLIP_ACTUATORS, check_offsets, clipped_terms
 from megatron_ext.rl.params import check_number
 from megatron_ext.rl.types import LossInputs
 
@@ -23,6 +24,8 @@ class EntropyShaped(Loss):
 
     With kappa > 1 the sign of A stays, and A = 0 gets nothing.
     """
+
+    actuators = MappingProxyType({**CLIP_ACTUATORS, "alpha": Actuator(+1)})
 
     eps_low: float = 0.2
     """Lower offset; 1 switches clip-low off."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from megatron_ext.rl.losses.base import Loss, Segments, Terms, max_log_ratio, needed
-from megatron_ext.rl.losses.ppo import check_offsets, clipped_terms
+from megatron_ext.rl.losses.ppo import CLIP_ACTUATORS, check_offsets, clipped_terms
 from megatron_ext.rl.types import LossInputs
 
 
@@ -18,6 +18,8 @@ class Gspo(Loss):
     F = s_i for every token of i, 0 for the whole sequence when PPO's clip holds for (s_i, A_i). Aggregate with
     ``seq_mean_token_mean``: only then is this the gradient of (1/B) sum_i min(s_i A_i, clip(s_i) A_i).
     """
+
+    actuators = CLIP_ACTUATORS
 
     eps_low: float = 3e-4
     """Lower offset of the sequence ratio."""

@@ -42,6 +42,10 @@ class Ppo(Loss):
         return clipped_terms(x.advantages, ratio, 1 - self.eps_low, 1 + self.eps_high, self.dual_clip)
 
 
+CLIP_ACTUATORS = MappingProxyType({"eps_high": Actuator(+1), "eps_low": Actuator(-1)})
+"""Of other losses that clip as PPO does, for a closed loop with limits of the user's; signs as in `Ppo`."""
+
+
 def check_offsets(eps_low: float, eps_high: float, dual_clip: float | None = None) -> None:
     """Raise ``ValueError`` unless 0 <= eps_low <= 1, eps_high >= 0 and dual_clip (if any) >= 1."""
     check_number("loss.eps_low", eps_low, 0, 1)

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_ext.rl.losses.base import Loss, Terms
-from megatron_ext.rl.losses.ppo import check_offsets, clipped_terms
+from megatron_ext.rl.losses.ppo import CLIP_ACTUATORS, check_offsets, clipped_terms
 from megatron_ext.rl.params import check_number
 from megatron_ext.rl.types import LossInputs
 
@@ -28,6 +28,7 @@ class RepoR(Loss):
     zeta > 0 strengthens unlikely rewarded tokens and weakens the penalty of unlikely ones: entropy rises.
     """
 
+    actuators = CLIP_ACTUATORS
     runtime = ("current_zeta",)
 
     eps_low: float = 0.2

@@ -331,3 +331,17 @@ def test_the_automatic_temperature_is_a_gradient_step_on_its_logarithm() -> None
     assert first == pytest.approx(1e-3 * math.exp(0.1)) and low == pytest.approx(5e-4)
     assert [controller.entropy_coef(s, step=0) for s in states[1:3]] == pytest.approx([first, 1e-3])
     assert controller.entropy_coef(states[-1], step=0) == pytest.approx(2e-3)
+
+
+@pytest.mark.parametrize("loss", ["ce_gppo", "gspo", "aspo", "dcpo", "archer", "repo_r", "entropic", "entropy_shaped"])
+def test_the_closed_loop_moves_the_clip_offsets_of_any_loss_that_has_them(loss: str) -> None:
+    """Only between limits of the user's; the other parameters stay."""
+    base = build_loss(loss)
+    low, high = base.eps_low, base.eps_high  # type: ignore[attr-defined]
+    limits = {"eps_high": [high / 2, 2 * high], "eps_low": [low / 2, 2 * low], "entropy_coef": [0.0, 0.01]}
+    controller = build_controller(loss, {}, "entropy_target", start=0.5, limits=limits)
+    states = run_controller(controller, [1.0, 0.1])  # too high, then too low
+    moved = [controller.loss_params(s, step=0, total_steps=9) for s in states]
+    assert moved[0]["eps_high"] < high < moved[1]["eps_high"] and moved[0]["eps_low"] > low > moved[1]["eps_low"]
+    assert [controller.entropy_coef(s, step=0) > 0 for s in states] == [False, True]
+    assert set(moved[1]) - set(base.runtime) == {"eps_high", "eps_low"}
