@@ -37,7 +37,7 @@ SELECTION_PARAMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("selection", sorted(SELECTIONS.keys() - {"unlikely"}))  # it shapes rewards, nothing here
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_predicted_entropy_change_is_the_measured_one(loss: str, selection: str) -> None:
     """A small step of every token's own logits down the gradient of the whole objective, both ways."""
