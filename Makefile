@@ -1,6 +1,7 @@
 # make train [RECIPE=quickstart] [ARGS="key=value ..."] [DRY_RUN=1]   train; a run directory that exists is resumed
 # make check                                                          linter, types, import layers, unit tests: a minute
 # make test                                                           make check, then all other tests
+# make test-learner [PYTHON=python3.12 VENV=.venv-3.12]              the learner's tests, for a second Python and Megatron-Core
 # make theory                                                         check the papers' theorems by taking the step
 # make atlas                                                          draw every loss from its code
 # make study [STUDY=losses]                                           compare methods over seeds; no name: the list
@@ -75,6 +76,11 @@ test-slurm: env
 
 test-distributed: env
 	nice -n 19 $(PY) -m pytest tests/distributed
+
+# Python 3.12 has Megatron-Core 0.19.2 (3.11: 0.16.1), and Triton, whose interpreter runs the kernels' tests on a CPU.
+test-learner: env
+	$(PY) -m pytest -n 2 tests/unit/learner tests/unit/kernels tests/unit/rl tests/unit/planning tests/unit/checks
+	$(PY) -m pytest tests/distributed/learner tests/distributed/kernels
 
 # Our losses inside other trainers, with their own packages: one environment each, minutes to install.
 test-integrations: $(addprefix .venv-,$(INTEGRATIONS))

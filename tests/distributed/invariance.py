@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,18 @@ class Variant:
     overlap: bool = False  # of gradient reduction, in buckets of a few parameters
     chunk: int = 0  # train.loss_chunk_tokens
     order: tuple[int, ...] = tuple(range(len(cases.LENGTHS)))
+
+    @property
+    def objectives(self) -> list[str]:
+        """CE-GPPO and two others, in turn over the layouts of each model; references train all."""
+        if self.name == self.reference:
+            return list(OBJECTIVES)
+        alike = [v for v in VARIANTS if v.model == self.model and (v is self or not v.layout.distributed_optimizer)]
+        others = list(OBJECTIVES)[1:]
+        if self.model != "dense":
+            others = [name for name in others if name in REPLAYED]  # few layouts, and these replay routing
+        pairs = list(itertools.combinations(others, 2))
+        return ["ce_gppo", *pairs[alike.index(self) % len(pairs)]]
 
     @property
     def name(self) -> str:
@@ -156,7 +169,7 @@ def _measure(variant: Variant, model_dir: Path) -> Results:
     if not sharded:
         learner = _learner(variant, model_dir, "float64", "sgd")
         stats = learner.statistics(cases.make_batch(learner.dtype, list(variant.order)))
-        for objective in OBJECTIVES:
+        for objective in variant.objectives:
             out |= {f"{objective}/{k}": v for k, v in _trained(variant, learner, objective, stats).items()}
             weights.import_hf(learner.hf, model_dir, learner.chunks)
         out |= {f"{name}/selected": _selected(variant, stats, name) for name in SELECTIONS}
@@ -201,7 +214,7 @@ def _trained(variant: Variant, learner: Learner, objective: str, stats: TokenSta
     batch = cases.make_batch(learner.dtype, order)
     if learner.hf.experts is not None and objective in REPLAYED:
         layers = sum(map(learner.hf.sparse, range(learner.hf.num_layers)))
-        batch.experts = cases.make_experts(order, layers)
+        batch.experts = cases.make_experts(order, layers, learner.hf.experts.count, learner.hf.experts.top_k)
         stats = learner.statistics(batch)
     out = {f"statistics/{name}": getattr(stats, name) for name in cases.FIELDS}
     batch.old_logp = stats.logp + batch.old_logp

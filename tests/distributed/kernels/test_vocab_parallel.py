@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import gloo
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from megatron_ext.kernels import linear_vocab_statistics, vocab_statistics
@@ -105,9 +105,15 @@ def _check_linear(vocab: int, padded: int, chunk_tokens: int) -> None:
     torch.testing.assert_close(own, whole[mine], rtol=1e-11, atol=1e-12)
 
 
-def _worker(rank: int, world: int, store: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+def _process(rank: int, root: Path) -> None:
+    for world, check in ((1, _single), (2, _several), (4, _several)):
+        if rank < world:
+            with gloo.group(rank, world, root / f"store-{world}"):
+                check(world)
+                (root / f"done-{world}-{rank}").touch()
+
+
+def _several(world: int) -> None:
     from megatron_ext.learner import cpu
 
     cpu.enable()
@@ -127,24 +133,18 @@ def _worker(rank: int, world: int, store: str) -> None:
     with pytest.raises(ValueError, match="vocab_size=50"):
         tensor_parallel_shard(50, 48)
     parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_statistics_and_gradients_equal_one_rank(world: int, tmp_path: Path) -> None:
-    mp.spawn(_worker, args=(world, str(tmp_path / "store")), nprocs=world)
-
-
-def _single(rank: int, store: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=1)
+def _single(world: int) -> None:
     from megatron_ext.learner.vocab_parallel import tensor_parallel_shard
 
     group = dist.group.WORLD
     assert tensor_parallel_shard(40, 40, group=group) is None
     shard = tensor_parallel_shard(37, 40, group=group)
     assert shard is not None and (shard.start, shard.size) == (0, 37)
-    dist.destroy_process_group()
 
 
-def test_one_rank_needs_a_shard_only_for_padding(tmp_path: Path) -> None:
-    mp.spawn(_single, args=(str(tmp_path / "store"),), nprocs=1)
+def test_statistics_and_gradients_equal_one_rank_and_one_needs_a_shard_only_for_padding(tmp_path: Path) -> None:
+    """Two and four ranks, and one by itself, in four processes that are started once."""
+    gloo.run(4, _process, tmp_path, timeout_s=300)
+    assert len(list(tmp_path.glob("done-*"))) == 1 + 2 + 4

@@ -25,7 +25,7 @@ from recipes.loop import stream
 from recipes.loop.metrics import StepMetrics
 
 pytestmark = pytest.mark.distributed
-LIMIT_S, SLOW_S = 3.0, 3.6  # of a collective on the device; of everything that rank 0 does meanwhile
+LIMIT_S, SLOW_S = 2.0, 2.4  # of a collective on the device; of everything that rank 0 does meanwhile
 
 
 class SlowEngine:
