@@ -54,6 +54,9 @@ class ModelConfig:
     recompute: bool = False  # recompute activations of every layer in backward
     recompute_modules: list[str] = field(default_factory=list)  # with `recompute`: mlp, moe, core_attn; empty: layers
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"  # auto: the last in bfloat16 on GPUs
+    batch_invariant: bool = (
+        False  # kernels whose rows do not depend on each other; needs Transformer Engine, flash-attn
+    )
     moe_permute_fusion: bool = False  # one kernel sorts tokens by expert; needs Transformer Engine
     fp8: Literal["e4m3", "hybrid"] | None = None  # matrix products in FP8; hybrid: gradients in e5m2; None: `dtype`
     fp8_recipe: Literal["blockwise", "tensorwise", "delayed", "mxfp8"] = "blockwise"  # scaling; see docs/gpu.md
@@ -118,6 +121,7 @@ class RolloutConfig:
     probe_s: float = 30.0  # a server whose engine does not answer for this long has failed
     revive_timeout_s: float = 300.0  # how long to wait for a server to come back when none is left
     replay: str | None = None  # a run directory: train on its recorded rollouts, without servers
+    batch_invariant: bool = False  # servers: a response does not depend on its batch (vLLM's mode, slower); needs GPUs
     routing_replay: bool | None = None  # train a mixture on the experts that the engine chose; None: if it returns them
     agreement_limit: float = 0.01  # refuse to start when mean |p_rollout - p_learner| is larger
 

@@ -24,6 +24,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -61,10 +62,11 @@ def transformer_impl(model: ModelConfig) -> str:
     chosen = model.transformer_impl
     if chosen == "auto":  # its packed attention has no float32 kernel
         chosen = "transformer_engine" if installed and ON_GPU and model.dtype == "bfloat16" else "local"
-    if model.moe_permute_fusion and chosen == "local":
-        raise ValueError(
-            "model.moe_permute_fusion=true needs Transformer Engine's layers (bfloat16, on a GPU): set it to false"
-        )
+    for key in ("moe_permute_fusion", "batch_invariant"):
+        if getattr(model, key) and chosen == "local":
+            raise ValueError(
+                f"model.{key}=true needs Transformer Engine's layers (bfloat16, on a GPU): set it to false"
+            )
     if model.fp8 is not None and chosen == "local":
         raise ValueError(f"model.fp8={model.fp8} needs Transformer Engine on a GPU: set model.fp8=null")
     return chosen
@@ -84,6 +86,7 @@ def distributed(
     # Warnings that Megatron causes itself: old names of collectives, missing `.grad` in its distributed optimizer.
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf", module="megatron")
+    warnings.filterwarnings("ignore", message="The next bucket's parameter all-gather", module="megatron")  # settle()
     if parallel.tp > 1:  # Megatron needs kernels to start in the order of their launch; read when CUDA starts
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # torch keeps its last collectives in memory
@@ -154,6 +157,8 @@ def transformer_engine_settings(model: ModelConfig, moe: bool) -> dict[str, Any]
         "moe_permute_fusion": moe and model.moe_permute_fusion,
         "fp8": model.fp8,
     }
+    if model.batch_invariant:
+        settings |= {"batch_invariant_mode": True, "attention_backend": AttnBackend.flash}
     if model.fp8 is not None:
         at_start, at_end = model.num_layers_at_start_in_bf16, model.num_layers_at_end_in_bf16
         settings |= {
@@ -257,6 +262,10 @@ def build_chunks(
     with on_device(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecation warnings about Megatron's own settings
         config = transformer_config(hf, parallel, model_config)
+        if config.batch_invariant_mode:  # for this process: Megatron replaces torch's and Transformer Engine's products
+            from megatron.core.transformer.custom_layers.batch_invariant_kernels import enable_batch_invariant_mode
+
+            enable_batch_invariant_mode()
         kwargs = conversion.gpt_model_kwargs(hf, tp_size=parallel.tp)
         if value_head:
             kwargs["share_embeddings_and_output_weights"] = False

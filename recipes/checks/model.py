@@ -16,7 +16,7 @@ from configs.schema import Config
 from conversion import HFConfig
 from conversion.quantised import QUANTISATION
 from recipes.checks import fp8
-from recipes.checks.attention import check_attention
+from recipes.checks.attention import check_attention, flash_attn_version
 from recipes.data.sources import check_template, render_prompt
 
 TOKENIZER_LIMIT_S = 60.0  # a chat template may loop
@@ -59,6 +59,11 @@ def check_model(config: Config, directory: Path, *, lengths: bool = True) -> Non
     stage_layers(p, hf.num_layers)
     _check_experts(config, hf)
     _check_window(config, hf)
+    if config.model.batch_invariant and (_local_layers(config) or config.model.fp8 or flash_attn_version() is None):
+        raise ValueError(
+            "model.batch_invariant=true needs Transformer Engine in bfloat16 on a GPU, without FP8, and the package "
+            "flash-attn: set model.batch_invariant=false"
+        )
     if not _local_layers(config):
         check_attention(config, hf)
     if config.model.moe_permute_fusion and (hf.experts is None or _local_layers(config)):

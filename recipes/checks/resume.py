@@ -32,8 +32,8 @@ rollout.update_timeout_s rollout.start_timeout_s rollout.probe_s rollout.revive_
 """
 RECORDED = """
 eval parallel train.nonfinite train.nonfinite_in_a_row train.steps train.micro_batch_tokens train.entropy_probe_every
-model.transformer_impl model.moe_permute_fusion rollout.engine rollout.dtype rollout.in_flight rollout.replay
-rollout.agreement_limit reward.timeout_s
+model.transformer_impl model.moe_permute_fusion model.batch_invariant rollout.batch_invariant rollout.engine
+rollout.dtype rollout.in_flight rollout.replay rollout.agreement_limit reward.timeout_s
 """
 FROZEN = """
 seed model.path model.dtype model.warm_start data rollout.prompts_per_step rollout.n train.mini_batch_prompts

@@ -42,7 +42,7 @@ def check_settings(c: Config) -> None:
     _check_colocated(c)
     _check_server_gpus(rollout)
     if rollout.engine == "local":
-        for key, usual in (("in_flight", "wait"), ("weight_sync", "disk")):
+        for key, usual in (("in_flight", "wait"), ("weight_sync", "disk"), ("batch_invariant", False)):
             if getattr(rollout, key) != usual:
                 raise ValueError(
                     f"rollout.{key}={getattr(rollout, key)} has no effect with rollout.engine=local: set it to vllm"

@@ -133,7 +133,7 @@ class Supervisor:
         self._token = os.environ.get(TOKEN_VARIABLE, "")
         if not self._token:
             raise ValueError(f"{TOKEN_VARIABLE} is empty: set it to a random token before starting the server")
-        self._environment = server_environment(os.environ, local, self._token)
+        self._environment = server_environment(os.environ, local, self._token, batch_invariant=rollout.batch_invariant)
         self._guard: subprocess.Popen[bytes] | None = None
 
     def run(self, start_s: float) -> int:

@@ -154,6 +154,8 @@ def test_plan_needs_only_config_json(capsys: pytest.CaptureFixture[str], tmp_pat
         ("parallel.pp=4 parallel.last_stage_layers=6", "the other 22 layers cannot be spread evenly over the other 3"),
         ("parallel.last_stage_layers=6", "last_stage_layers=6 without pipeline stages: set parallel.pp >= 2"),
         ("parallel.pp=2 parallel.vpp=2 parallel.first_stage_layers=13", "x parallel.vpp=2 does not divide"),
+        ("model.batch_invariant=true", "model.batch_invariant=true needs Transformer Engine in bfloat16 on a GPU"),
+        ("rollout.engine=local rollout.batch_invariant=true", "rollout.batch_invariant=True has no effect with"),
         ("model.moe_permute_fusion=true", "model.moe_permute_fusion=true, but the model has no experts"),
         ("rollout.routing_replay=true", "rollout.routing_replay=true, and the model has no experts"),
         ("rollout.n=x", "rollout.n=x is not of the right type"),

@@ -125,3 +125,13 @@ def test_experts_of_an_answer_are_those_of_its_layers_and_tokens(model_dir: Path
             experts.decode(text(bad), 5)
     with pytest.raises(ValueError):
         experts.decode("no base64!", 5)
+
+
+def test_servers_whose_responses_do_not_depend_on_their_batch(model_dir: Path) -> None:
+    rollout = RolloutConfig(batch_invariant=True)
+    assert server_environment({}, 0, "secret", batch_invariant=True)["VLLM_BATCH_INVARIANT"] == "1"
+    assert "VLLM_BATCH_INVARIANT" not in server_environment({}, 0, "secret")
+    (model_dir / "config.json").write_text(SHAPE)
+    server_command(rollout, Place(model_dir, model_dir, "cuda"), 1)
+    with pytest.raises(ValueError, match="batch_invariant=true switches kernels of vLLM that only GPUs have"):
+        server_command(rollout, Place(model_dir, model_dir), 1)

@@ -59,7 +59,8 @@ class ServerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=server_environment(os.environ, index, token) | gpu_environment(rollout, place, index),
+                env=server_environment(os.environ, index, token, batch_invariant=rollout.batch_invariant)
+                | gpu_environment(rollout, place, index),
             )
 
     @property
@@ -113,6 +114,10 @@ def server_command(rollout: RolloutConfig, place: Place, port: int, host: str = 
         "--middleware": "megatron_ext.sync.auth.RequireToken",
     }
     switches = ["--enable-scale-out", "--disable-uvicorn-access-log", "--disable-log-stats"]
+    if place.device == "cpu" and rollout.batch_invariant:
+        raise ValueError(
+            "rollout.batch_invariant=true switches kernels of vLLM that only GPUs have: set it to false"
+        )
     if place.device == "cpu":
         # A seeded request whose prompt is cut into chunks kills the engine; a batch must then hold a longest prompt.
         switches += ["--enforce-eager", "--no-enable-chunked-prefill"]
@@ -137,7 +142,9 @@ def server_command(rollout: RolloutConfig, place: Place, port: int, host: str = 
     return [*vllm, *words, *switches, *rollout.extra_args]
 
 
-def server_environment(base: Mapping[str, str], index: int, token: str) -> dict[str, str]:
+def server_environment(
+    base: Mapping[str, str], index: int, token: str, *, batch_invariant: bool = False
+) -> dict[str, str]:
     """Environment of server ``index``: this process's, without the launcher's variables, with the token."""
     kept = {
         key: value
@@ -156,6 +163,7 @@ def server_environment(base: Mapping[str, str], index: int, token: str) -> dict[
         # One core each is faster than two threads; counted from the end, the learner's ranks start at the front.
         "VLLM_CPU_OMP_THREADS_BIND": str(cores[-1 - index % len(cores)]),
         "OMP_NUM_THREADS": "1",
+        **({"VLLM_BATCH_INVARIANT": "1"} if batch_invariant else {}),
     }
 
 
