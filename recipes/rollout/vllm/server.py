@@ -115,9 +115,7 @@ def server_command(rollout: RolloutConfig, place: Place, port: int, host: str = 
     }
     switches = ["--enable-scale-out", "--disable-uvicorn-access-log", "--disable-log-stats"]
     if place.device == "cpu" and rollout.batch_invariant:
-        raise ValueError(
-            "rollout.batch_invariant=true switches kernels of vLLM that only GPUs have: set it to false"
-        )
+        raise ValueError("rollout.batch_invariant=true switches kernels of vLLM that only GPUs have: set it to false")
     if place.device == "cpu":
         # A seeded request whose prompt is cut into chunks kills the engine; a batch must then hold a longest prompt.
         switches += ["--enforce-eager", "--no-enable-chunked-prefill"]
