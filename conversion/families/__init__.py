@@ -41,10 +41,15 @@ FAMILIES: dict[str, Family] = {
     "SmolLM3ForCausalLM": SMOLLM3,
 }
 
+_GEMMA3 = (
+    "Gemma-3 has two rotary bases, one for local and one for global layers, where Megatron-Core 0.16 has one, and "
+    "windows that our packed attention lacks"
+)
 REFUSED: dict[str, str] = {
-    "Gemma3ForConditionalGeneration": "Gemma-3 has two rotary bases, one for local and one for global layers",
-    "Gemma3ForCausalLM": "Gemma-3 has two rotary bases, one for local and one for global layers; Megatron has one",
-    "GptOssForCausalLM": "gpt-oss needs attention sinks and biased, clamped experts, which our attention lacks",
+    "Gemma3ForCausalLM": _GEMMA3,
+    "Gemma3ForConditionalGeneration": _GEMMA3,
+    "GptOssForCausalLM": "gpt-oss needs attention sinks and windows, which our packed attention lacks, and stores its "
+    "experts transposed, interleaved and in 4 bits, which no table reads",
     "Olmo3ForCausalLM": "OLMo-3 scales the rotary embedding of its global layers alone; Megatron has one for all",
 }
 

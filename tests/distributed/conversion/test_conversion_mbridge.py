@@ -25,11 +25,16 @@ SMALL: dict[str, Any] = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
 }
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
 MODELS: dict[str, dict[str, Any]] = {
     "Qwen2": {},
     "Llama": {},
     "Qwen3": {"head_dim": 16},
     "Qwen3Moe": {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "DeepseekV3": ROUTED
+    | {"num_key_value_heads": 8, "q_lora_rank": 24, "kv_lora_rank": 20, "n_group": 1, "topk_group": 1}
+    | {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12},
+    "Glm4Moe": ROUTED | {"head_dim": 16, "attention_bias": True, "use_qk_norm": True},
 }
 
 
@@ -45,20 +50,21 @@ def make_bridge(config: Any) -> Any:
     bridge = object.__new__(cls)
     bridge.hf_config, bridge.mpu, bridge.dtype = config, ParallelStates(tp_size=2), torch.float32
     bridge.make_vocab_size_divisible_by = None
-    bridge.config = SimpleNamespace(gated_linear_unit=True)
+    bridge.config = SimpleNamespace(gated_linear_unit=True, mtp_num_layers=None)
     return bridge
 
 
 @pytest.mark.parametrize("prefix", MODELS)
 def test_every_tensor_is_what_mbridge_makes_of_it(prefix: str) -> None:
-    config = getattr(transformers, prefix + "Config")(**SMALL, **MODELS[prefix])
+    config = getattr(transformers, prefix + "Config")(**{**SMALL, **MODELS[prefix]})
     bridge = make_bridge(config)
     hf = conversion.parse_config({**config.to_dict(), "architectures": [prefix + "ForCausalLM"]})
     generator = torch.Generator().manual_seed(0)
     state = {n: torch.randn(shape, generator=generator) for n, shape in conversion.hf_shapes(hf).items()}
     for name in conversion.megatron_names(hf):
         # mbridge speaks Transformer Engine, where only a dense layer fuses the norm before the MLP
-        theirs = conversion.te_name(name, moe=hf.experts is not None)
+        layer = int(name.split(".")[2]) if name.startswith("decoder.layers.") else 0
+        theirs = conversion.te_name(name, moe=hf.sparse(layer), latent=hf.latent is not None)
         parts = bridge._weight_name_mapping_mcore_to_hf(theirs)
         assert parts == list(conversion.hf_parts(hf, name)), name
         full = conversion.import_tensor(hf, name, state.__getitem__)

@@ -226,7 +226,7 @@ def test_transforms_are_bijections_for_any_shape(heads: int, groups: int, head_d
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "Llama,", "Qwen2ForCausalLM"]),
+        ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "Llama,", "Qwen2,", "--backend megatron-bridge"]),
         ({"architectures": ["Gemma3ForCausalLM"]}, ["two rotary bases"]),
         ({"architectures": None}, ["None", "supported"]),
         ({"hidden_size": "48"}, ["hidden_size='48'", "positive integer"]),
