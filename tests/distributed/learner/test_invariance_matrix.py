@@ -125,7 +125,9 @@ def test_the_table(root: Path) -> None:
 @pytest.mark.parametrize("name", EXACT)
 def test_every_layout_gives_the_numbers_of_one_process(root: Path, name: str) -> None:
     worst = _differences(root, name)
-    assert all(worst[column] <= limit for column, (_, limit) in COLUMNS.items()), worst
+    # Megatron's router rounds sigmoids to float32: a last bit of an input may move one of them by 6e-8.
+    least = 1e-6 if BY_NAME[name].other == "deepseek" else 0.0
+    assert all(worst[column] <= max(limit, least) for column, (_, limit) in COLUMNS.items()), worst
     assert _selected_differently(root, BY_NAME[name]) == 0
 
 
