@@ -86,13 +86,10 @@ case $role in
 		[[ -z ${watcher:-} ]] || kill "$watcher" 2>/dev/null ;;
 	learner)
 		own_gpus 0 "$RANKS_PER_NODE"
-		# torch's record of collectives, written by NCCL's watchdog or when the heartbeat asks for it through the pipe;
-		# names before and after torch 2.8
+		# torch's record of collectives, written by NCCL's watchdog or when the heartbeat asks for it through the pipe
 		mkdir -p "$ATTEMPT_DIR/flight"
-		export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000} TORCH_NCCL_DUMP_ON_TIMEOUT=1
-		export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-$TORCH_NCCL_TRACE_BUFFER_SIZE}
-		export TORCH_FR_DUMP_TEMP_FILE=$ATTEMPT_DIR/flight/rank
-		export TORCH_NCCL_DEBUG_INFO_TEMP_FILE=$TORCH_FR_DUMP_TEMP_FILE
+		export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} TORCH_FR_DUMP_TEMP_FILE=$ATTEMPT_DIR/flight/rank
+		export TORCH_NCCL_DUMP_ON_TIMEOUT=1
 		export TORCH_NCCL_DEBUG_INFO_PIPE_FILE=${TMPDIR:-/tmp}/gppo-$SLURM_JOB_ID-flight-
 		export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$RANKS_PER_NODE
 		near_gpu "$SLURM_LOCALID"
