@@ -69,6 +69,10 @@ def start(
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=handed, start_new_session=True)
 
 
+def node_name() -> str:
+    return os.environ.get("SLURMD_NODENAME", socket.gethostname())
+
+
 def stop(process: subprocess.Popen[bytes]) -> None:
     """Let it write the last phase, and end."""
     process.send_signal(signal.SIGTERM)
@@ -124,7 +128,7 @@ class Heart:
         self._beats += 1
         return {
             "beat": self._beats,
-            "node": os.environ.get("SLURMD_NODENAME", socket.gethostname()),
+            "node": node_name(),
             "rank": self._settings["rank"],
             "pid": self._pid,
             "born": rank.born,

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.cluster import attempt
-from recipes.cluster.heartbeat import DIRECTORY, LIMITS, process
+from recipes.cluster.heartbeat import DIRECTORY, LIMITS, node_name, process
 
 HUNG_NODES = "hung_nodes"
 POLL_S = 2.0
@@ -204,7 +204,7 @@ class Guard:
         print(
             f"error: hung: {what}. The run ends ({stacks}); the same command continues it", file=sys.stderr, flush=True
         )
-        here = os.uname().nodename
+        here = node_name()
         for beat in self._watch.beats:
             if beat["node"] == here and process(beat["pid"]).born == beat["born"]:
                 with contextlib.suppress(ProcessLookupError):
