@@ -103,7 +103,7 @@ def check_records(attempt: Path, stuck: int, job: Job) -> None:
     for path in attempt.glob(f"{flight.DIRECTORY}/*.json"):
         entries = json.loads(path.read_text())["entries"]
         waits = [entry["profiling_name"] for entry in entries if not entry["retired"]]
-        assert len(waits) == (path.name != f"rank{stuck}.json"), "the others wait in one"
+        assert waits or path.name == f"rank{stuck}.json", "what another rank waits in"
         print(f"\n{path.name}: {len(entries)} collectives, waits in {waits}")
 
 
