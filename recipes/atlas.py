@@ -23,7 +23,9 @@ gradient; the line is r = 1.
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m recipes.atlas", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("docs"))
+    parser.add_argument(
+        "--out", type=Path, default=Path("docs"), help="where atlas.md and figures/atlas go; default: %(default)s"
+    )
     args = parser.parse_args(argv)
     folder, parts = args.out / "figures" / "atlas", [HEAD]
     for name, of in PORTRAITS.items():

@@ -22,6 +22,7 @@ import conversion
 from configs.schema import Config
 from conversion.hf_to_megatron import check_source
 from conversion.pickled import open_hf
+from recipes.checks.cli import wrapped
 from recipes.checks.settings import load_checked
 from recipes.data.evalsets import EvalSet, load_sets, protocols
 from recipes.data.sources import encode_prompt
@@ -38,8 +39,10 @@ HELP = """usage: python -m recipes.evaluate model.path=DIR data.eval_path=FILE [
        python -m recipes.evaluate model.path=DIR suite=NAME eval.data_dir=DIR [key=value ...]
 
   data.eval_path=FILE or [FILE,...]  problems and answers in any format of docs/data.md; every problem is evaluated
-  suite=NAME or [NAME,...]           {suites}: as that paper evaluates;
-                                     or single benchmarks: {benchmarks}
+  suite=NAME or [NAME,...]           as a paper evaluates:
+                                     {suites};
+                                     or single benchmarks:
+                                     {benchmarks}
   eval.n=8 eval.k=[1,8]              samples per problem; pass@k and maj@k
   eval.temperature=0.6 eval.top_p=0.95 eval.top_k=20 eval.max_tokens=4096
   eval.problems=50                   only the first so many problems of each set
@@ -65,7 +68,11 @@ def main(argv: Sequence[str]) -> int:
     if {"-h", "--help"} & set(argv):
         from recipes.data.suites import BENCHMARKS, SUITES
 
-        print(HELP.format(suites=", ".join(SUITES), benchmarks=", ".join(BENCHMARKS)))
+        names = {
+            "suites": wrapped(", ".join(SUITES), indent=37),
+            "benchmarks": wrapped(", ".join(BENCHMARKS), indent=37),
+        }
+        print(HELP.format(**names))
         return 0
     from transformers.utils.logging import disable_progress_bar
 

@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--step", type=int, help="rollout step, from 1")
     parser.add_argument("--tokenizer", type=Path, help="Hugging Face directory: show text instead of token ids")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
     args = parser.parse_args(argv)
     decode: Callable[[list[int]], str] = lambda ids: " ".join(map(str, ids))  # noqa: E731
     try:

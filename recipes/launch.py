@@ -19,6 +19,7 @@ from recipes.checks.cli import print_help, wants_help
 from recipes.checks.messages import sentence
 from recipes.checks.model import check_device, check_model, check_tokenizer
 from recipes.checks.settings import check
+from recipes.cluster import foreground
 from recipes.models.locate import model_location, prepare_model
 from recipes.plan import print_plan
 from recipes.planning.machine import check_machine
@@ -112,11 +113,9 @@ def follow_torchrun() -> None:
 
 
 def relaunch(processes: int, argv: Sequence[str]) -> None:
-    """Replace this process by torchrun with as many learner processes on this machine.
-
-    torchrun passes Ctrl-C to the ranks, and kills ranks that have not finished their step and checkpoint after 30 s.
-    """
+    """Replace this process by torchrun with as many learner processes on this machine, behind `foreground`."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.stdout.flush()
-    os.execv(sys.executable, [*command, "-m", "recipes.train", *argv])
+    guard = [sys.executable, "-I", "-S", foreground.__file__]
+    os.execv(sys.executable, [*guard, *command, "-m", "recipes.train", *argv])

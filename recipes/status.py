@@ -54,7 +54,9 @@ def state(run_dir: Path, now: float) -> tuple[str, str]:
         return "running", ""
     ends = [event for event in events if event.role == "learner" and event.name in ("started", "stopped", "failed")]
     if ends and ends[-1].name == "stopped":
-        return "stopped", f"at step {ends[-1].details.get('step')}"
+        step, interrupted = ends[-1].details.get("step"), ends[-1].details.get("interrupted")
+        at_once = f"at once, by Ctrl-C; the last checkpoint is of step {step}"
+        return "stopped", at_once if interrupted else f"at step {step}"
     return ("failed", "") if ends and ends[-1].name == "failed" else ("lost", "ended without a word: killed?")
 
 
@@ -122,7 +124,7 @@ def _progress(rows: list[dict[str, Any]], config: dict[str, Any], name: str) -> 
 
 
 def _is_score(key: str) -> bool:
-    return key.startswith("val-core/") and not key.endswith(("/low", "/high"))
+    return key.startswith("val-core/") and not key.endswith(("/low", "/high", "/problems", "/truncated"))
 
 
 def _error(all_attempts: list[Path]) -> list[tuple[str, str]]:
@@ -149,7 +151,7 @@ def _duration(seconds: float) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m recipes.status", description=__doc__)
-    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("run_dir", type=Path, help="run.dir of a run, also of one that is running or was killed")
     try:
         lines = describe(parser.parse_args(argv).run_dir)
     except ValueError as error:

@@ -52,7 +52,12 @@ def _tables(found: list[tuple[Check, Outcome]]) -> list[pages.Table]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m recipes.theory", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/theory.html"))
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/theory.html"),
+        help="page with every check, its formula and its figures; default: %(default)s",
+    )
     parser.add_argument("--losses", action="store_true", help="print the change of entropy per loss and selection")
     args = parser.parse_args(argv)
     if args.losses:

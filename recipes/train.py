@@ -8,9 +8,7 @@ the configuration and the weights, so a run is repeatable from its journal.
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,6 +45,7 @@ from recipes.loop.nonfinite import Guard
 from recipes.loop.profile import check_profile, profiled
 from recipes.loop.run_dir import RunDir
 from recipes.loop.samples import make_trace
+from recipes.loop.stop import StopSignal
 from recipes.loop.stream import RolloutStream
 
 
@@ -187,28 +186,6 @@ def train_step(
             after = float(learner.statistics(batch).entropy.double().mean())
             metrics.add({"theory/entropy_change_same_tokens": after - entropy})
     return controller_state
-
-
-class StopSignal:
-    """Ctrl-C, SIGTERM, SIGUSR1 or the existence of ``file`` requests a checkpoint after this step and a clean end.
-
-    A second Ctrl-C ends the run immediately.
-    """
-
-    def __init__(self, file: Path, say: Callable[[str], None]) -> None:
-        self._file, self._signalled, self._say = file, False, say
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._set)
-
-    @property
-    def requested(self) -> bool:
-        return self._signalled or self._file.exists()
-
-    def _set(self, number: int, *_: object) -> None:
-        self._signalled = True
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            self._say("stopping after this step with a checkpoint; Ctrl-C again leaves at once")
 
 
 def _params(group: dict[str, Any]) -> dict[str, Any]:

@@ -28,11 +28,11 @@ def print_help(argv: Sequence[str], text: str) -> int:
     papers = [name for name in names["recipe"] if "/" in name]
     own = [name for name in names["recipe"] if name not in papers]
     names["recipe"] = [*own, f"and {len(papers)} settings of the papers (docs/recipes.md)"]
-    listed = {group: _wrapped(", ".join(entries), indent=19) for group, entries in names.items()}
-    print("\n\n".join(asked) or text.format(**listed, sections=_wrapped(" ".join(keys.SECTIONS), indent=2)))
+    listed = {group: wrapped(", ".join(entries), indent=19) for group, entries in names.items()}
+    print("\n\n".join(asked) or text.format(**listed, sections=wrapped(" ".join(keys.SECTIONS), indent=2)))
     return 0
 
 
-def _wrapped(words: str, *, indent: int) -> str:
+def wrapped(words: str, *, indent: int) -> str:
     """``words`` over lines of at most 100 columns, those after the first indented."""
     return textwrap.fill(words, 100 - indent, subsequent_indent=" " * indent, break_on_hyphens=False)

@@ -5,7 +5,7 @@ make keys      or      python -m recipes.checks.reference docs/keys.md
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -98,4 +98,6 @@ def _markdown(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(page(), encoding="utf-8")
+    parser = argparse.ArgumentParser(prog="python -m recipes.checks.reference", description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path, help="the Markdown file to write, such as docs/keys.md (`make keys`)")
+    parser.parse_args().out.write_text(page(), encoding="utf-8")

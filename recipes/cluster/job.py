@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from configs.schema import Config
+from recipes.checks.cli import wants_help
 from recipes.checks.model import check_model
 from recipes.checks.settings import load_checked
 from recipes.cluster import attempt, lock
@@ -29,6 +30,13 @@ from recipes.models.locate import model_location, prepare_model
 
 ALIVE = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "CONFIGURING")
 HEARTBEAT_S = 15.0  # the batch script's comes every second; file servers may show it late
+HELP = """usage: python -m recipes.cluster.job key=value ...
+
+Check a run and open its next attempt; what slurm/lib.sh runs at the beginning of a job. Prints NAME=value lines for
+the batch script: STATE (ready, finished or exhausted), RUN_DIR, ATTEMPT_DIR, MASTER_PORT, SYNC_DIR, SERVED.
+
+Exit status: 0; 2 for a user's error, with one sentence; 3 when the job was requeued too often without progress.
+Needs SLURM_JOB_ID."""
 
 
 def busy(run_dir: Path, job: str, before: Path | None = None) -> str:
@@ -129,8 +137,12 @@ def server_options(config: Config, model_dir: Path) -> dict[str, object]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if wants_help(words):
+        print(HELP)
+        return 0
     try:
-        variables = begin(sys.argv[1:] if argv is None else argv)
+        variables = begin(words)
     except (ValueError, OSError) as error:  # also a full disk, or one that may not be written
         print(f"error: {error}", file=sys.stderr)
         return 2

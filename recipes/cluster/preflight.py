@@ -238,9 +238,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("what", choices=["node", "judge"])
     parser.add_argument("attempt", type=Path, help="the attempt's directory")
     parser.add_argument("--nodes", default="", help="names of all nodes, separated by commas")
-    parser.add_argument("--gpus", type=int, default=0)
+    parser.add_argument("--gpus", type=int, default=0, help="that every node must have")
     parser.add_argument("--began", type=float, default=time.time(), help="seconds since the epoch")
-    parser.add_argument("--run-gib", type=float, default=0.0)
+    parser.add_argument("--run-gib", type=float, default=0.0, help="that run.dir must have free")
     parser.add_argument("--all-ended", action="store_true", help="every node's check succeeded: wait for all files")
     arguments = parser.parse_args(argv)
     if arguments.what == "judge":

@@ -38,8 +38,20 @@ def exhausted(run_dir: Path, job: str) -> str:
     )
 
 
+HELP = """usage: python -m recipes.cluster.requeue RUN_DIR
+
+May this job be requeued once more? slurm/lib.sh asks it between two attempts. It may, unless the job's last attempts
+ended without a newer checkpoint; the environment variable MAX_REQUEUES says how many of those are allowed.
+
+Exit status: 0 for yes; 3 for no, with the reason. Needs SLURM_JOB_ID."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    (run_dir,) = map(Path, sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if len(words) != 1 or words[0] in ("-h", "--help"):
+        print(HELP)
+        return 0 if words[:1] in (["-h"], ["--help"]) else 2
+    run_dir = Path(words[0])
     job = os.environ["SLURM_JOB_ID"]
     if may_start(run_dir, job):
         return 0

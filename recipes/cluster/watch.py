@@ -145,8 +145,8 @@ class Watch:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m recipes.cluster.watch", description=__doc__)
-    parser.add_argument("attempt", type=Path)
-    parser.add_argument("--ranks", type=int, required=True)
+    parser.add_argument("attempt", type=Path, help="the attempt's directory")
+    parser.add_argument("--ranks", type=int, required=True, help="of the learner, on all nodes")
     parser.add_argument(
         "--parent", type=int, default=os.getppid(), help="end when this process is no longer our parent"
     )

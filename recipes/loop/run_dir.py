@@ -19,7 +19,17 @@ from megatron_ext import progress
 from megatron_ext.rl.types import Sample
 from recipes.checks.resume import Changes, check_changes, check_replay, differences, shown
 from recipes.cluster import flight, heartbeat, lock
-from recipes.cluster.attempt import FINISHED, LATEST, LOGS, STOP, VARIABLE, make_run_dir, own_attempt, write_finished
+from recipes.cluster.attempt import (
+    FINISHED,
+    LATEST,
+    LOGS,
+    STOP,
+    VARIABLE,
+    checkpoint_step,
+    make_run_dir,
+    own_attempt,
+    write_finished,
+)
 from recipes.cluster.attempt import record as record_event
 from recipes.loop import journal
 from recipes.loop import samples as kept_samples
@@ -129,7 +139,10 @@ class RunDir:
         if self._heartbeat is not None and error is None:
             progress.at("end")
             heartbeat.stop(self._heartbeat)
-        if error is not None and (self._first or VARIABLE in os.environ):
+        if isinstance(error, KeyboardInterrupt):
+            if self._first:
+                record_event(self.logs, ROLE, "stopped", step=checkpoint_step(self.path), interrupted=True)
+        elif error is not None and (self._first or VARIABLE in os.environ):
             first_line = (str(error).splitlines() or [""])[0]
             where, role = (self.logs, ROLE) if self._first else (Path(os.environ[VARIABLE]), self._role)
             record_event(where, role, "failed", error=f"{type(error).__name__}: {first_line}")

@@ -38,6 +38,7 @@ class LocalEngine:
         self._eos = stop_tokens(model_dir)
         self._max_model_len, self._max_num_seqs = max_model_len, max_num_seqs
         self._experts = experts_of(model_dir)
+        self._closed = False
         self._lock = threading.Lock()  # an update waits for the responses being written, and they for it
 
     def generate(
@@ -80,6 +81,8 @@ class LocalEngine:
             watch.prefilled(batch, [row for _, row in rows])
             while True:
                 progress.beat(phase="rollout")
+                if self._closed:
+                    raise RuntimeError("the engine was closed while it generated")
                 alive = [rows[index] for index in batch.rows.tolist()]
                 noise = torch.tensor([row.uniforms[len(row.tokens)] for _, row in alive], dtype=torch.float64)
                 with torch.inference_mode():
@@ -157,7 +160,8 @@ class LocalEngine:
         return target.keys() - first.values()
 
     def close(self) -> None:
-        """Nothing to stop."""
+        """End a `generate` that runs in another thread, which Python would wait for before it exits."""
+        self._closed = True
 
 
 def _checkpoint_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""A run with several ranks in a terminal: Ctrl-C saves and ends, and nothing outlives its launcher."""
+"""A run with several ranks in a terminal: Ctrl-C saves and ends, a second one leaves at once, and nothing is left."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
-import pytest
 from training import arguments
+
+from recipes import status
 
 REPOSITORY = Path(__file__).parents[2]
 TIMEOUT_S = 120.0
@@ -25,45 +26,55 @@ def wait_for(what: Callable[[], object]) -> None:
         time.sleep(0.1)
 
 
-@pytest.fixture
-def words(model: Path, tmp_path: Path) -> list[str]:
-    endless = ("train.steps=100000", "eval.every=0", "parallel.tp=2", "train.save_every=0")
-    return arguments(model, tmp_path / "run", *endless)
-
-
-def start(words: list[str], log: Path) -> subprocess.Popen[bytes]:
-    """In a process group of its own, as a shell starts a command."""
-    command = [sys.executable, "-m", "recipes.train", *words]
+def start(words: list[str], log: Path, folder: Path = REPOSITORY) -> subprocess.Popen[bytes]:
+    """In a process group of its own, as a shell starts a command; its own modules are looked for in ``folder``."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(REPOSITORY)])}
     return subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=log.open("ab"), stderr=subprocess.STDOUT, start_new_session=True
+        [sys.executable, "-m", "recipes.train", *words],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=log.open("ab"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
 
 
-def test_ctrl_c_saves_and_a_killed_launcher_takes_its_ranks_along(words: list[str], tmp_path: Path) -> None:
-    metrics, log = tmp_path / "run" / "metrics.jsonl", tmp_path / "log"
-    trainer = start(words, log)
+def test_ctrl_c_saves_and_a_second_one_leaves_at_once(model: Path, tmp_path: Path) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    metrics = run_dir / "metrics.jsonl"
+    endless = ("train.steps=100000", "eval.every=0", "parallel.tp=2", "train.save_every=0")
+    trainer = start(arguments(model, run_dir, *endless), log)
     try:
         wait_for(lambda: trainer.poll() is not None or (metrics.is_file() and metrics.stat().st_size))
         assert trainer.poll() is None, log.read_text()
         os.killpg(trainer.pid, signal.SIGINT)
-        trainer.wait(TIMEOUT_S)  # torchrun ends with status 1 and words of its own
-        assert (
-            "stopping after this step" in log.read_text() and "with a checkpoint; the same command" in log.read_text()
-        )
-        saved = int((tmp_path / "run" / "checkpoints" / "latest").read_text().removeprefix("step_"))
+        assert trainer.wait(TIMEOUT_S) == 0, log.read_text()
+        said = log.read_text()
+        assert "stopping after this step" in said and "with a checkpoint; the same command" in said
+        saved = int((run_dir / "checkpoints" / "latest").read_text().removeprefix("step_"))
+        assert len(metrics.read_text().splitlines()) == saved
+        assert status.state(run_dir, time.time()) == ("stopped", f"at step {saved}")
+    finally:
+        if trainer.poll() is None:
+            os.killpg(trainer.pid, signal.SIGKILL)
 
-        done = len(metrics.read_text().splitlines())
-        assert done == saved
-        trainer = start(words, log)
-        wait_for(lambda: trainer.poll() is not None or len(metrics.read_text().splitlines()) > done)
-        assert trainer.poll() is None, log.read_text()
-        children = psutil.Process(trainer.pid).children(recursive=True)
-        ranks = [child for child in children if "recipes.train" in " ".join(child.cmdline())]
-        assert len(ranks) == 2, children
-        trainer.kill()
-        trainer.wait()
-        _, alive = psutil.wait_procs(ranks, timeout=30)
+    # A step that would go on for minutes.
+    run_dir, log = tmp_path / "slow", tmp_path / "slow-log"
+    (tmp_path / "slow_reward.py").write_text("import time\ndef sleep(text): time.sleep(600)\n")
+    slow = ("reward.name=slow_reward:sleep", "reward.timeout_s=500")
+    trainer = start(arguments(model, run_dir, *endless, *slow), log, tmp_path)
+    try:
+        events = run_dir / "logs" / "latest" / "learner.events.jsonl"
+        wait_for(lambda: trainer.poll() is not None or (events.exists() and '"engine"' in events.read_text()))
+        below = psutil.Process(trainer.pid).children(recursive=True)
+        os.killpg(trainer.pid, signal.SIGINT)
+        wait_for(lambda: "Ctrl-C again leaves at once" in log.read_text())
+        os.killpg(trainer.pid, signal.SIGINT)
+        trainer.wait(30)
+        _, alive = psutil.wait_procs(below, timeout=30)
         assert alive == []
+        words = "at once, by Ctrl-C; the last checkpoint is of step 0"
+        assert status.state(run_dir, time.time()) == ("stopped", words), log.read_text()
     finally:
         if trainer.poll() is None:
             os.killpg(trainer.pid, signal.SIGKILL)

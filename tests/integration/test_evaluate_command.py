@@ -191,14 +191,20 @@ def test_equal_results_of_all_problems_come_with_an_exact_interval(result: SetRe
 def test_exports_have_the_fields_that_the_harnesses_read(result: SetResult, tmp_path: Path) -> None:
     for kind in EXPORTS:
         export(kind, tmp_path, "model", [result])
-    document = json.loads((tmp_path / "lm_eval" / "results_all.json").read_text())
+    (path,) = (tmp_path / "lm_eval").glob("results_*.json")
+    document = json.loads(path.read_text())
     assert document["results"]["set"]["exact_match,avg"] == 0.75
     assert document["results"]["set"]["exact_match_stderr,avg"] == pytest.approx(0.25)  # std 0.3536 over sqrt(2)
     assert document["n-samples"]["set"] == {"original": 5, "effective": 2}
-    samples = [json.loads(line) for line in (tmp_path / "lm_eval" / "samples_set.jsonl").read_text().splitlines()]
-    assert [s["exact_match"] for s in samples] == [0.5, 1.0] and samples[0]["filtered_resps"] == ["1", None]
+    assert document["configs"]["set"]["metric_list"][0]["metric"] == "exact_match"
+    (path,) = (tmp_path / "lm_eval").glob("samples_*.jsonl")
+    # lm-eval finds task and time between the first and behind the last underscore (`get_file_task_name`).
+    assert path.name.removeprefix("samples_").rsplit("_", 1)[0] == "set"
+    samples = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [s["exact_match"] for s in samples] == [0.5, 1.0] and samples[0]["filtered_resps"] == ["1", "[invalid]"]
     report = json.loads((tmp_path / "evalscope" / "reports" / "model" / "set.json").read_text())
     assert report["name"] == "model@set" and report["score"] == 0.75
+    assert [metric["name"] for metric in report["metrics"]][:2] == ["mean_acc", "mean_acc_pass@1"]
     assert report["metrics"][0]["categories"][0]["subsets"] == [{"name": "default", "score": 0.75, "num": 2}]
 
 

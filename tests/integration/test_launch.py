@@ -148,7 +148,8 @@ def test_several_processes_are_started_by_torchrun(model: Path, monkeypatch: pyt
     with pytest.raises(Replaced):
         status(argv)
     (words,) = seen
-    assert words[1:3] == ["-m", "torch.distributed.run"] and words[words.index("--nproc-per-node") + 1] == "4"
+    assert Path(words[3]).name == "foreground.py"
+    assert words[5:7] == ["-m", "torch.distributed.run"] and words[words.index("--nproc-per-node") + 1] == "4"
     assert words[-5:] == ["-m", "recipes.train", *argv]
 
     monkeypatch.setenv("WORLD_SIZE", "4")  # now as a child of torchrun

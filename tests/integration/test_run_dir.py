@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +18,7 @@ from recipes import status
 from recipes.checks.settings import load_checked
 from recipes.loop.metrics import StepMetrics
 from recipes.loop.run_dir import RunDir
+from recipes.loop.stop import StopSignal
 from recipes.models.prepare import make_tiny_model
 from recipes.reporting.page import write_report
 
@@ -190,6 +193,29 @@ def test_a_requested_stop_is_shown_with_its_step(
     assert "stopped at step 1 with a checkpoint; the same command continues" in capsys.readouterr().out
     assert status.main([str(tmp_path)]) == 0
     assert "stopped (at step 1)" in capsys.readouterr().out
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Signal handlers that a test may change."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("handlers")
+def test_a_second_ctrl_c_is_no_failure(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(KeyboardInterrupt), RunDir(config(model, tmp_path)) as run:
+        run.begin(0)
+        stop = StopSignal(run.stop_file, run.say)
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested
+        signal.raise_signal(signal.SIGINT)
+    status.main([str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert "stopped (at once, by Ctrl-C; the last checkpoint is of step 0)" in shown and "first error" not in shown
 
 
 @pytest.mark.parametrize("group, mode", [("none", 0o700), ("read", 0o750), ("write", 0o770)])
