@@ -152,15 +152,36 @@ class Math:
         return RewardResult(float(correct), correct, OK, answer[:MAX_ANSWER_CHARS])
 
 
+_OR_BEFORE = re.compile(r"\bor\b[^\n.;]{0,15}\Z")
+_OR_BEHIND = re.compile(r"[^\n.;]{0,8}\bor\b")
+
+
 def found_answer(text: str) -> str | None:
     """What math-verify takes for the final answer of running text without a box, as text.
 
-    Must run in the main thread of a process that may be killed.
+    None for a choice ("5 or 7"), and where an equation goes on behind it and ends with something else: of "the answer
+    is 20 * $40 = $800" math-verify reads 20. Must run in the main thread of a process that may be killed.
     """
     from math_verify import parse
 
-    found = parse(text, parsing_timeout=None)
-    return next((item for item in found if isinstance(item, str)), None)
+    def read(part: str) -> str | None:
+        found = parse(part, parsing_timeout=None)
+        return next((item for item in found if isinstance(item, str)), None)
+
+    answer = read(text)
+    if answer is None:
+        return None
+    places = [m.span() for m in re.finditer(rf"(?<![\w.]){re.escape(answer)}(?!\.?\w)", text)]
+    if not places:
+        return answer
+    start, end = places[-1]
+    rest = text[end:].split("\n", 1)[0]
+    if _OR_BEFORE.search(text, max(0, start - 40), start) or _OR_BEHIND.match(rest):
+        return None
+    if "=" not in rest:
+        return answer
+    last = read(rest.rpartition("=")[2])
+    return answer if last is not None and math_equal(answer, last) else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,12 @@ def test_short_names_stand_for_keys_in_every_command(tmp_path: Path) -> None:
     assert load_checked(["eval.n=16"]).eval.k == [1, 8]
 
 
+def test_the_last_of_two_overrides_is_the_one_that_counts() -> None:
+    assert load_checked(["optim.lr=fast", "optim.lr=1e-4"]).optim.lr == 1e-4
+    with pytest.raises(ValueError, match=r"^optim.lr=slow is not"):
+        load_checked(["optim.lr=1e-4", "optim.lr=slow"])
+
+
 EPS_LOW_CURVE = ["~schedule.points.beta1", "schedule.points.eps_low=[[0,0.1],[9,0.2]]"]
 
 

@@ -5,7 +5,7 @@ import statistics
 import pytest
 
 from recipes.rewards import RewardItem, make_scorer, make_verifier
-from recipes.rewards.verifiers import boxed_answer, normalise_answer
+from recipes.rewards.verifiers import boxed_answer, found_answer, normalise_answer
 
 
 @pytest.mark.parametrize(
@@ -218,6 +218,22 @@ def test_math_needs_a_box_unless_told_otherwise() -> None:
     item = RewardItem("The answer is $12$.", "12")
     assert not make_verifier("math")(item).correct
     assert make_verifier("math", require_box=False)(item).correct
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("So the answer is 2 + 3 = 5.", "5"),
+        ("The total is 3*5 = 15 apples", "15"),
+        ("so $y = 2x = 6$.", "y = 2x = 6"),
+        ("If there are 3 or more, the answer is 7.", "7"),
+        ("The final answer is 20 candles * $40 = $800.", None),  # math-verify reads 20
+        ("The answer is x = 5 or x = 7.", None),
+        ("The answer is 5 or 4.", None),
+    ],
+)
+def test_an_answer_without_a_box_is_read_to_its_end(text: str, answer: str | None) -> None:
+    assert found_answer(text) == answer
 
 
 def test_math_takes_several_boxes_as_one_answer() -> None:
