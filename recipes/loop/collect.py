@@ -63,7 +63,8 @@ class Collector:
         self._scorers_lock = threading.Lock()
         self.scorer = scorer_of(config.reward)
         self.engine: RolloutEngine = make_engine(rollout, model_dir, run_dir / LOGS / LATEST)
-        record_event(run_dir / LOGS / LATEST, "learner", "engine", engine=engine_name(self.engine))
+        if (run_dir / LOGS / LATEST).is_dir():  # an evaluation by hand has no attempts
+            record_event(run_dir / LOGS / LATEST, "learner", "engine", engine=engine_name(self.engine))
         self.sampling = Sampling(
             max_tokens=rollout.max_tokens,
             temperature=rollout.temperature,
