@@ -97,14 +97,15 @@ class RolloutConfig:
     num_servers: int = 1  # vLLM processes started on this machine
     urls: list[str] = field(default_factory=list)  # servers that already run; $VLLM_API_KEY holds their key
     prompts_per_step: int = 32  # prompts of one rollout step
-    generated_prompts: int | None = None  # prompts per generation call; None: prompts_per_step
+    generated_prompts: int | None = None  # prompts per generation call; partial: groups open at a time
     n: int = 8  # responses per prompt (the group)
     max_tokens: int = 24  # most tokens of a response
     temperature: float = 1.0  # of sampling
     top_p: float = 1.0  # of sampling
     max_staleness: int = 0  # 0: synchronous; k: up to k later steps are generated while a step trains
+    partial: bool = False  # a batch takes what is complete first; the rest goes on over max_staleness updates
     in_flight: Literal["wait", "keep", "abort"] = "wait"  # at an update, requests finish first, go on, or restart
-    weight_sync: Literal["disk", "nccl", "gloo"] = "disk"  # how weights reach servers: files; broadcasts (gloo: TCP)
+    weight_sync: Literal["auto", "disk", "nccl", "gloo"] = "auto"  # files, or broadcasts; auto: by size and nodes
     weight_digest: Literal["fast", "sha256"] = "fast"  # of updates: fast finds damage; sha256 also tampering, at 1 GB/s
     sync_dir: str | None = None  # directory of weight files that all servers can read; None: this host's memory
     colocated: bool = False  # learner and servers take turns on the same GPUs; see docs/gpu.md

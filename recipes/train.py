@@ -2,8 +2,8 @@
 
 The loop, top to bottom: push weights -> collect rollouts -> rewards -> statistics -> advantages -> selection ->
 optimizer steps -> evaluate -> save. Every rank runs it. Only rank 0 talks to rollout engines and reward workers, and it
-sends the results to the other ranks as the bytes of one journal record. Everything else is a function of that record,
-the configuration and the weights, so a run is repeatable from its journal.
+sends the results to the other ranks as one journal record, without the token ids that a rank does not train. Everything
+else is a function of that record, the configuration and the weights, so a run is repeatable from its journal.
 """
 
 from __future__ import annotations

@@ -76,6 +76,7 @@ layout() { # RUN_ARGS, RANKS, SERVERS from the template's variables and sbatch's
 	NODES=$((LEARNER_NODES + ROLLOUT_NODES)) RANKS=$((LEARNER_NODES * RANKS_PER_NODE))
 	SERVER_NODES=$((shared ? LEARNER_NODES : ROLLOUT_NODES))
 	SERVERS=$((SERVER_NODES * SERVERS_PER_NODE))
+	NODE_COUNTS=(env "SERVER_NODES=$SERVER_NODES" "ROLLOUT_NODES=$ROLLOUT_NODES" "GPUS_PER_NODE=$GPUS_PER_NODE")
 	((SERVER_GPUS == 1 || gpus == 0)) || VLLM_ARGS+=(--tensor-parallel-size "$SERVER_GPUS")
 	[[ " $*" == *" recipe="* ]] && RUN_ARGS=("$@") || RUN_ARGS=("recipe=$RECIPE" "${ARGS[@]}" "$@")
 	RUN_ARGS=("${RUN_ARGS[@]//%a/${SLURM_ARRAY_TASK_ID:-0}}") # array jobs: run.dir=runs/name-%a seed=%a
@@ -102,6 +103,7 @@ dry_run() {
 	grep '^#SBATCH' "$0" | if [[ ${GRES:-1} == 0 ]]; then sed 's/ --gpus-per-node=[0-9]*//'; else cat; fi
 	echo "# steps:"
 	preflight_step; ((SERVERS == 0)) || server_step; learner_step 'rollout.urls=[http://...]'
+	((SERVERS == 0)) || "${NODE_COUNTS[@]}" "${HOST_PY[@]}" -m recipes.cluster.transport "${RUN_ARGS[@]}"
 	"${HOST_PY[@]}" -m recipes.plan "${RUN_ARGS[@]}" "gpu_gib=${GPU_GIB:-80}" ||
 		echo "# memory and configuration: once the files that the error names are on this host"
 }
@@ -136,7 +138,7 @@ exclude() { # NODES: add them to the job's exclusions, unless they were asked fo
 }
 begin() {
 	local variables code line
-	variables=$("${HOST_PY[@]}" -m recipes.cluster.job "${RUN_ARGS[@]}"); code=$?
+	variables=$("${NODE_COUNTS[@]}" "${HOST_PY[@]}" -m recipes.cluster.job "${RUN_ARGS[@]}"); code=$?
 	((code == 0)) || { say "not started, not requeued"; exit "$code"; }
 	while IFS= read -r line; do [[ $line =~ ^[A-Z_]+= ]] && export "${line?}" || echo "$line"; done <<<"$variables"
 	[[ $STATE != finished ]] || { say "$RUN_DIR is finished: nothing to do"; exit 0; }
@@ -176,7 +178,7 @@ serve() { # start the servers and wait until each has produced a token
 watch() { "${HOST_PY[@]}" -m recipes.cluster.watch "$ATTEMPT_DIR" --ranks "$RANKS" & WATCHING=$!; }
 learn() { # the learner's exit status; requeue by force when a checkpoint was asked for and does not come
 	local serving=()
-	[[ -z $URLS ]] || serving+=("rollout.urls=[$URLS]")
+	[[ -z $URLS ]] || serving+=("rollout.urls=[$URLS]" "rollout.weight_sync=$WEIGHT_SYNC")
 	[[ -z $SYNC_DIR ]] || ((SERVER_NODES == 1 && ROLLOUT_NODES == 0)) || serving+=("rollout.sync_dir=$SYNC_DIR")
 	(learner_step "${serving[@]}") & LEARNER=$!
 	watch

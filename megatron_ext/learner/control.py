@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 WAIT = timedelta(days=14)  # in milliseconds it fits into 31 bits
 _made: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None  # the default group, and the control group beside it
+_replicas: tuple[dist.ProcessGroup, list[list[int]], dist.ProcessGroup | None] | None = None  # see `deal`
 
 
 def rendezvous(timeout_s: float) -> dict[str, Any]:
@@ -68,6 +71,53 @@ def broadcast_bytes(data: bytes, *, src: int) -> bytes:
     if len(buffer):
         dist.broadcast(buffer, src=src, group=group())
     return data if dist.get_rank() == src else buffer.numpy().tobytes()
+
+
+def deal(parts: Sequence[Tensor], replica: int, into: Tensor) -> None:
+    """Write rank 0's ``parts[replica]`` into ``into`` on every rank of data-parallel replica ``replica``. A collective.
+
+    Rank 0 sends each part once, to one rank of the replica, which passes it on: its network carries every part once,
+    however many ranks a replica has. ``parts`` matters on rank 0 only; ``into`` has the part's shape and dtype.
+    """
+    members, mine = _replica_groups(replica)
+    leader = members[replica][0]
+    if dist.get_rank() == 0:
+        sends = [
+            dist.isend(part, ranks[0], group=group())
+            for part, ranks in zip(parts, members, strict=True)
+            if ranks[0] and len(part)
+        ]
+        into.copy_(parts[replica])
+        for send in sends:
+            if send is not None:
+                send.wait()
+    elif dist.get_rank() == leader and len(into):
+        dist.recv(into, 0, group=group())
+    if mine is not None and len(into):
+        dist.broadcast(into, src=leader, group=mine)
+
+
+def _replica_groups(replica: int) -> tuple[list[list[int]], dist.ProcessGroup | None]:
+    """Ranks of every replica, in ascending order, and this rank's own group: None when it is alone in its replica."""
+    global _replicas
+    world = dist.group.WORLD
+    assert world is not None
+    if _replicas is None or _replicas[0] is not world:
+        of_rank = torch.zeros(dist.get_world_size(), dtype=torch.int64)
+        of_rank[dist.get_rank()] = replica
+        dist.all_reduce(of_rank, group=group())
+        members = [torch.nonzero(of_rank == number)[:, 0].tolist() for number in range(int(of_rank.max()) + 1)]
+        own = None
+        if len(members[replica]) > 1:  # made by its members alone: with 64 replicas, 64 groups of all ranks take long
+            own = dist.new_group(
+                members[replica],
+                backend="gloo",
+                timeout=WAIT,
+                use_local_synchronization=True,
+                group_desc=f"replica-{replica}",
+            )
+        _replicas = world, members, own
+    return _replicas[1], _replicas[2]
 
 
 def agree(flag: bool) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -95,7 +95,7 @@ class Trainable:
         self.device = megatron.device()
         self.dtype = torch.float64 if config.model.dtype == "float64" else torch.float32  # of per-token results
         self._last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
-        self._dp_rank = parallel_state.get_data_parallel_rank()
+        self.replica = parallel_state.get_data_parallel_rank()  # which copy of the model this rank has a part of
         self._dp_size = parallel_state.get_data_parallel_world_size()
         self._reports = (
             self._last_stage
@@ -240,7 +240,7 @@ class Trainable:
             if batch.experts is not None and self.replays_routing:
                 own = [batch.experts[samples[i]] for i in members]
                 mb.experts_M = routing.local_experts(own, mb.packed, mb.local_M, self.hf, sp=self.config.parallel.sp)
-            mb.counts_divisor = number == 0 and self._dp_rank == 0 and parallel_state.get_context_parallel_rank() == 0
+            mb.counts_divisor = number == 0 and self.replica == 0 and parallel_state.get_context_parallel_rank() == 0
             micro_batches.append(mb)
         for chunk in self.chunks:
             chunk.train(not forward_only)
@@ -271,20 +271,36 @@ class Trainable:
 
     def _plan(self, batch: TrainBatch, samples: Sequence[int]) -> list[list[int]]:
         """Places in ``samples`` by micro-batch of this data-parallel rank."""
-        parallel, budget = self.config.parallel, self.config.train.micro_batch_tokens
         lengths = [self._fed_length(batch, i) for i in samples]
         multiple, cost = sequence_multiple(self.config), packing.attention_cost(self.hf.hidden_size)
-        planned = packing.plan(
-            [packing.padded_length(n, multiple) for n in lengths],
-            dp_size=self._dp_size,
-            token_budget=budget,
-            micro_batch_multiple=parallel.pp if parallel.vpp > 1 else 1,
-            cost=cost,
-        )
+        planned = self._plan_all(lengths)
         self._packing += packing.packing_cost(
             planned, lengths, pad_to_multiple=token_multiple(self.config), pad_sequences_to=multiple, cost=cost
         )
-        return planned[self._dp_rank]
+        return planned[self.replica]
+
+    def _plan_all(self, lengths: Sequence[int]) -> list[list[list[int]]]:
+        """Places in ``lengths``, the fed tokens of each sample, by data-parallel rank and micro-batch."""
+        parallel, multiple = self.config.parallel, sequence_multiple(self.config)
+        return packing.plan(
+            [packing.padded_length(n, multiple) for n in lengths],
+            dp_size=self._dp_size,
+            token_budget=self.config.train.micro_batch_tokens,
+            micro_batch_multiple=parallel.pp if parallel.vpp > 1 else 1,
+            cost=packing.attention_cost(self.hf.hidden_size),
+        )
+
+    def shares(self, lengths: Sequence[int], passes: Iterable[Sequence[int]]) -> list[list[int]]:
+        """The samples that each data-parallel rank computes in any of the ``passes``: it needs no other token ids.
+
+        ``lengths``: fed tokens of every sample of a batch; a pass goes over some samples, in this order. The same on
+        every rank.
+        """
+        needed: list[set[int]] = [set() for _ in range(self._dp_size)]
+        for samples in passes:
+            for rank, micro_batches in enumerate(self._plan_all([lengths[i] for i in samples])):
+                needed[rank].update(samples[place] for members in micro_batches for place in members)
+        return [sorted(share) for share in needed]
 
     @staticmethod
     def _fed_length(batch: TrainBatch, sample: int) -> int:

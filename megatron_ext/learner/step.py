@@ -27,7 +27,10 @@ from megatron_ext.rl.types import LossInputs, TokenStats
 
 @dataclass(slots=True)
 class TrainBatch:
-    """A whole rollout batch on every rank: token ids per sample and flat per-token tensors of shape (T,)."""
+    """A rollout batch on every rank: token ids per sample and flat per-token tensors of shape (T,).
+
+    A rank needs the token ids of the samples that it computes (`Trainable.shares`); those of others may be `absent`.
+    """
 
     prompts: Sequence[list[int] | Tensor]  # a list, or int tensors of one dimension
     responses: Sequence[list[int] | Tensor]
@@ -87,8 +90,19 @@ def make_micro_batch(
     )
 
 
+ABSENT = -1  # no token's id
+
+
+def absent(length: int) -> Tensor:
+    """Stands for the token ids of a sample that another rank computes: the length without the memory."""
+    return torch.tensor([ABSENT], dtype=torch.int32).expand(length)
+
+
 def _as_list(ids: list[int] | Tensor) -> list[int]:
-    return ids.tolist() if isinstance(ids, Tensor) else ids
+    if not isinstance(ids, Tensor):
+        return ids
+    assert not len(ids) or int(ids[0]) != ABSENT, "a pass over samples whose token ids this rank was not sent"
+    return ids.tolist()
 
 
 def forward(model: Any, mb: MicroBatch, device: torch.device) -> Tensor:

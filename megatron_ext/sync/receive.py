@@ -94,11 +94,11 @@ def read_verified(info: Update, clock: Clock, held: Mapping[str, str] | None = N
 
 def changed(tensors: Mapping[str, str], held: Mapping[str, str]) -> set[str]:
     """Names to load: all of a layer of which one changed, because engines fuse tensors within a layer."""
-    layers = {_layer(name) for name, entry in tensors.items() if held.get(name) != entry}
-    return {name for name in tensors if _layer(name) in layers}
+    layers = {layer_of(name) for name, entry in tensors.items() if held.get(name) != entry}
+    return {name for name in tensors if layer_of(name) in layers}
 
 
-def _layer(name: str) -> str:
+def layer_of(name: str) -> str:
     """What is loaded together: a decoder layer, or everything outside of layers (a tied head needs its embedding)."""
     match = re.match(r"(.*?\.layers\.\d+)\.", name)
     return match[1] if match else ""

@@ -29,6 +29,7 @@ from megatron_ext.sync.receive import (
     LM_HEAD,
     Update,
     check_complete,
+    layer_of,
     read_verified,
     receive_buckets,
     shape_of,
@@ -108,7 +109,7 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             check_complete(shapes, self._shapes, tied=self._tied)
             weights = read_verified(update_info, clock, held)
             if weights:
-                with self._loading():
+                with self._loading(embedding=any(not layer_of(name) for name in weights)):
                     self._load(weights)
             self._held = dict(update_info.tensors)
             clock.lap("load")
@@ -138,12 +139,13 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                 pass
 
     @contextmanager
-    def _loading(self) -> Iterator[None]:
+    def _loading(self, *, embedding: bool = True) -> Iterator[None]:
+        """``embedding``: whether it is loaded, and a tied head with it."""
         self.loaded = None  # from here to the caller's last line the model is in between
         initialize_layerwise_reload(self.model)
         yield
         finalize_layerwise_reload(self.model, self.model_config)
-        if self._tied:
+        if self._tied and embedding:
             refresh_tied_head(self.model)
 
     def _load(self, weights: dict[str, Tensor]) -> None:

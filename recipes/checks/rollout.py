@@ -38,15 +38,38 @@ def check_settings(c: Config) -> None:
             f"rollout.routing_replay=true, but {why}, and then vLLM returns no experts: change rollout.extra_args, or "
             "set rollout.routing_replay=null"
         )
+    _check_partial(rollout)
     _check_quantization(c)
     _check_colocated(c)
     _check_server_gpus(rollout)
     if rollout.engine == "local":
-        for key, usual in (("in_flight", "wait"), ("weight_sync", "disk"), ("batch_invariant", False)):
+        for key, usual in (("in_flight", "wait"), ("weight_sync", "auto"), ("batch_invariant", False)):
             if getattr(rollout, key) != usual:
                 raise ValueError(
                     f"rollout.{key}={getattr(rollout, key)} has no effect with rollout.engine=local: set it to vllm"
                 )
+
+
+def _check_partial(r: RolloutConfig) -> None:
+    if not r.partial:
+        return
+    if not r.max_staleness:
+        raise ValueError(
+            "rollout.partial=true continues responses over weight updates, and rollout.max_staleness=0 allows none: "
+            "set rollout.max_staleness to 1 or more, or rollout.partial=false"
+        )
+    most = (1 + r.max_staleness) * r.prompts_per_step
+    if r.generated_prompts is not None and r.generated_prompts > most:
+        raise ValueError(
+            f"rollout.generated_prompts={r.generated_prompts} with rollout.partial=true: some groups would be older "
+            f"than rollout.max_staleness={r.max_staleness} when their turn comes; at most (1 + max_staleness) x "
+            f"prompts_per_step = {most} may be open"
+        )
+    if r.engine != "local" and r.in_flight == "wait":
+        raise ValueError(
+            "rollout.in_flight=wait with rollout.partial=true: every update would wait for the longest response; set "
+            "rollout.in_flight=keep"
+        )
 
 
 def _check_quantization(c: Config) -> None:

@@ -26,6 +26,7 @@ from recipes.checks.settings import load_checked
 from recipes.cluster import attempt, lock
 from recipes.cluster.requeue import exhausted, may_start
 from recipes.cluster.serve import OPTIONS_FILE, Port, port_candidates
+from recipes.cluster.transport import transport
 from recipes.models.locate import model_location, prepare_model
 
 ALIVE = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "CONFIGURING")
@@ -120,13 +121,15 @@ def begin(words: Sequence[str]) -> dict[str, str | int]:
     (directory / OPTIONS_FILE).write_text(json.dumps(options, indent=1) + "\n", encoding="utf-8")
     master_port = Port("", port_candidates(int(job), 0))
     master_port.release()  # the learner's rank 0, on this node, listens on it in a moment
+    weight_sync, _ = transport(config)
     return {
         "STATE": "ready",
         "RUN_DIR": str(run_dir),
         "ATTEMPT_DIR": str(directory),
         "MASTER_PORT": master_port.number,
         # Servers on other nodes do not see this one's /dev/shm.
-        "SYNC_DIR": (config.rollout.sync_dir or str(run_dir / "sync")) if config.rollout.weight_sync == "disk" else "",
+        "SYNC_DIR": (config.rollout.sync_dir or str(run_dir / "sync")) if weight_sync == "disk" else "",
+        "WEIGHT_SYNC": weight_sync,
         "SERVED": int(config.rollout.engine != "local" and config.rollout.replay is None),
     }
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Sequence
@@ -30,9 +31,10 @@ from recipes.data.sources import ProblemSource, encode_prompt, make_source
 from recipes.data.suites import Protocol
 from recipes.loop.evaluation import Answered, Progress, answer_set, set_metrics
 from recipes.loop.journal import Group
+from recipes.loop.partial import Begun, choose, open_groups
 from recipes.rewards import RewardItem, Scorer
 from recipes.rewards.terms import scorer_of, term_means
-from recipes.rollout.engine import RolloutEngine, Sampling, request_seed
+from recipes.rollout.engine import Request, RolloutEngine, Sampling, request_seed
 from recipes.rollout.local import LocalEngine
 from recipes.rollout.make import make_engine
 
@@ -74,6 +76,7 @@ class Collector:
         )
         self._executor = ThreadPoolExecutor(1 + rollout.max_staleness, thread_name_prefix="rollouts")
         self._pending: dict[int, Future[dict[str, Any]]] = {}  # by step
+        self._begun: list[Begun] | None = None  # partial rollouts; None before the first batch
         self._text = threading.Lock()  # batches share the tokenizer
 
     @cached_property
@@ -107,13 +110,18 @@ class Collector:
 
     # --- training batches -----------------------------------------------------------------------------------------
 
-    def begin(self, step: int, position: int, count: int) -> None:
+    def begin(self, step: int, position: int, count: int, carried: Sequence[int] = ()) -> None:
         """Start to collect the batches of ``count`` steps in the background, except those already started.
 
         ``position``: of the first problem of ``step``. If refills decide how many problems a batch takes, each batch
-        waits for the previous one; else all are requested at once and served in this order.
+        waits for the previous one; else all are requested at once and served in this order. ``carried``: positions of
+        problems that partial rollouts had begun before this process.
         """
         rollout, refills = self.config.rollout, self._refills()
+        if rollout.partial:
+            if count:
+                self._pending[step] = self._executor.submit(self._collect_partial, step, position, carried)
+            return
         asked = rollout.generated_prompts or rollout.prompts_per_step
         for index, now in enumerate(range(step, min(step + count, self.config.train.steps))):
             if now not in self._pending:
@@ -135,82 +143,139 @@ class Collector:
         wanted = config.rollout.prompts_per_step
         asked = config.rollout.generated_prompts or wanted  # more than wanted where a filter will drop some
         groups: list[Group] = []
-        generate_s = reward_s = 0.0
+        seconds = {"generate": 0.0, "reward": 0.0}
         for attempt in range(1 + self._refills()):
             problems = self.source.problems(position, asked)
             position += asked
-            begin = time.monotonic()
-            rollouts = self._generate(problems, config.rollout.n, self.sampling, ("train", step, attempt))
-            middle = time.monotonic()
-            samples = self._judge(problems, rollouts, config.rollout.n, ("train", step, attempt))
-            generate_s += middle - begin
-            reward_s += time.monotonic() - middle
-            n = config.rollout.n
-            for index, problem in enumerate(problems):
-                members = samples[index * n : (index + 1) * n]
+            key = ("train", step, attempt)
+            requests = [
+                Request(prompt, config.rollout.n, _seed(config.seed, *key, place))
+                for place, prompt in enumerate(self._prompts(problems))
+            ]
+            for problem, members in zip(problems, self._judged(problems, requests, key, seconds), strict=True):
                 if not config.advantage.drop_uniform_groups or _informative(members):
                     groups.append((problem, members))
             if len(groups) >= wanted:
                 break
-        kept = [sample.reward_terms for _, members in groups[:wanted] for sample in members]
-        return {
-            "kind": "rollouts",
-            "step": step,
-            "position": position,  # of the next problem
-            "groups": groups[:wanted],
-            "timing": {"generate": generate_s, "reward": reward_s},
-            "reward_terms": term_means(config.reward, kept),
-            "counters": {**self.engine.counters, "dropped_problems": sum(self.source.dropped.values())},
-        }
+        return self._record(step, position, groups[:wanted], seconds)
 
-    def _generate(
-        self,
-        problems: Sequence[Problem],
-        n: int,
-        sampling: Sampling,
-        key: tuple[Any, ...],
-        *,
-        template: str | None = None,
-        positions: Sequence[int] | None = None,
-    ) -> list[Rollout]:
-        """Seeds depend on ``key`` and on the ``positions`` of the problems; default: 0, 1, 2, ..."""
-        with self._text:
-            prompts = [encode_prompt(self.tokenizer, p, template or self.config.data.template) for p in problems]
-        places = range(len(prompts)) if positions is None else positions
-        seeds = [_seed(self.config.seed, *key, place) for place in places]
-        return self.engine.generate(prompts, n=n, sampling=sampling, seeds=seeds)
+    def _record(self, step: int, position: int, groups: list[Group], seconds: dict[str, float]) -> dict[str, Any]:
+        """``position``: of the next problem."""
+        counters = {**self.engine.counters, "dropped_problems": sum(self.source.dropped.values())}
+        about = {"kind": "rollouts", "step": step, "position": position, "timing": seconds, "counters": counters}
+        kept = [sample.reward_terms for _, members in groups for sample in members]
+        return about | {"groups": groups, "reward_terms": term_means(self.config.reward, kept)}
 
-    def _judge(
-        self,
-        problems: Sequence[Problem],
-        rollouts: Sequence[Rollout],
-        n: int,
-        key: tuple[Any, ...],
-        scorer: Scorer | None = None,
-    ) -> list[Sample]:
+    def _judged(
+        self, problems: Sequence[Problem], requests: Sequence[Request], key: tuple[Any, ...], seconds: dict[str, float]
+    ) -> list[list[Sample]]:
+        """Judged samples of each request. Answers are decoded and judged while servers still write others."""
+        n, place = self.config.rollout.n, {request: index for index, request in enumerate(requests)}
+        found: list[list[Sample]] = [[] for _ in requests]
+        begin = time.monotonic()
+        parts = self.engine.complete(requests, sampling=self.sampling)
+        for part in parts if self.concurrent else [sum(parts, [])]:
+            middle = time.monotonic()
+            seconds["generate"] += middle - begin
+            items = [
+                (problems[place[request]], rollout, _seed(self.config.seed, *key, place[request] * n + number))
+                for request in part
+                for number, rollout in enumerate(request.rollouts or ())
+            ]
+            samples = self._judge(items)
+            for index, request in enumerate(part):
+                found[place[request]] = samples[index * n : (index + 1) * n]
+            begin = time.monotonic()
+            seconds["reward"] += begin - middle
+        return found
+
+    def _collect_partial(self, step: int, position: int, carried: Sequence[int]) -> dict[str, Any]:
+        """The groups that are complete first; see `recipes.loop.partial`."""
+        config = self.config
+        wanted, age = config.rollout.prompts_per_step, config.rollout.max_staleness
+        seconds = {"generate": 0.0, "reward": 0.0}
+        refills = self._refills() * wanted  # groups that may be begun in place of uniform ones
+        if self._begun is None:
+            self._begun = [self._begin_group(place, step) for place in carried]
+        begun = self._begun
+        most = min(open_groups(wanted, config.rollout.generated_prompts), (config.train.steps - step) * wanted)
+        missing = most - len(begun)
+        while True:
+            begun += [self._begin_group(place, step) for place in range(position, position + missing)]
+            position, missing = position + max(missing, 0), 0
+            open_now = {group.request: group for group in begun if group.samples is None}
+            batch = choose(begun, step, wanted=wanted, age=age)
+            began = time.monotonic()
+            with contextlib.closing(self.engine.complete(list(open_now), sampling=self.sampling)) as parts:
+                while batch is None and not missing:
+                    complete = [open_now[request] for request in next(parts)]
+                    middle = time.monotonic()
+                    uniform = self._judge_groups(complete)
+                    begun[:] = [group for group in begun if group not in uniform]
+                    missing = min(len(uniform), refills)
+                    refills -= missing
+                    batch = choose(begun, step, wanted=wanted, age=age) if not missing else None
+                    seconds["generate"] += middle - began
+                    began = time.monotonic()
+                    seconds["reward"] += began - middle
+            if batch is not None:
+                break
+        begun[:] = [group for group in begun if group not in batch]
+        groups = [(group.problem, group.samples or []) for group in batch]
+        record = self._record(step, position, groups, seconds) | {"open": [group.position for group in begun]}
+        record["counters"]["open_groups"] = len(begun)
+        return record
+
+    def _begin_group(self, position: int, step: int) -> Begun:
+        (problem,) = self.source.problems(position, 1)
+        (prompt,) = self._prompts([problem])
+        seed = _seed(self.config.seed, "train", "partial", position)
+        return Begun(position, step, problem, Request(prompt, self.config.rollout.n, seed))
+
+    def _judge_groups(self, groups: Sequence[Begun]) -> list[Begun]:
+        """Give each its samples; those that are not to be trained, since their rewards do not differ."""
+        n = self.config.rollout.n
+        samples = self._judge(
+            [
+                (group.problem, rollout, _seed(self.config.seed, "train", "partial", group.position, number))
+                for group in groups
+                for number, rollout in enumerate(group.request.rollouts or ())
+            ]
+        )
+        for index, group in enumerate(groups):
+            group.samples = samples[index * n : (index + 1) * n]
+        drop = self.config.advantage.drop_uniform_groups
+        return [group for group in groups if drop and not _informative(group.samples or [])]
+
+    def _prompts(self, problems: Sequence[Problem], template: str | None = None) -> list[list[int]]:
         with self._text:
-            texts = [self.tokenizer.decode(r.response_ids, skip_special_tokens=True) for r in rollouts]
-        items = [
-            RewardItem(
-                text, problems[i // n].answer, rollout.finish_reason == "length", key=_seed(self.config.seed, *key, i)
-            )
-            for i, (text, rollout) in enumerate(zip(texts, rollouts, strict=True))
+            return [encode_prompt(self.tokenizer, p, template or self.config.data.template) for p in problems]
+
+    def _judge(self, items: Sequence[tuple[Problem, Rollout, int]], scorer: Scorer | None = None) -> list[Sample]:
+        """``items``: problem, response, and what keys its random numbers; as many responses of each problem in a row as
+        a group has.
+        """
+        with self._text:
+            texts = [self.tokenizer.decode(rollout.response_ids, skip_special_tokens=True) for _, rollout, _ in items]
+        asked = [
+            RewardItem(text, problem.answer, rollout.finish_reason == "length", key=key)
+            for text, (problem, rollout, key) in zip(texts, items, strict=True)
         ]
-        results = (scorer or self.scorer).score(items)  # one batch at a time, by itself
+        results = (scorer or self.scorer).score(asked)  # one batch at a time, by itself
         return [
             Sample(
                 rollout,
-                problem_id=problems[i // n].id,
-                group=i // n,
-                seq_id=i,
-                text=texts[i],
+                problem_id=problem.id,
+                group=0,  # numbered where the batch is read from its record
+                seq_id=0,
+                text=text,
                 answer=result.answer,
                 reward=result.score,
                 reward_terms=result.terms,
                 correct=result.correct,
                 status=result.status,
             )
-            for i, (rollout, result) in enumerate(zip(rollouts, results, strict=True))
+            for text, (problem, rollout, _), result in zip(texts, items, results, strict=True)
         ]
 
     # --- evaluation -----------------------------------------------------------------------------------------------
@@ -243,9 +308,11 @@ class Collector:
         )
         key = ("eval",) if name == self.config.data.name else ("eval", name)
         texts, n = [problem for _, problem in problems], protocol.n
-        positions = [position for position, _ in problems]
-        rollouts = self._generate(texts, n, sampling, key, template=protocol.template, positions=positions)
-        samples = self._judge(texts, rollouts, n, key, self._scorer_for(protocol.reward, protocol.reward_params))
+        seeds = [_seed(self.config.seed, *key, position) for position, _ in problems]
+        prompts = self._prompts(texts, protocol.template)
+        rollouts = self.engine.generate(prompts, n=n, sampling=sampling, seeds=seeds)
+        items = [(texts[i // n], rollout, _seed(self.config.seed, *key, i)) for i, rollout in enumerate(rollouts)]
+        samples = self._judge(items, self._scorer_for(protocol.reward, protocol.reward_params))
         return [samples[i * n : (i + 1) * n] for i in range(len(texts))]
 
     def evaluate(self, step: int) -> dict[str, Any]:

@@ -25,13 +25,14 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import xxhash
 from safetensors.numpy import save
 from safetensors.torch import load
+from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from megatron_ext.rl.types import Problem, Rollout, Sample
@@ -44,6 +45,14 @@ FINISH = ("stop", "length")
 STATUS = ("ok", "timeout", "crash", "invalid")
 
 Group = tuple[Problem, list[Sample]]
+
+
+class Tokens(NamedTuple):
+    """Token ids of each group's prompt and of each response, and each response's experts."""
+
+    prompts: list[Tensor]
+    responses: list[Tensor]
+    experts: list[Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,11 @@ class Journal:
 
     def has(self, kind: str, step: int) -> bool:
         return (kind, step) in self._source
+
+    def about(self, kind: str, step: int) -> dict[str, Any]:
+        """What a record of the source, or one written since, holds beside arrays."""
+        place = self._source[kind, step]
+        return Record(read(place)).about
 
     def put(self, record: Mapping[str, Any]) -> bytes:
         """Append a record (see `encode`), durable when this returns; its payload."""
@@ -264,19 +278,21 @@ class Record:
         about: dict[str, Any] = json.loads(json.loads(payload[8 : 8 + header])["__metadata__"]["record"])
         self.about, self.arrays = about, load(payload)
 
-    def samples(self, first_seq_id: int) -> list[Sample]:
-        """The samples of a "rollouts" record, numbered from ``first_seq_id``; token ids and so on as tensors."""
-        if "response_ids" not in self.arrays:
+    def samples(self, first_seq_id: int, tokens: Tokens | None = None) -> list[Sample]:
+        """The samples of a "rollouts" record, numbered from ``first_seq_id``; token ids and so on as tensors.
+
+        ``tokens``: of a record whose own were taken out; by default the record's.
+        """
+        if "response_ends" not in self.arrays:
             return []
         arrays = self.arrays
-        prompts = _cut(arrays["prompt_ids"], arrays["prompt_ends"])
-        responses = _cut(arrays["response_ids"], arrays["response_ends"])
+        prompts, responses, experts = tokens or self.tokens()
         members = zip(
             arrays["group"].tolist(),
             responses,
             _cut(arrays["logprobs"], arrays["response_ends"]),
             _versions(arrays),
-            _experts(arrays, prompts, responses),
+            experts,
             *(arrays[name].tolist() for name in ("finish", "reward", "correct", "status")),
             strict=True,
         )
@@ -294,6 +310,29 @@ class Record:
             for number, (group, ids, logprobs, versions, chosen, finish, reward, correct, status) in enumerate(members)
         ]
 
+    def tokens(self) -> Tokens:
+        """What only the ranks need that compute a sample."""
+        cut = ((f"{kind}_ids", f"{kind}_ends") for kind in ("prompt", "response"))
+        prompts, responses = (_cut(self.arrays[ids], self.arrays[ends]) for ids, ends in cut)
+        experts: list[Tensor | None] = [None] * len(responses)
+        if "experts" in self.arrays:
+            groups = self.arrays["group"].tolist()
+            read = [len(prompts[group]) + len(ids) - 1 for group, ids in zip(groups, responses, strict=True)]
+            experts = list(self.arrays["experts"].split(read))
+        return Tokens(prompts, responses, experts)
+
+    def lengths(self) -> tuple[list[int], list[int]]:
+        """Tokens of each group's prompt and of each response."""
+        prompts, responses = (_lengths(self.arrays[name]) for name in ("prompt_ends", "response_ends"))
+        return prompts, responses
+
+    def without_tokens(self) -> bytes:
+        """Payload without token ids and experts: what a rank needs of samples that it does not compute."""
+        kept = {name: array for name, array in self.arrays.items() if name not in ("prompt_ids", "response_ids")}
+        if "experts" in kept:
+            kept["experts"] = kept["experts"][:0].clone()  # shape and dtype
+        return save_tensors(kept, {"record": json.dumps(self.about, separators=(",", ":"), ensure_ascii=False)})
+
     def oldest_version(self) -> int | None:
         """Of the weights that wrote a token; None without tokens."""
         versions = self.arrays.get("versions")
@@ -301,15 +340,12 @@ class Record:
 
 
 def _cut(flat: Tensor, ends: Tensor) -> list[Tensor]:
-    return list(flat.split(ends.diff(prepend=ends.new_zeros(1)).tolist())) if len(ends) else []
+    return list(flat.split(_lengths(ends))) if len(ends) else []
 
 
-def _experts(arrays: Mapping[str, Tensor], prompts: list[Tensor], responses: list[Tensor]) -> list[Tensor | None]:
-    if "experts" not in arrays:
-        return [None] * len(responses)
-    groups = arrays["group"].tolist()
-    read = [len(prompts[group]) + len(ids) - 1 for group, ids in zip(groups, responses, strict=True)]
-    return list(arrays["experts"].split(read))
+def _lengths(ends: Tensor) -> list[int]:
+    found: list[int] = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return found
 
 
 def _versions(arrays: Mapping[str, Tensor]) -> list[Tensor]:

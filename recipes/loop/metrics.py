@@ -67,7 +67,16 @@ class StepMetrics:
             "response_length/max": float(lengths.max()) if samples else 0.0,
             "response_length/clip_ratio": sum(s.rollout.finish_reason == "length" for s in samples) / n,
             "rollout/samples": float(len(samples)),
+            **self._ages(samples),
         }
+
+    def _ages(self, samples: list[Sample]) -> dict[str, float]:
+        """Mean age of a token in steps, and the share of tokens that were written when an update cut their response."""
+        age = cut = 0
+        for versions in (torch.as_tensor(s.rollout.weight_versions) for s in samples):
+            age += (self.step - 1) * len(versions) - int(versions.sum())
+            cut += int((versions < versions[-1:]).sum())
+        return {"rollout/staleness": age / max(self._tokens, 1), "rollout/cut_tokens": cut / max(self._tokens, 1)}
 
     def agreement(
         self, samples: list[Sample], rollout_logp: Tensor, stats: TokenStats, *, version: int, limit: float
@@ -79,7 +88,6 @@ class StepMetrics:
         """
         versions = torch.cat([torch.as_tensor(s.rollout.weight_versions, dtype=torch.long) for s in samples])
         same = versions == version
-        self._values["rollout/staleness"] = float((version - versions).double().mean()) if len(versions) else 0.0
         if bool(same.any()):
             engine, learner = rollout_logp[same].double(), stats.logp[same].double()
             dp = (engine.exp() - learner.exp()).abs()

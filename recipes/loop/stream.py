@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +17,9 @@ from megatron_ext.learner.critic import Critic
 from megatron_ext.learner.learner import Learner
 from megatron_ext.rl.types import Sample
 from recipes.loop import journal
+from recipes.loop.batch import split
 from recipes.loop.collect import Collector
+from recipes.loop.deal import deal
 from recipes.loop.metrics import StepMetrics
 from recipes.rollout.colocated import Sleeper, Turns
 
@@ -54,10 +57,12 @@ class RolloutStream:
         """The record and samples of a step. Before live rollouts the engine gets the learner's current weights.
 
         With ``rollout.max_staleness`` k, collection for the next k steps starts here and runs beside the training. A
-        batch starts with the weights of k steps before its own, so its tokens are never older.
+        batch starts with the weights of k steps before its own, so its tokens are never older. With ``rollout.partial``
+        no batch is begun ahead: `recipes.loop.partial` keeps more groups open than a batch holds.
         """
         progress.at("rollout", step=step)
-        ahead = self._config.rollout.max_staleness
+        rollout = self._config.rollout
+        ahead = 0 if rollout.partial else rollout.max_staleness
         record: bytes = b""
         if self._available("rollouts", step):
             if self._first:
@@ -73,18 +78,25 @@ class RolloutStream:
                 if self._first:
                     if found is None:
                         with metrics.clock("wait"):
-                            self._live().begin(step, position, 1 + ahead)
+                            self._live().begin(step, position, 1 + ahead, self._carried(step))
                             found = self._live().finish(step)
                     metrics.add({f"timing_s/sync/{name}": s for name, s in self._live().engine.sync_seconds.items()})
                     assert found is not None and self._journal is not None
                     record = self._journal.put(found)
-                    check_staleness(journal.Record(record), ahead)
+                    check_staleness(journal.Record(record), rollout.max_staleness)
                     self._live().begin(step + 1, found["position"], ahead)
-        decoded = journal.Record(control.broadcast_bytes(record, src=0))
+        begin = time.monotonic()
+        decoded, tokens = deal(record, self._shares, self._learner.replica)
+        metrics.add({"timing_s/deal": time.monotonic() - begin})  # on rank 0, the one that nobody keeps waiting
         metrics.add({f"rollout/{name}": float(value) for name, value in decoded.about.get("counters", {}).items()})
         metrics.add({f"critic/rewards/{name}": mean for name, mean in decoded.about.get("reward_terms", {}).items()})
         first_seq_id = step * self._config.rollout.prompts_per_step * self._config.rollout.n
-        return decoded.about, decoded.samples(first_seq_id)
+        return decoded.about, decoded.samples(first_seq_id, tokens)
+
+    def _shares(self, lengths: list[int], groups: list[int]) -> list[list[int]]:
+        """Samples by data-parallel rank: those of the statistics pass, which takes all, and of the updates."""
+        mini_batches = split(torch.tensor(groups), self._config.train.mini_batch_prompts)
+        return self._learner.shares(lengths, [range(len(lengths)), *mini_batches])
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Evaluation of the weights after ``step`` steps; empty in a replay whose journal has none."""
@@ -105,6 +117,12 @@ class RolloutStream:
     def agree(self, flag: bool) -> bool:
         """Rank 0's flag on every rank."""
         return control.agree(flag)
+
+    def _carried(self, step: int) -> list[int]:
+        """Problems that partial rollouts had begun when a run was stopped after this many steps: begun anew."""
+        if not self._config.rollout.partial or self._journal is None or not self._journal.has("rollouts", step - 1):
+            return []
+        return list(self._journal.about("rollouts", step - 1).get("open", []))
 
     # --- inside ---------------------------------------------------------------------------------------------------
 

@@ -468,7 +468,7 @@ def make_sync(rollout: RolloutConfig, model_dir: Path) -> WeightSync:
     if rollout.weight_sync == "nccl" and not torch.cuda.is_available():
         raise ValueError("rollout.weight_sync=nccl: there is no GPU here; set rollout.weight_sync to disk or gloo")
     digest = "sha256" if rollout.weight_digest == "sha256" else None  # None: the transport's fast one
-    if rollout.weight_sync != "disk":
+    if rollout.weight_sync not in ("auto", "disk"):  # a job decides on auto (recipes.cluster.transport)
         return BroadcastSync(rollout.weight_sync, digest=digest)
     on_disk = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))
     parent = Path(rollout.sync_dir).absolute() if rollout.sync_dir else None

@@ -64,6 +64,7 @@ class Learner:
     """What the stream needs: an export that is a collective on the device."""
 
     device = torch.device("cpu")
+    replica = 0
 
     def export(self, *, explicit_lm_head: bool) -> Iterator[tuple[str, Tensor]]:
         value = torch.ones(1)

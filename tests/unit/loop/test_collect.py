@@ -18,6 +18,7 @@ from recipes.loop.collect import Collector
 from recipes.loop.journal import Record, encode
 from recipes.loop.stream import check_staleness
 from recipes.rewards.verifiers import make_verifier
+from recipes.rollout.engine import Request, Sampling
 
 
 class Stub(Collector):
@@ -76,17 +77,20 @@ def test_tokens_older_than_allowed_end_the_run() -> None:
 
 
 class Judge(Collector):
-    """The real `_judge` with random rewards, in this process, and with a stub for the tokenizer."""
+    """The real judging with random rewards, in this process, and with a stub for the tokenizer."""
 
     def __init__(self, seed: int) -> None:
         self.config = load_checked([f"seed={seed}", "reward.name=random"])
-        self._text = threading.Lock()
+        self._text, self.sampling = threading.Lock(), Sampling(1)
         self.tokenizer = SimpleNamespace(decode=lambda ids, **_: "")
         self.scorer = SimpleNamespace(score=lambda items: [make_verifier("random")(item) for item in items])  # type: ignore[assignment]
 
     def rewards(self, *key: object) -> list[float]:
-        rollouts = [Rollout([1], [2], [-1.0], [0], "stop")] * 64
-        return [s.reward for s in self._judge([Problem("0", "", "")] * 8, rollouts, 8, key)]
+        problems = [Problem("0", "", "")] * 8
+        requests = [Request([1], 8, 0, rollouts=[Rollout([1], [2], [-1.0], [0], "stop")] * 8) for _ in problems]
+        self.engine = SimpleNamespace(complete=lambda requests, **_: iter([requests]))  # type: ignore[assignment]
+        groups = self._judged(problems, requests, key, {"generate": 0.0, "reward": 0.0})
+        return [s.reward for members in groups for s in members]
 
 
 def test_random_rewards_depend_on_seed_step_and_attempt() -> None:

@@ -52,6 +52,7 @@ def test_rollout_numbers() -> None:
         "critic/accuracy": 0.5,
         "reward/failures": 1.0,
         "response_length/mean": 5.0,
+        "rollout/staleness": 2.0,
         "response_length/max": 8.0,
         "response_length/clip_ratio": 0.5,
         "rollout/samples": 4.0,
@@ -179,3 +180,10 @@ def test_whatever_depends_on_the_machine_is_named_so() -> None:
     assert quick.keys() == slow.keys()
     different = {name for name in quick if quick[name] != slow[name]}
     assert different and all(name.startswith(("timing_s/", "perf/")) for name in different)
+
+
+def test_ages_of_tokens() -> None:
+    metrics = StepMetrics(4)  # trains with the weights of version 3
+    metrics.rollouts([sample(4, versions=[1, 1, 3, 3]), sample(2, versions=[2, 2]), sample(2, versions=[3, 3])])
+    row = result(metrics)
+    assert row["rollout/staleness"] == (2 + 2 + 1 + 1) / 8 and row["rollout/cut_tokens"] == 2 / 8
