@@ -119,7 +119,7 @@ PARTS = (
         "a comparison of methods, as far as the time goes",
         ("recipes.study", "gpu", "--minutes", "{minutes}", "--results", "{out}/studies"),
         6,
-        ("recipes.study", "losses", "--level", "L1", "--seeds", "1", "--results", "{out}/studies"),
+        ("recipes.study", "gpu", "--rehearse", "--minutes", "1", "--results", "{out}/studies"),
     ),
 )
 
