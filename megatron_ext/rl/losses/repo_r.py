@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_ext.rl.losses.base import Loss, Terms
@@ -87,4 +88,5 @@ class RepoR(Loss):
         zeta = self.zeta if self.current_zeta is None else self.current_zeta
         factor = (1 - zeta * x.advantages.sign() * x.logp).clamp(min=0)
         terms = clipped_terms(x.advantages * factor, ratio, 1 - self.eps_low, 1 + self.eps_high, self.dual_clip)
-        return replace(terms, metrics={**terms.metrics, "repo_factor": factor})
+        metrics = {**terms.metrics, "repo_factor": factor, "repo_zeta": torch.full_like(factor, zeta)}
+        return replace(terms, metrics=metrics)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from configs.schema import Config
 from megatron_ext.rl.selection import build_selection
 from megatron_ext.rl.types import Rollout, Sample, TokenStats
-from recipes.loop.batch import aggregation_weights, correct_mismatch, make_batch, positive_nll_weights, split
+from recipes.loop.batch import aggregation_weights, correct_mismatch, make_batch, positive_nll_weights, select, split
 from recipes.loop.metrics import StepMetrics
 
 
@@ -82,3 +82,22 @@ def test_tokens_that_mismatch_leave_the_denominators() -> None:
     weights_B = aggregation_weights(config, build_selection("none"), batch, groups_B, include_B, [0, 1])
     assert weights_B.tolist() == pytest.approx([1 / 6, 1 / 6])
     assert metrics.result({})["mismatch/out_of_bounds_frac"] == 2 / 8
+
+
+def test_the_weights_of_a_selection_reach_the_batch_per_mini_batch() -> None:
+    """Selected anew for one sample, its weights are those of that sample alone; the other's stay."""
+    config, metrics = Config(), StepMetrics(0)
+    batch, _, _ = make_batch(config, [sample(0, 3), sample(0, 5)])
+    g = torch.Generator().manual_seed(0)
+    batch.advantages = torch.randn(8, generator=g)
+    stats = TokenStats(-torch.rand(8, generator=g), torch.rand(8, generator=g), torch.zeros(8), torch.zeros(8))
+    batch.old_logp = stats.logp
+    steer = build_selection("steer", weight_min=0.5, omega_floor=1e-6)
+    select(config, build_selection("none"), batch, stats, 0, [0, 1], metrics)
+    assert batch.token_weight is None
+    select(config, steer, batch, stats, 0, [0, 1], metrics)
+    whole = batch.token_weight
+    assert whole is not None and whole.min() == pytest.approx(0.5)
+    select(config, steer, batch, stats, 0, [1], metrics)
+    assert batch.token_weight is not None and torch.equal(batch.token_weight[:3], whole[:3])
+    assert batch.token_weight[3:].min() == pytest.approx(0.5)
