@@ -148,7 +148,7 @@ def _check_refills(c: Config) -> None:
         )
     surplus = generated is not None and generated > c.rollout.prompts_per_step
     unused = {
-        "rollout.generated_prompts": generated if surplus else 0,
+        "rollout.generated_prompts": generated if surplus and not c.rollout.partial else 0,
         "advantage.max_refills": c.advantage.max_refills,
     }
     for key, value in unused.items():

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from recipes.studies import methods, prediction, results
@@ -32,6 +32,16 @@ class FullStudy:
     eval_set: str
     k: int
     setting: str
+    method_words: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Further words of a method, by its name."""
+
+
+def _stale(steps: int, *words: str) -> tuple[str, ...]:
+    return (f"rollout.max_staleness={steps}", *words)
+
+
+STALENESS = {"GRPO": ()} | {f"ahead {k}": _stale(k) for k in (1, 2, 4)}
+STALENESS |= {f"partial {k}": _stale(k, "rollout.partial=true") for k in (1, 2, 4)}
 
 
 FULL_STUDIES: dict[str, FullStudy] = {
@@ -51,6 +61,17 @@ FULL_STUDIES: dict[str, FullStudy] = {
         eval_set="chain",
         k=8,
         setting="quick start, 4 epochs",
+    ),
+    "staleness": FullStudy(
+        title="Staleness and partial rollouts",
+        question="What do tokens that are 1, 2 or 4 steps old cost in reward, and what do partial rollouts save?",
+        words=("recipe=quickstart", "rollout.engine=local", "train.steps=32", "train.tis_cap=2", "eval.every=32"),
+        methods=dict.fromkeys(STALENESS, methods.LOSSES["GRPO"]),
+        method_words=STALENESS,
+        seeds=4,
+        eval_set="chain",
+        k=8,
+        setting="quick start, 32 steps",
     ),
     "gpu": FullStudy(
         title="Headline methods on a GPU",
@@ -127,7 +148,7 @@ def run(
             report(f"{name}: the {minutes:g} minutes are over, {len(todo) - count + 1} runs are left")
             break
         run_dir = runs / name / f"{_slug(method)}-seed{seed}"
-        words = [*study.words, *overrides(study.methods[method])]
+        words = [*study.words, *overrides(study.methods[method]), *study.method_words.get(method, ())]
         words += [f"seed={seed}", f"model.warm_start.seed={seed}", f"run.dir={run_dir}", f"run.name={name}"]
         failed, taken = False, None
         if not (run_dir / "hf").is_dir():  # exported at the end
@@ -163,12 +184,23 @@ def _row(
         "setting": study.setting,
         "failed": failed,
         **summary(metrics, study.eval_set, study.k, failed),
+        **ages(metrics),
         "k": study.k,
         "command": "python -m recipes.train " + " ".join(w for w in words if not w.startswith("run.")),
         "machine": results.machine(),
         "date": time.strftime("%Y-%m-%d", time.localtime(path.stat().st_mtime if metrics else None)),
     }
     return row
+
+
+def ages(metrics: list[results.Row]) -> results.Row:
+    """How old trained tokens were, in steps, and how many had been written when an update cut their response.
+
+    A trainer that begins cut responses anew throws the latter away. {} for a run that trained on new tokens only.
+    """
+    found = {name: [row.get(f"rollout/{name}", 0.0) for row in metrics] for name in ("staleness", "cut_tokens")}
+    means = {name: round(sum(values) / max(len(values), 1), 5) for name, values in found.items()}
+    return means if means["staleness"] else {}
 
 
 def summary(metrics: list[results.Row], eval_set: str, k: int, failed: bool = False) -> results.Row:

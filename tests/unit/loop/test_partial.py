@@ -66,6 +66,7 @@ PARTIAL = ("rollout.partial=true", "rollout.engine=local", "train.tis_cap=2")
     ("extra", "message"),
     [
         (PARTIAL, "rollout.max_staleness=0 allows none"),
+        ((*PARTIAL, "rollout.max_staleness=1", "rollout.generated_prompts=65"), "prompts_per_step = 64 may be open"),
         ((*PARTIAL, "rollout.engine=vllm", "rollout.max_staleness=1"), "rollout.in_flight=keep"),
     ],
 )

@@ -20,12 +20,17 @@ from recipes.studies.methods import LOSSES, overrides
         (FULL_STUDIES["full_stack"], "eps_low 0.05"),
         (FULL_STUDIES["gpu"], "eps_high off"),
         (rehearsal(FULL_STUDIES["gpu"]), "CE-GPPO (0, 1)"),
+        (FULL_STUDIES["staleness"], "partial 4"),
     ],
-    ids=["full_stack", "gpu", "rehearsal"],
+    ids=["full_stack", "gpu", "rehearsal", "staleness"],
 )
 def test_a_run_is_a_valid_configuration(study: FullStudy, method: str) -> None:
-    config = load_checked([*study.words, *overrides(study.methods[method])])
-    assert (config.train.epochs, config.eval.n) == (4, study.k) and study.k in config.eval.k
+    config = load_checked([*study.words, *overrides(study.methods[method]), *study.method_words.get(method, ())])
+    assert config.eval.n == study.k and study.k in config.eval.k
+    stale = study is FULL_STUDIES["staleness"]
+    assert (config.train.epochs, config.rollout.max_staleness, config.rollout.partial) == (
+        *((1, 4, True) if stale else (4, 0, False)),
+    )
 
 
 def test_a_method_becomes_words() -> None:
