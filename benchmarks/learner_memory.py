@@ -16,12 +16,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks.vocab_statistics import peak_bytes
 
 SIZES = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 8}
 SIZES |= {"vocab_size": 16384}
@@ -72,24 +73,6 @@ def make_experts(directory: Path) -> None:
     Qwen3MoeForCausalLM(config).save_pretrained(directory)
 
 
-def peak_beyond(run: Callable[[], object]) -> int:
-    """Most bytes that live at once during a call, beyond what lived before."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    level = peak = 0
-    assert recorded.profiler is not None
-    for event in recorded.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            level += event.nbytes()
-            peak = max(peak, level)
-    return peak
-
-
 def measure(words: list[str]) -> dict[str, float]:
     """Bytes of this rank by part; inside the process group's processes."""
     from megatron_ext.learner.learner import Learner
@@ -116,7 +99,7 @@ def measure(words: list[str]) -> dict[str, float]:
             learner.update(batch, range(each), weights_B, build_loss("ce_gppo"))
 
         update()  # makes the optimizer's state
-        beyond = peak_beyond(update)
+        beyond = peak_bytes(update, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         buffers = [b.grad_data for chunk in learner.chunks for b in chunk.buffers + chunk.expert_parallel_buffers]
         return {
             "weights": float(_bytes(model_tensors(learner.chunks))),

@@ -23,7 +23,7 @@ from megatron_ext.learner.critic import Critic
 from megatron_ext.learner.learner import Learner
 from megatron_ext.learner.model import distributed
 from megatron_ext.learner.resume import resume
-from megatron_ext.rl.losses import build_loss
+from megatron_ext.rl.losses import Loss, build_loss
 from megatron_ext.rl.schedules import Controller, build_controller
 from megatron_ext.rl.selection import Selection, build_selection
 from megatron_ext.rl.types import Sample
@@ -145,14 +145,7 @@ def train_step(
         metrics.add({"actor/nonfinite_updates": guard.skipped})
         return controller_state
     entropy = describe_old_policy(config, batch, stats, rollout_logp, samples, step, metrics)
-    total = config.train.steps
-    controller_state = controller.observe(controller_state, step=step, total_steps=total, entropy=entropy)
-    overrides = controller.loss_params(controller_state, step=step, total_steps=total)
-    loss = build_loss(config.loss["name"], **{**_params(config.loss), **overrides})
-    metrics.add(controller.metrics(controller_state))
-    if (warning := controller.warning(controller_state)) and torch.distributed.get_rank() == 0:
-        print(f"step {step + 1}: {warning}", flush=True)
-
+    loss, controller_state = scheduled_loss(config, controller, controller_state, step, entropy, metrics)
     targets = assign_advantages(
         config, selection, samples, rollout_logp if stats is None else stats.logp, batch, critic, metrics
     )

@@ -6,28 +6,11 @@ from typing import Any
 
 from conversion.config import Experts
 from conversion.families.llama import ATTENTION, DEFAULTS, EMBEDDINGS
+from conversion.families.qwen3_moe import expert_rules
 from conversion.fields import Fields
-from conversion.table import Family, Rule
+from conversion.table import Family
 
-_HF = "model.layers.{layer}.block_sparse_moe."
-_MEGATRON = "decoder.layers.{layer}.mlp."
-
-EXPERTS = (
-    Rule(_MEGATRON + "router.weight", "copy", {_HF + "gate.weight": "experts hidden"}),
-    Rule(
-        _MEGATRON + "experts.local_experts.{expert}.linear_fc1.weight",
-        "gate_up",
-        {
-            _HF + "experts.{expert}.w1.weight": "expert_ffn hidden",
-            _HF + "experts.{expert}.w3.weight": "expert_ffn hidden",
-        },
-    ),
-    Rule(
-        _MEGATRON + "experts.local_experts.{expert}.linear_fc2.weight",
-        "copy",
-        {_HF + "experts.{expert}.w2.weight": "hidden expert_ffn"},
-    ),
-)
+EXPERTS = expert_rules("model.layers.{layer}.block_sparse_moe.", "w1", "w3", "w2")
 
 
 def _options(config: Fields) -> dict[str, Any]:

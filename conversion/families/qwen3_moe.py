@@ -10,25 +10,28 @@ from conversion.families.qwen3 import QK_NORM, qwen3_options
 from conversion.fields import Fields
 from conversion.table import Family, Rule
 
-_HF = "model.layers.{layer}.mlp."
 _MEGATRON = "decoder.layers.{layer}.mlp."
 
-EXPERTS = (
-    Rule(_MEGATRON + "router.weight", "copy", {_HF + "gate.weight": "experts hidden"}),
-    Rule(
-        _MEGATRON + "experts.local_experts.{expert}.linear_fc1.weight",
-        "gate_up",
-        {
-            _HF + "experts.{expert}.gate_proj.weight": "expert_ffn hidden",
-            _HF + "experts.{expert}.up_proj.weight": "expert_ffn hidden",
-        },
-    ),
-    Rule(
-        _MEGATRON + "experts.local_experts.{expert}.linear_fc2.weight",
-        "copy",
-        {_HF + "experts.{expert}.down_proj.weight": "hidden expert_ffn"},
-    ),
-)
+
+def expert_rules(prefix: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
+    """Router and experts of a layer, from their Hugging Face prefix and the names of an expert's projections."""
+    expert = prefix + "experts.{expert}."
+    return (
+        Rule(_MEGATRON + "router.weight", "copy", {prefix + "gate.weight": "experts hidden"}),
+        Rule(
+            _MEGATRON + "experts.local_experts.{expert}.linear_fc1.weight",
+            "gate_up",
+            {f"{expert}{gate}.weight": "expert_ffn hidden", f"{expert}{up}.weight": "expert_ffn hidden"},
+        ),
+        Rule(
+            _MEGATRON + "experts.local_experts.{expert}.linear_fc2.weight",
+            "copy",
+            {f"{expert}{down}.weight": "hidden expert_ffn"},
+        ),
+    )
+
+
+EXPERTS = expert_rules("model.layers.{layer}.mlp.", "gate_proj", "up_proj", "down_proj")
 
 
 def routed_experts(config: Fields, **more: Any) -> Experts:

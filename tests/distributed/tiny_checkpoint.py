@@ -26,12 +26,12 @@ LLAMA: dict[str, Any] = {
 }
 
 
-def write_random(directory: Path, raw: Mapping[str, Any] = LLAMA) -> Path:
-    """A directory with this config.json and float32 weights for it."""
+def write_random(directory: Path, raw: Mapping[str, Any] = LLAMA, dtype: torch.dtype = torch.float32) -> Path:
+    """A directory with this config.json and weights for it."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(raw))
     shapes = conversion.hf_shapes(conversion.parse_config(raw))
-    save_file({name: torch.randn(shape) for name, shape in shapes.items()}, directory / "model.safetensors")
+    save_file({name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}, directory / "model.safetensors")
     return directory
 
 

@@ -156,7 +156,7 @@ def _watch(trainer: subprocess.Popen[bytes], *, until: Path | None) -> list[psut
             if process.pid not in seen:
                 process.info = {"cmdline": _command_line(process)}  # type: ignore[attr-defined]
                 seen[process.pid] = process
-        time.sleep(0.1)
+        time.sleep(0.5)  # looking at all processes takes CPU time from the run
     assert until is None or until.exists(), "the trainer ended too early"
     return list(seen.values())
 

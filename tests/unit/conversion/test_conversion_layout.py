@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from tiny_checkpoint import write_random
 
 import conversion
 from conversion import hf_to_megatron, megatron_to_hf
@@ -44,11 +45,7 @@ TAKEN |= {"position_embedding_type": "rope", "tensor_model_parallel_size": 1, "p
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    source = tmp_path / "hf"
-    source.mkdir()
-    (source / "config.json").write_text(json.dumps(RAW))
-    shapes = conversion.hf_shapes(conversion.parse_config(RAW))
-    save_file({name: torch.randn(shape) for name, shape in shapes.items()}, source / "model.safetensors")
+    source = write_random(tmp_path / "hf", RAW)
     hf_to_megatron.convert(source, tmp_path / "root", layout="megatron-lm", threads=2)
     return tmp_path / "root"
 

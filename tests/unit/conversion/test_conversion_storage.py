@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from tiny_checkpoint import write_random
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
@@ -39,12 +40,7 @@ RAW = {
 
 @pytest.fixture
 def hf_dir(tmp_path: Path) -> Path:
-    directory = tmp_path / "source"
-    directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(RAW))
-    shapes = conversion.hf_shapes(conversion.parse_config(RAW))
-    save_file({n: torch.randn(shape).bfloat16() for n, shape in shapes.items()}, directory / "model.safetensors")
-    return directory
+    return write_random(tmp_path / "source", RAW, torch.bfloat16)
 
 
 def test_every_stored_piece_is_byte_for_byte_what_torch_saves(hf_dir: Path, tmp_path: Path) -> None:

@@ -6,10 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
+from tiny_checkpoint import write_random
 
-import conversion
 from configs.load import load_config, save_config
 from conversion import hf_to_megatron
 from recipes import checkpoint
@@ -44,9 +42,7 @@ def test_a_checkpoint_is_exported_with_the_options_and_the_card_of_the_final_exp
     source, run = tmp_path / "source", tmp_path / "run"
     (source / "additional_chat_templates").mkdir(parents=True)
     (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
-    (source / "config.json").write_text(json.dumps(RAW))
-    shapes = conversion.hf_shapes(conversion.parse_config(RAW))
-    save_file({name: torch.randn(shape) for name, shape in shapes.items()}, source / "model.safetensors")
+    write_random(source, RAW)
     hf_to_megatron.convert(source, run / "checkpoints" / "step_000003")
     save_config(load_config(["recipe=quickstart", "model.path=smollm2"]), run / "config.yaml")
     (run / COMMAND).write_text("python -m recipes.train recipe=quickstart\n")
