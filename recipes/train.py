@@ -181,6 +181,22 @@ def train_step(
     return controller_state
 
 
+def scheduled_loss(
+    config: Config, controller: Controller, state: dict[str, Any], step: int, entropy: float, metrics: StepMetrics
+) -> tuple[Loss, dict[str, Any]]:
+    """The loss with the controller's parameters at this step, and the controller's next state.
+
+    ``entropy``: of the batch before its first update, nats per token.
+    """
+    total = config.train.steps
+    state = controller.observe(state, step=step, total_steps=total, entropy=entropy)
+    overrides = controller.loss_params(state, step=step, total_steps=total)
+    metrics.add(controller.metrics(state))
+    if (warning := controller.warning(state)) and torch.distributed.get_rank() == 0:
+        print(f"step {step + 1}: {warning}", flush=True)
+    return build_loss(config.loss["name"], **{**_params(config.loss), **overrides}), state
+
+
 def _params(group: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "name"}
 

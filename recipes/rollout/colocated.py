@@ -1,11 +1,11 @@
 """Learner and rollout servers take turns on the same GPUs (``rollout.colocated``).
 
-    TRAINING   the learner has the memory, the servers sleep: they hold neither weights nor KV cache
+    TRAINING   the learner has the memory; the servers sleep, without weights and KV cache
     HANDOVER   optimizer state and gradients are on the host; servers hold memory for weights and receive them
     ROLLOUT    the learner's weights are on the host too; servers hold weights and KV cache, and generate
-    BROKEN     something failed on the way: the run must end, and continues from its last checkpoint
+    BROKEN     a turn failed: the run must end, and continues from its last checkpoint
 
-Sleep is vLLM's level 2, which forgets the weights: they are sent at every turn, also those sent before. On a CPU, where
+Sleep is vLLM's level 2, which discards the weights, so they are sent at every turn, even if unchanged. On a CPU, where
 vLLM's sleep frees nothing, the same calls are made in the same order.
 """
 
@@ -20,14 +20,14 @@ from megatron_ext.learner import control
 
 
 class Model(Protocol):
-    """What `learner.Trainable` offers."""
+    """The interface of `learner.Trainable` that is used here."""
 
     def offload(self, *, weights: bool = False) -> None: ...
     def reload(self, *, optimizer: bool | None = None) -> None: ...
 
 
 class Sleeper(Protocol):
-    """What a rollout engine offers that shares GPUs with the learner."""
+    """Interface of a rollout engine that shares GPUs with the learner."""
 
     def sleep(self) -> None: ...  # no request runs; memory of weights and KV cache is given back
     def wake(self, tag: str) -> None: ...  # "weights", then "kv_cache": memory is taken, contents are undefined
@@ -48,7 +48,7 @@ _NEXT = {
 
 
 class Turns:
-    """Whose turn it is. Every rank makes every call; rank 0 alone has an engine.
+    """The turns of learner and servers. Every rank makes every call; only rank 0 has an engine.
 
     Args:
         models: the policy first; a critic follows it.
@@ -62,10 +62,10 @@ class Turns:
 
     @contextlib.contextmanager
     def rollout(self, push: Callable[[], None]) -> Iterator[None]:
-        """The servers' turn. ``push``, a collective, gives them the policy's weights.
+        """The servers' turn. ``push``, a collective, sends them the policy's weights.
 
-        Raises RuntimeError when it is their turn already, or a turn before failed. Whatever is raised inside breaks
-        the turns: the servers' memory is in an unknown state.
+        Raises RuntimeError if it is already their turn, or an earlier turn failed. An error inside ends the turns,
+        because the state of the servers' memory is then unknown.
         """
         self._advance(Phase.HANDOVER)
         try:
@@ -112,5 +112,5 @@ class Turns:
 
 
 def _wait_for_all() -> None:
-    """No rank goes on before every rank has freed its memory, or the servers have freed theirs."""
+    """Wait until every rank, or the servers, have freed their memory."""
     control.barrier()

@@ -1,4 +1,4 @@
-"""Where rollouts come from: one small interface, two engines.
+"""The interface of rollout engines. There are two:
 
 ``vllm``: stock vLLM servers over HTTP (`recipes.rollout.vllm.pool`). ``local``: the same weights in this process
 (`recipes.rollout.local`), for tests and for machines without vLLM.
@@ -22,7 +22,7 @@ from megatron_ext.sync.auth import TOKEN_VARIABLE
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn.
+    """Sampling parameters.
 
     The model's own end-of-sequence tokens (``eos_token_id`` of config.json and generation_config.json) always stop;
     ``stop_token_ids`` adds to them. ``temperature`` 0 is greedy; ``top_k`` 0 samples from all tokens.
@@ -67,7 +67,7 @@ class Request:
 
 
 class RolloutEngine(Protocol):
-    """What the training loop knows of an engine. `generate` may run in several threads, also while `push` runs."""
+    """A rollout engine. `generate` may run in several threads, also while `push` runs."""
 
     version: int  # of the weights it serves
     sync_seconds: dict[str, float]  # of the last `push`, by phase
@@ -116,7 +116,7 @@ def url_token() -> str:
 
 
 def stop_tokens(model_dir: Path) -> set[int]:
-    """End-of-sequence token ids that the model's own files name. The same for every engine."""
+    """End-of-sequence token ids in the model's own files. The same for every engine."""
     found: set[int] = set()
     for name in ("config.json", "generation_config.json"):
         path = model_dir / name
@@ -126,7 +126,7 @@ def stop_tokens(model_dir: Path) -> set[int]:
 
 
 def check_request(prompts: Sequence[Sequence[int]], n: int, seeds: Sequence[int], max_model_len: int) -> None:
-    """ValueError for what no engine can generate."""
+    """ValueError for requests that no engine can serve."""
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one seed per prompt")
     if n < 1:

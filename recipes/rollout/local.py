@@ -1,8 +1,8 @@
 """Rollouts in this process: transformers' model in float32 with a KV cache, behind the same interface as the servers.
 
-For tests and for machines without vLLM. Each sequence draws its random numbers from Philox keyed by (seed, sample), one
-per token, and samples by inverting the cumulative distribution: the tokens depend on the seed and not on the batch they
-are computed in (up to float32 rounding of the logits, which batch shapes change in the last digit).
+For tests and for machines without vLLM. Each sequence gets one random number per token from Philox keyed by (seed,
+sample), and samples by inverting the cumulative distribution. So the tokens depend on the seed and not on the batch (up
+to float32 rounding of the logits, which depends on the batch shape).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class LocalEngine:
         self._max_model_len, self._max_num_seqs = max_model_len, max_num_seqs
         self._experts = experts_of(model_dir)
         self._closed = False
-        self._lock = threading.Lock()  # an update waits for the responses being written, and they for it
+        self._lock = threading.Lock()  # generation and updates exclude each other
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, n: int, sampling: Sampling, seeds: Sequence[int]

@@ -1,8 +1,8 @@
 """The experts that an engine chose for each token, for routing replay (`megatron_ext.learner.routing`).
 
-vLLM returns them where it was started with ``--enable-return-routed-experts``: base64 of a NumPy file of shape
-(tokens read, layers, top k), uint8 or uint16. It can so beside a GPU alone (its second model runner, which needs
-Triton), without pipeline or context parallelism, with its prefix cache (vllm/config/vllm.py,
+vLLM returns them if it was started with ``--enable-return-routed-experts``, as base64 of a NumPy file of shape
+(tokens read, layers, top k), uint8 or uint16. This works only on a GPU (its second model runner needs Triton), without
+pipeline or context parallelism, and with its prefix cache (vllm/config/vllm.py,
 ``_verify_aux_output_compatibility``).
 """
 
@@ -20,7 +20,7 @@ import conversion
 from configs.schema import RolloutConfig
 
 FLAG = "--enable-return-routed-experts"
-# vLLM's options beside which it does not return experts, and what they do.
+# vLLM's options with which it does not return experts, and their effect.
 UNFIT = {
     "--pipeline-parallel-size": "spreads layers over GPUs",
     "-pp": "spreads layers over GPUs",

@@ -1,4 +1,4 @@
-"""One vLLM server over HTTP: its state as the pool sees it, requests, and what goes in and out of them."""
+"""One vLLM server over HTTP: its state in the pool, requests, and their encoding and decoding."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ ALIVE = "/is_paused"  # answered by the engine itself: /health also answers when
 
 
 FILES_PAUSE_S = 0.1  # before the next attempt when this process has too many files open
-RESERVED_FILES = 256  # for all else than generation requests: logs, journal, probes, checkpoints
+RESERVED_FILES = 256  # for everything except generation requests: logs, journal, probes, checkpoints
 
 
 def most_connections() -> int:
-    """How many requests may be open at a time. Raises this process's limit of open files as far as it may first."""
+    """Maximum number of open requests. First raises this process's limit of open files as far as allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with contextlib.suppress(OSError, ValueError):  # a hard limit above what the kernel allows
@@ -45,7 +45,7 @@ def most_connections() -> int:
 
 
 class ServerError(RuntimeError):
-    """A server answered with an error of its own, or with something that cannot be used."""
+    """A server answered with an error, or with an unusable answer."""
 
 
 class NoAnswer(ServerError):
@@ -53,11 +53,11 @@ class NoAnswer(ServerError):
 
 
 class GivenUp(NoAnswer):
-    """The pool did not wait for the answer: it had found that the server is not to be used."""
+    """The pool did not wait for the answer, because the server had been taken out of use."""
 
 
 class Line:
-    """Who is next: one at a time is at the front, then the waiting one with the lowest number, then the oldest."""
+    """A priority queue with one holder at a time: the lowest number comes next, then the oldest."""
 
     def __init__(self) -> None:
         self._occupied = False
@@ -204,7 +204,7 @@ class VersionSpan(msgspec.Struct):
 
 
 class Choice(msgspec.Struct):
-    """One choice of vLLM's answer; what else is in it is skipped."""
+    """One choice of vLLM's answer; other fields are skipped."""
 
     token_ids: list[int]
     finish_reason: str | None = None
@@ -222,7 +222,7 @@ _ANSWER = msgspec.json.Decoder(Answer)
 
 @dataclass
 class Piece:
-    """One choice of an answer: a whole response, or the beginning of one that an update cut off.
+    """One choice of an answer: a whole response, or the beginning of one that an update aborted.
 
     ``tokens`` int32, ``logprobs`` float32, which they were computed in, ``versions`` int32; ``experts`` of the tokens
     read (`Rollout.experts`), of a continuation those that were read after the beginning was written.
@@ -265,8 +265,8 @@ def parse_choice(choice: Choice, labels: Mapping[str, int], experts: Experts | N
     """One choice of vLLM's answer. ``labels``: the version that each label of ours stands for. ``experts``: the shape
     of the routing, where that is wanted, and ``unread`` the tokens of the prompt whose experts were asked for.
 
-    ServerError when it is not whole, or was written by weights that are not ours (a server that was restarted without
-    our doing carries another label).
+    ServerError if it is incomplete, or was sampled with other weights (a server that another process restarted has
+    another label).
     """
     tokens = np.array(choice.token_ids, dtype=np.int32)
     entries = choice.logprobs.content if choice.logprobs else []

@@ -1,8 +1,8 @@
-"""The servers of a pool: started, watched, taken out of use when they fail, brought back when they can be.
+"""The servers of a pool: start, watch, remove failed ones and re-admit them.
 
-Everything here runs on the pool's event loop. A failed server of ours is started again, with a growing pause and not
-for ever; one that was given by URL is asked again until it answers. What comes back is "stale": it serves only after it
-has taken over the pool's weights.
+Everything here runs on the pool's event loop. A failed server that the pool started is restarted a limited number of
+times, with growing pauses. A server given by URL is probed until it answers. A returned server is "stale": it serves
+only after it has loaded the pool's weights.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Fleet:
     """Servers with their processes and connections.
 
     Args:
-        initial_label: given to servers started here, whose weights are those of the model directory; None once the
-            pool has sent weights of its own: then nothing else may be served.
-        offer: called with a server that has come back, to give it weights.
+        initial_label: label of servers started here, whose weights are those of the model directory; None once the pool
+            has sent its own weights, which alone may then be served.
+        offer: called with a returned server, to send it weights.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Fleet:
             self.servers.append(Server(process.url, index, process))
 
     async def start(self) -> None:
-        """Returns when all serve, or wait for weights. RuntimeError when one does not come up."""
+        """Returns when all serve or wait for weights. RuntimeError if one does not start."""
         self._session = new_session(self._token)
         try:
             async with asyncio.timeout(self._rollout.start_timeout_s):
@@ -119,13 +119,13 @@ class Fleet:
         self.changed = asyncio.Event()
 
     def fail(self, server: Server, reason: object) -> None:
-        """Take a server out of use; requests it has are given up at once. Said and counted once."""
+        """Take a server out of use and abandon its requests. Reported and counted once."""
         if server.state not in ("down", "gone"):
             server.state = "down"
             self._give_up_requests(server, f"failed: {reason}")
 
     def refuse(self, server: Server, reason: object) -> None:
-        """The server answers, but did not take over an update: it serves nothing before it does."""
+        """Mark a server that answers but did not accept an update: it serves nothing before it does."""
         server.state = "stale"
         self._give_up_requests(server, f"is not used before it takes over an update: {reason}")
 
@@ -172,7 +172,7 @@ class Fleet:
         await self.post(server, GENERATE, body, self._rollout.start_timeout_s)
 
     async def _watch(self, server: Server) -> None:
-        """For ever: find out that a server has failed, bring it back."""
+        """Probe a server until it is closed; bring it back when it has failed."""
         pause = max(min(self._rollout.probe_s / 6, 5.0), 0.05)
         while server.state != "gone":
             if server.state == "down":

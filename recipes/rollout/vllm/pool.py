@@ -83,9 +83,9 @@ def first_of(error: BaseException) -> BaseException:
 class VLLMPool:
     """`RolloutEngine` over HTTP.
 
-    A server that fails a request, or whose engine is silent, gets no further one until it has come back and confirmed
-    the weights; its requests are sent to others. `generate` may be called from several threads at a time, and while
-    `push` runs: requests are dispatched in the order of the calls, and wait while an update is delivered.
+    A server that fails a request, or whose engine does not answer, gets no further request until it has returned and
+    confirmed the weights; its requests go to other servers. `generate` may be called from several threads at the same
+    time, and while `push` runs: requests are dispatched in the order of the calls, and wait during an update.
     """
 
     def __init__(self, rollout: RolloutConfig, place: Place) -> None:
@@ -100,8 +100,8 @@ class VLLMPool:
         self._eos = stop_tokens(place.model_dir)
         self._experts = None if rollout.routing_replay is False else experts_of(place.model_dir)
         self._token = url_token() if rollout.urls else secrets.token_urlsafe(32)
-        # What responses carry as the version of their weights. With the checksum in it, a server that was restarted,
-        # or given weights by another program, cannot pass for ours.
+        # The version of the weights in responses. It includes the checksum, so a server that was restarted, or got
+        # weights from another program, is recognised.
         self._label = f"0-{secrets.token_hex(8)}"
         self._labels = {self._label: 0}
         self._holding = False  # no request is dispatched: an update is being delivered
@@ -119,7 +119,7 @@ class VLLMPool:
             raise
 
     async def _start(self) -> None:
-        self._line = Line()  # whose request is dispatched next: of the batch that was asked for first
+        self._line = Line()  # order of requests: the earliest requested batch first
         self._batches = itertools.count()
         self._connections = asyncio.Semaphore(most_connections())
         self._delivering = asyncio.Lock()  # to all servers, or to one that came back
@@ -211,7 +211,7 @@ class VLLMPool:
         key: tuple[int, ...],
         written: Piece | None = None,
     ) -> list[Rollout]:
-        """``n`` responses to one prompt. Those that an update cuts off are continued, each by a request of its own."""
+        """``n`` responses to one prompt. Each response that an update aborts is continued by a separate request."""
         so_far = written.tokens.tolist() if written else []
         context = [*prompt, *so_far]
         room = min(sampling.max_tokens - len(so_far), self._rollout.max_model_len - len(context))
@@ -275,8 +275,8 @@ class VLLMPool:
     async def _server_for(self, batch: int, n: int) -> Server:
         """The least busy server, once it is this request's turn and one has room. The batch asked for first goes first.
 
-        A server gets at most twice what it can decode at a time: its queue never runs dry, and never grows long either.
-        RuntimeError when no server serves and none comes back in time.
+        A server gets at most twice as many samples as it can decode at a time, so its queue is short but never empty.
+        RuntimeError if no server serves and none returns in time.
         """
         most = 2 * self._rollout.max_num_seqs
         async with self._line.front(batch):
@@ -326,7 +326,7 @@ class VLLMPool:
     # ---- weight updates ---------------------------------------------------------------------------------------------
 
     def push(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """See `RolloutEngine`. The servers go on generating while the tensors are staged."""
+        """See `RolloutEngine`. The servers continue to generate while the tensors are staged."""
         self._run(self._delivering.acquire())  # a server that is just coming back finishes first
         try:
             self.sync_seconds = {}
@@ -338,7 +338,7 @@ class VLLMPool:
             self._loop.call_soon_threadsafe(self._delivering.release)
 
     async def _update(self, version: int, label: str) -> None:
-        """Deliver to all that live. WeightUpdateError, with nothing served, when not one of them takes it over."""
+        """Deliver to all live servers. WeightUpdateError if none accepts it; then nothing is served."""
         self._holding = True
         self._labels[label] = version  # responses in flight carry it from the moment a server has it
         try:
@@ -387,7 +387,7 @@ class VLLMPool:
         return failed
 
     async def _offer(self, server: Server) -> None:
-        """Give a server that has come back the version that the others serve, if it is still staged."""
+        """Send a returned server the version that the others serve, if it is still staged."""
         async with self._delivering:
             on_gpu = self._rollout.weight_sync == "nccl"  # its kernels must not mix with those of a training step
             if server.state == "stale" and self._sync.info and not on_gpu:
@@ -412,7 +412,7 @@ class VLLMPool:
         if down := [server.url for server in servers if server.state == "down"]:
             raise WeightUpdateError(f"{down[0]} is down and cannot be put to sleep: its memory is in an unknown state")
         for server in servers:
-            server.updating = True  # no probe finds a sleeping server dead, and restarts it in the learner's memory
+            server.updating = True  # so that no probe restarts a sleeping server while the learner has the memory
         await self._on_all(servers, "/sleep?level=2&mode=wait")
         for server in servers:
             server.state = "stale"
@@ -454,7 +454,7 @@ class VLLMPool:
         self._sync.close()
 
     async def _end(self) -> None:
-        """Whatever still runs, and whoever waits for it in another thread, ends."""
+        """End all tasks, and all threads that wait for them."""
         if self._fleet is not None:
             await self._fleet.close()
         rest = asyncio.all_tasks() - {asyncio.current_task()}

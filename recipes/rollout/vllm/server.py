@@ -28,7 +28,7 @@ CLOSE_S = 20.0
 
 @dataclass(frozen=True)
 class Place:
-    """Model, devices and log directory of servers: what `RolloutConfig` leaves to the machine."""
+    """Machine-dependent settings of servers: model directory, devices and log directory."""
 
     model_dir: Path
     log_dir: Path
@@ -37,13 +37,13 @@ class Place:
 
 
 class ServerProcess:
-    """One server under a guard process that leaves nothing behind, however this process ends."""
+    """One server under a guard process that ends all its processes, however this process ends."""
 
     def __init__(self, index: int, rollout: RolloutConfig, place: Place, *, token: str, append: bool = False) -> None:
         place.log_dir.mkdir(parents=True, exist_ok=True)
         self.log_path = place.log_dir / f"server-{index}.log"
-        # Held (bound, not listening) until the server listens: nobody else is given this port meanwhile, and vLLM,
-        # which also sets SO_REUSEADDR, can still bind it.
+        # Bound, but not listening, until the server listens: no other process gets this port meanwhile, and vLLM, which
+        # also sets SO_REUSEADDR, can still bind it.
         self._placeholder = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         self._placeholder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._placeholder.bind(("127.0.0.1", 0))
@@ -73,7 +73,7 @@ class ServerProcess:
         return self._guard.pid
 
     def ready(self) -> None:
-        """The server answers: the port needs no keeping any more."""
+        """Release the reserved port, once the server answers."""
         self._placeholder.close()
 
     def log_tail(self, lines: int = 20) -> str:
@@ -117,12 +117,12 @@ def server_command(rollout: RolloutConfig, place: Place, port: int, host: str = 
     if place.device == "cpu" and rollout.batch_invariant:
         raise ValueError("rollout.batch_invariant=true switches kernels of vLLM that only GPUs have: set it to false")
     if place.device == "cpu":
-        # A seeded request whose prompt is cut into chunks kills the engine; a batch must then hold a longest prompt.
+        # A seeded request with a chunked prompt kills the engine. Without chunks a batch must hold the longest prompt.
         switches += ["--enforce-eager", "--no-enable-chunked-prefill"]
         flags["--max-num-batched-tokens"] = str(max(rollout.max_model_len, 2048))
         flags["--kv-cache-memory-bytes"] = str(kv_cache_need(rollout, place.model_dir))
-        # The model in the engine's own process: one import less (7 of 24 s), 250 MiB less. vLLM wants a worker process
-        # on CPUs to bind its threads; a server has one thread here. The short name "uni" would be overruled.
+        # The model runs in the engine's process: one import less (7 of 24 s), 250 MiB less. On CPUs vLLM uses a worker
+        # process to bind threads, but a server has one thread here. vLLM would override the short name "uni".
         flags["--distributed-executor-backend"] = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
     else:
         flags["--gpu-memory-utilization"] = str(rollout.gpu_memory_utilization)
@@ -194,8 +194,8 @@ def parallel_size(extra_args: Sequence[str]) -> int:
 def server_gpus(visible: Sequence[str], learner: int, *, colocated: bool) -> list[str]:
     """GPUs of the servers started by a learner that has the first ``learner`` of the ``visible`` ones.
 
-    Colocated, server i has the GPU of rank i. Else the servers have what the learner leaves, and share its GPUs side by
-    side when it leaves none: room for both is then a matter of ``rollout.gpu_memory_utilization``.
+    Colocated, server i has the GPU of rank i. Else the servers have the remaining GPUs. If none remains they share the
+    learner's, and ``rollout.gpu_memory_utilization`` must leave room for both.
     """
     return list(visible[:learner] if colocated else visible[learner:] or visible)
 

@@ -1,7 +1,7 @@
-"""The conversation with servers in which they take over the staged weights, each for itself as far as possible.
+"""The requests by which servers load the staged weights, for each server independently as far as possible.
 
 pause -> start -> (join the learner's group) -> receive -> finish -> compare version and checksum -> reset the prefix
-cache -> resume. A server that fails anywhere is left out of the rest; the others go on.
+cache -> resume. A server that fails in any phase is left out; the others continue.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Updater:
         self.seconds: dict[str, float] = {}
 
     async def deliver(self, servers: Sequence[Server], label: str, mode: str) -> dict[Server, Exception]:
-        """Returns the servers that did not take the version over, with the reason.
+        """Returns the servers that did not accept the version, with the reason.
 
         Args:
             servers: that answer; they may have requests in flight.
-            label: what responses written by the new weights will carry.
+            label: version label of responses sampled with the new weights.
             mode: "wait" | "keep" | "abort", for the requests in flight.
         """
         failed: dict[Server, Exception] = {}
@@ -68,7 +68,7 @@ class Updater:
                 raise
 
     async def _transfer(self, servers: list[Server], failed: dict[Server, Exception]) -> list[Server]:
-        """Everyone receives. A broadcast that breaks off is repeated without those that are silent."""
+        """Transfer to all. A broadcast that fails is repeated without the servers that did not answer."""
         left = servers
         while left:
             silent: dict[Server, Exception] = {}
@@ -126,7 +126,7 @@ class Updater:
         failed: dict[Server, Exception],
         silent: dict[Server, Exception],
     ) -> str | None:
-        """The servers' part and the learner's at the same time; what went wrong with the learner's, or None."""
+        """The servers' part and the learner's at the same time; returns the error of the learner's part, or None."""
         tasks = [asyncio.ensure_future(call) for call in calls]
         (own,) = await asyncio.gather(asyncio.to_thread(mine), return_exceptions=True)
         if own is not None:  # the others notice too; who does not is the one to leave out
@@ -151,7 +151,7 @@ class Updater:
         raise own
 
     async def _confirm(self, server: Server, label: str) -> None:
-        """Nothing is served before every worker says that it holds this version with this checksum."""
+        """Check that every worker reports this version with this checksum."""
         assert self._sync.info is not None
         announced = {key: self._sync.info[key] for key in ("version", "checksum")}
         await self._post(server, "/finish_weight_update", {"weight_version": label}, self._answer_s)
