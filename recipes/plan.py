@@ -99,7 +99,10 @@ def kv_cache_bytes(config: Config, hf: conversion.HFConfig) -> tuple[int, int]:
     item = 4 if rollout.dtype == "float32" else 2
     samples = (rollout.generated_prompts or rollout.prompts_per_step) * rollout.n
     servers = len(rollout.urls) or rollout.num_servers
-    return 2 * hf.num_layers * hf.num_kv_heads * hf.head_dim * item, min(rollout.max_num_seqs, -(-samples // servers))
+    width = 2 * hf.num_kv_heads * hf.head_dim
+    if hf.latent is not None:  # vLLM keeps the latent itself, and the rotated channels of the keys
+        width = hf.latent.kv_rank + hf.latent.rotated
+    return hf.num_layers * width * item, min(rollout.max_num_seqs, -(-samples // servers))
 
 
 # ----------------------------------------------------------------------------------------------------------- advice

@@ -90,6 +90,9 @@ def test_kv_cache_of_qwen2_5_7b(base: Config) -> None:
     config = change(base, "rollout", dtype="bfloat16", prompts_per_step=64, n=8, num_servers=4, max_num_seqs=256)
     assert plan.kv_cache_bytes(config, conversion.parse_config(QWEN2_5_7B)) == (57344, 128)
     assert plan.kv_cache_bytes(change(config, "rollout", max_num_seqs=32), conversion.parse_config(QWEN2_5_7B))[1] == 32
+    latent = QWEN2_5_7B | {"architectures": ["DeepseekV3ForCausalLM"], "num_key_value_heads": 28}
+    # 28 layers x (512 of the latent + 64 rotated channels) x 2 bytes
+    assert plan.kv_cache_bytes(config, conversion.parse_config(latent))[0] == 28 * 576 * 2
 
 
 def test_savings_are_what_the_changed_configuration_needs(base: Config) -> None:
