@@ -29,7 +29,7 @@ HELP = """usage: python -m recipes.train [recipe=NAME] [key=value ...]
        make train [RECIPE=NAME] [ARGS="key=value ..."] [DRY_RUN=1]
 
 Train a policy: generate, judge, update, evaluate, save, until train.steps. Ctrl-C stops after the current step with a
-checkpoint; the same command again continues.
+checkpoint, a second one at once; the same command again continues.
 
   recipe=NAME      {recipe}
   loss=NAME        {loss}
