@@ -18,7 +18,7 @@ from torch import Tensor
 
 from configs.schema import Config
 from megatron_ext.learner.learner import Trainable
-from megatron_ext.learner.step import MicroBatch, TrainBatch, forward, whole_micro_batch
+from megatron_ext.learner.step import MicroBatch, TrainBatch, forward, local_responses, whole_micro_batch
 from megatron_ext.rl.value import value_loss
 
 
@@ -116,5 +116,5 @@ def value_training_step(
 
 def _values(output: Tensor, mb: MicroBatch) -> Tensor:
     """(R,) of the whole micro-batch, from the model's (1, local tokens, 1)."""
-    mask = mb.packed.response_mask_M[mb.local_M].to(output.device)
-    return whole_micro_batch(output[0][mask], mask, mb)[:, 0]
+    places = local_responses(mb)
+    return whole_micro_batch(output[0].index_select(0, places.to(output.device)), places, mb)[:, 0]

@@ -133,24 +133,30 @@ def _statistics(hidden: Tensor, model: Any, mb: MicroBatch, head: Head) -> Token
 
     (R,) of the whole micro-batch, although this rank has the hidden states (1, local tokens, h) of its own tokens only.
     """
-    mask = mb.packed.response_mask_M[mb.local_M].to(hidden.device)
-    targets_R = mb.packed.targets_M[mb.local_M].to(hidden.device)[mask]
+    places = local_responses(mb)
+    targets = mb.packed.targets_M[mb.local_M[places]].to(hidden.device)
     stats = linear_vocab_statistics(
-        hidden[0][mask],
+        hidden[0].index_select(0, places.to(hidden.device)),
         output_weight(model),
-        targets_R,
+        targets,
         shard=head.shard,
         chunk_tokens=head.chunk_tokens,
         keep_bytes=head.keep_bytes,
     )
     rows = torch.stack([stats.logp, stats.entropy, stats.sum_p2, stats.sum_p2_logp], dim=1)
-    logp, entropy, sum_p2, sum_p2_logp = whole_micro_batch(rows, mask, mb).unbind(1)
+    logp, entropy, sum_p2, sum_p2_logp = whole_micro_batch(rows, places, mb).unbind(1)
     return TokenStats(logp, entropy, sum_p2.detach(), sum_p2_logp.detach())
 
 
-def whole_micro_batch(rows: Tensor, mask: Tensor, mb: MicroBatch) -> Tensor:
-    """(R, k) in packed order, from the parts of all context-parallel ranks: rows where ``mask``, (local tokens,)."""
-    local = rows.new_zeros(len(mask), rows.shape[1]).masked_scatter(mask[:, None], rows)
+def local_responses(mb: MicroBatch) -> Tensor:
+    """Places of the response tokens among this rank's tokens, on the CPU: the host would wait for a mask on the GPU."""
+    return mb.packed.response_mask_M[mb.local_M].nonzero()[:, 0]
+
+
+def whole_micro_batch(rows: Tensor, places: Tensor, mb: MicroBatch) -> Tensor:
+    """(R, k) in packed order, from the parts of all context-parallel ranks: ``rows`` at ``places``, see
+    `local_responses`."""
+    local = rows.new_zeros(len(mb.local_M), rows.shape[1]).index_copy(0, places.to(rows.device), rows)
     return context_parallel.gather_tokens(local)[mb.gathered_R.to(rows.device)]
 
 
