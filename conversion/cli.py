@@ -1,4 +1,4 @@
-"""What the command lines share: options, progress and errors of one sentence."""
+"""Common parts of the command lines: options, progress, and errors as one sentence."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def add_backend(parser: argparse.ArgumentParser, choices: Sequence[str]) -> None
 
 
 def default_threads() -> int:
-    """One per usable core, at most 8: more only wait for the disk."""
+    """One per usable core, at most 8, because more only wait for the disk."""
     return min(len(os.sched_getaffinity(0)), 8)
 
 
@@ -100,10 +100,10 @@ def _left() -> str:
 
 
 def run(main: Callable[[], int]) -> None:
-    """Run a command; what a user can fix ends in one sentence and status 1 instead of a traceback.
+    """Run a command; errors that a user can fix end in one sentence and status 1 instead of a traceback.
 
-    SIGTERM and SIGHUP end it like an interrupt: temporary files are removed, unless they are to be continued with
-    `--resume`. The status is then 128 + the signal.
+    SIGTERM and SIGHUP end it like an interrupt: temporary files are removed, unless `--resume` keeps them. The status
+    is then 128 + the signal.
     """
     torch.set_num_threads(1)  # conversion has threads of its own
     handlers = {number: signal.signal(number, _terminate) for number in (signal.SIGTERM, signal.SIGHUP)}

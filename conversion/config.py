@@ -22,7 +22,7 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class Llama3Rope:
-    """What else Llama 3's scaling needs; `Rope.factor` divides the low frequencies."""
+    """Further parameters of Llama 3's scaling; `Rope.factor` divides the low frequencies."""
 
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -31,7 +31,7 @@ class Llama3Rope:
 
 @dataclass(frozen=True, slots=True)
 class Yarn:
-    """What else YaRN needs; `Rope.factor` is how much longer sequences became."""
+    """Further parameters of YaRN; `Rope.factor` is the extension of the sequence length."""
 
     original_positions: int  # trained length before the extension
     beta_fast: float  # rotations within it above which a frequency stays as it is
@@ -52,7 +52,7 @@ class Experts:
     normalise_top_k: bool  # the chosen experts' probabilities are rescaled to sum to 1
     sparse_layers: tuple[bool, ...] = ()  # which layers have experts; empty: all
     shared_ffn_hidden_size: int = 0  # of the expert that every token passes; 0: there is none
-    shared_gate: bool = False  # a sigmoid of the token scales what the shared expert says
+    shared_gate: bool = False  # a sigmoid of the token scales the output of the shared expert
     sigmoid: bool = False  # scores are sigmoids, not a softmax
     score_bias: bool = False  # a learned bias is added to the scores for the choice alone
     groups: int = 1  # experts are chosen from the best `top_groups` groups
@@ -77,7 +77,7 @@ class Latent:
 
 @dataclass(frozen=True, slots=True)
 class HFConfig:
-    """What conversion and the learner need to know about a Hugging Face model. Sizes are element counts."""
+    """The properties of a Hugging Face model that conversion and the learner use. Sizes are element counts."""
 
     architecture: str
     raw: Mapping[str, Any] = field(hash=False)  # config.json as read
@@ -97,9 +97,9 @@ class HFConfig:
     qk_norm: bool = False  # RMSNorm on queries and keys
     qk_norm_over_heads: bool = False  # over all heads together; else each head alone
     norms: str = "before"  # where attention and MLP are normalised: "before" | "after" | "both"
-    no_rope_layers: tuple[bool, ...] = ()  # layers whose attention knows no positions; empty: none
+    no_rope_layers: tuple[bool, ...] = ()  # layers without rotary embedding; empty: none
     embedding_scale: float = 1.0
-    residual_scale: float = 1.0  # of what attention and MLP add
+    residual_scale: float = 1.0  # of the outputs of attention and MLP
     attention_scale: float | None = None  # of query times key; None: 1 / sqrt(head_dim)
     logits_divisor: float = 1.0
     window: int | None = None  # a token sees itself and the `window - 1` tokens before it
@@ -118,7 +118,7 @@ class HFConfig:
 
     @property
     def mixed(self) -> bool:
-        """Whether layers with experts and layers without take turns: Megatron then numbers its layers."""
+        """Whether the model has layers with and without experts: Megatron then numbers its layers."""
         return self.experts is not None and not all(self.experts.sparse_layers)
 
     def sizes(self) -> dict[str, int]:

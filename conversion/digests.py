@@ -1,9 +1,9 @@
 """Checksums of a manifest, written "algorithm:hexadecimal".
 
-They find damage (a bad disk, a broken copy, a torn write), not malice: who can change a file can change the manifest
-beside it. So tensor data, which is nearly all there is, gets XXH3-128 (about 9 GB/s where SHA-256, at 1 GB/s, would be
-half the cost of a conversion), and the few small files keep SHA-256. What may be unpickled never follows from a
-checksum: see `megatron_reader.SafeUnpickler`.
+They detect damage (a bad disk, a broken copy, an incomplete write), not tampering: whoever can change a file can also
+change the manifest. So tensor data, which is most of a checkpoint, gets XXH3-128 (about 9 GB/s; SHA-256, at 1 GB/s,
+would be half the cost of a conversion), and the few small files get SHA-256. A checksum never decides what may be
+unpickled: see `megatron_reader.SafeUnpickler`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _PIECE_BYTES = 1 << 20
 
 
 def bulk_digest() -> Digest:
-    """A checksum of tensor data, to be fed while the data passes by."""
+    """A checksum of tensor data, updated while the data is processed."""
     return _ALGORITHMS[BULK]()
 
 
 def text(digest: Digest) -> str:
-    """How a `bulk_digest` is written in a manifest."""
+    """The form of a `bulk_digest` in a manifest."""
     return f"{BULK}:{digest.hexdigest()}"
 
 
@@ -49,9 +49,9 @@ def file_matches(path: Path, expected: str) -> bool:
 
 
 class RunningCheck:
-    """Compares the pieces of something with its checksum while they pass by in order.
+    """Compares pieces that are read in order with the checksum of the whole.
 
-    `position` counts what has passed, in the caller's unit. A caller that reads out of order starts again at 0.
+    `position` counts what has been read, in the caller's unit. A caller that reads out of order starts again at 0.
     """
 
     def __init__(self, expected: str) -> None:

@@ -1,4 +1,4 @@
-"""Values of a JSON configuration, each read as what it must be: one sentence with key and value when it is not."""
+"""Typed values of a JSON configuration; an error is one sentence with key and value."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-LARGEST = 2**31 - 1  # of any size: what is larger is a mistake, not a model
+LARGEST = 2**31 - 1  # of any size; a larger value is a mistake
 
 
 def shown(value: Any) -> str:
-    """How a message quotes a value of any length."""
+    """A value of any length, shortened for a message."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 

@@ -67,9 +67,9 @@ def convert(
     team: Team = ALONE,
     progress: Progress = lambda count: None,
 ) -> str:
-    """Write `out` completely or not at all; a sentence on what was found in the numbers.
+    """Write `out` completely or not at all; returns a sentence about non-finite numbers.
 
-    What a manifest of the source promises is compared with the bytes as they are read.
+    The bytes are compared with the source's manifest, if there is one, while they are read.
 
     Args:
         resume: continue an interrupted conversion of the same source, and leave what is written when interrupted.
@@ -77,7 +77,7 @@ def convert(
         check_finite: NaN and infinite numbers are an error.
         adapter: directory of a PEFT LoRA adapter to merge into the weights.
         team: this process's place among several that share the work; rank 0 publishes.
-        layout: "flat", `out` is the checkpoint; "megatron-lm", `out` is what Megatron-LM takes as `--load`.
+        layout: "flat": `out` is the checkpoint; "megatron-lm": `out` is a directory for Megatron-LM's `--load`.
 
     Raises:
         ValueError, OSError: what is wrong with the source or the destination.

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, without loading it: `python -m conversion.inspect DIR [--tensors]`."""
+"""Print the contents of a checkpoint without loading it: `python -m conversion.inspect DIR [--tensors]`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a path given on the command line is, and what to do when it is nothing that can be read."""
+"""Recognise the kind of checkpoint at a path, with an error that says what to do if there is none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From names to tensors: what the tables say about one model, in both directions. Pure torch."""
+"""Tensors by name, in both directions, according to the family tables. Pure torch."""
 
 from __future__ import annotations
 
@@ -99,9 +99,9 @@ def megatron_shape(hf: HFConfig, megatron_name: str) -> tuple[int, ...]:
 
 
 def stored_dtype(megatron_name: str, asked: torch.dtype | None) -> torch.dtype | None:
-    """The dtype in which to store a tensor when another one is asked for; None: the one that it has.
+    """The dtype in which to store a tensor if a cast is requested; None: its own.
 
-    The bias of a router stays as it is: Megatron keeps it in float32, and a rounded one chooses other experts.
+    The bias of a router is not cast: Megatron keeps it in float32, and a rounded one would choose other experts.
     """
     return None if megatron_name.endswith(".router.expert_bias") else asked
 
@@ -201,7 +201,7 @@ def _stack(pieces: list[Tensor]) -> Tensor:
 def unconsumed(hf: HFConfig, checkpoint_names: Iterable[str]) -> list[str]:
     """Names in a checkpoint that no line of the table reads and the config does not make redundant.
 
-    `lm_head.weight` of a tied model is not reported: whoever holds the tensors checks that it equals the embedding.
+    `lm_head.weight` of a tied model is not reported: the reader of the tensors checks that it equals the embedding.
     """
     known = set(hf_shapes(hf)) | ({HF_OUTPUT} if hf.tied else set())
     return sorted(n for n in checkpoint_names if n not in known and not _ignored(hf, n))

@@ -1,4 +1,4 @@
-"""What a model configuration means for Megatron-Core: arguments of TransformerConfig and GPTModel."""
+"""Arguments of Megatron-Core's TransformerConfig and GPTModel for a model configuration."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def transformer_config(hf: HFConfig) -> dict[str, Any]:
 
 
 def latent_arguments(hf: HFConfig) -> dict[str, Any]:
-    """What `MLATransformerConfig` takes besides, Megatron's configuration of latent attention; empty without it."""
+    """Further arguments for `MLATransformerConfig`, Megatron's configuration of latent attention; empty without it."""
     if hf.latent is None:
         return {}
     kwargs: dict[str, Any] = {
@@ -125,7 +125,7 @@ def gpt_model_kwargs(hf: HFConfig, tp_size: int = 1, vocab_multiple: int = 1) ->
 
 
 def megatron_lm_arguments(hf: HFConfig) -> dict[str, Any]:
-    """What Megatron-LM's training script calls the architecture, by the names of its parsed arguments.
+    """The architecture as parsed arguments of Megatron-LM's training script.
 
     A checkpoint holds them under "args": Megatron-LM compares some when it loads (`check_checkpoint_args`) and takes
     the architecture from them with `--use-checkpoint-args` (megatron/training/checkpointing.py, seen in 0.16 to 0.19).
@@ -162,9 +162,9 @@ def megatron_lm_arguments(hf: HFConfig) -> dict[str, Any]:
 
 
 def inverse_frequencies(hf: HFConfig) -> Tensor | None:
-    """(rotated channels / 2,) float32 to put in place of those of Megatron's rotary embedding; None where they agree.
+    """(rotated channels / 2,) float32 to replace those of Megatron's rotary embedding; None if they agree.
 
-    GPTModel takes the factor of Llama 3's scaling alone and fixes the other constants. Formula:
+    Of Llama 3's scaling GPTModel takes only the factor; the other constants are fixed. Formula:
     transformers, modeling_rope_utils.py `_compute_llama3_parameters`.
     """
     rope = hf.rope
@@ -179,7 +179,7 @@ def inverse_frequencies(hf: HFConfig) -> Tensor | None:
 
 
 def beyond_gpt_model(hf: HFConfig) -> list[str]:
-    """What this model has and Megatron-Core's GPTModel has not. The learner's layers add it; others must too."""
+    """Features of this model that Megatron-Core's GPTModel lacks. The learner's layers add them; others must too."""
     return [
         what
         for what, present in (
@@ -205,7 +205,7 @@ def _scaled(hf: HFConfig) -> bool:
 
 
 def megatron_lm_flags(hf: HFConfig) -> list[str]:
-    """What to add to Megatron-LM's command line: `--use-checkpoint-args` leaves these at its own defaults."""
+    """Arguments for Megatron-LM's command line that `--use-checkpoint-args` leaves at their defaults."""
     arguments = megatron_lm_arguments(hf)
     flags = ["--use-checkpoint-args", f"--norm-epsilon {hf.norm_eps:g}", "--ckpt-format torch_dist"]
     flags += ["--qk-layernorm"] if arguments["qk_layernorm"] else []

@@ -79,13 +79,13 @@ def convert(
     team: Team = ALONE,
     progress: Progress = lambda count: None,
 ) -> str:
-    """Write `out` completely or not at all; a sentence on what was found in the numbers.
+    """Write `out` completely or not at all; returns a sentence about non-finite numbers.
 
-    What a manifest of the source promises is compared with the bytes as they are read.
+    The bytes are compared with the source's manifest, if there is one, while they are read.
 
     Args:
         check_finite: NaN and infinite numbers are an error.
-        hf_config: directory with config.json, for checkpoints that do not bring their own.
+        hf_config: directory with config.json, for checkpoints without one.
         dialect: write config.json as transformers 4 or 5 does; None: as it was read.
         card: facts for the model card (`CARD_KEYS`); those in the checkpoint's manifest are the default.
         resume: continue an interrupted conversion of the same source, and leave what is written when interrupted.
@@ -163,7 +163,7 @@ def finish_directory(
 ) -> None:
     """Everything but the weights: config, generation config, tokenizer, model card and manifest.
 
-    config.json is copied byte for byte unless it says another dtype than the weights have, or a `dialect` is asked for.
+    config.json is copied byte for byte, unless its dtype differs from that of the weights, or a `dialect` is requested.
     """
     copy_side_files(hf_dir, out)
     config = dict(hf.raw)

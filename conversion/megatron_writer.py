@@ -1,9 +1,9 @@
 """Megatron `dist_checkpointing` directories ("torch_dist" format), written block by block without Megatron.
 
-The format is torch's distributed checkpoint with keys of Megatron's choosing, a `metadata.json` that names it and a
-`common.pt` for what is not a tensor. Large tensors are stored as several pieces of whole rows, which Megatron reads
-into any parallel layout. A piece is byte for byte what `torch.save` would write, but its numbers are streamed: they are
-read, rearranged, hashed and written while they are in the processor's cache, and never all in memory.
+The format is torch's distributed checkpoint with Megatron's keys, a `metadata.json` that names it and a `common.pt` for
+everything that is not a tensor. Large tensors are stored as several pieces of whole rows, which Megatron reads into any
+parallel layout. A piece is byte for byte the output of `torch.save`, but its numbers are streamed: they are read,
+rearranged, hashed and written while they are in the processor's cache, and are never all in memory.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from conversion.values import Values
 
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 FORMAT |= {"common_backend": "torch", "common_backend_version": 1}
-STORED_BYTES = 16 << 20  # of a piece: what a reader who wants any of it must find and check
+STORED_BYTES = 16 << 20  # of a piece, which a reader must check as a whole
 BLOCK_BYTES = 1 << 22  # in memory at a time, a few per thread
 Reader = HFReader | PickledReader | DequantisedReader | MergedReader
 Progress = Callable[[int], object]  # called with a number of bytes done, from any thread
@@ -133,7 +133,7 @@ def _plan(hf: HFConfig, reader: Reader, dtype: torch.dtype | None) -> tuple[list
 
 @cache
 def _frame(sizes: torch.Size, dtype: torch.dtype) -> tuple[bytes, bytes]:
-    """What `torch.save` writes before and after the numbers of a tensor; it depends on nothing else of it.
+    """The bytes that `torch.save` writes before and after the numbers of a tensor; they do not depend on the numbers.
 
     CRCs are switched off (they would depend on the numbers): the manifest has a checksum of every file.
     """
@@ -159,7 +159,7 @@ class _File:
         self.size = self._flushed = 0
 
     def begin_segment(self) -> int:
-        """What is written from here on has a checksum of its own; returns where that is."""
+        """Start a new segment with its own checksum; returns its position."""
         self._digests[self.size] = bulk_digest()
         return self.size
 
@@ -198,7 +198,7 @@ class UnitWriter:
     def write(self, unit: Unit, progress: Progress) -> Record:
         """Write the file of a unit. Its record: where its pieces lie, checksums of stretches, numbers not finite."""
         values, name = Values(self._check_finite), _file_name(unit)
-        (self._out / name).unlink(missing_ok=True)  # what a killed attempt left is not trusted
+        (self._out / name).unlink(missing_ok=True)  # a file of a killed attempt is not trusted
         file, places = _File(self._out / name), []
         try:
             if unit.number == 0:

@@ -1,4 +1,4 @@
-"""Directories that appear complete or not at all, with a manifest that says what is in them."""
+"""Directories that appear complete or not at all, with a manifest of their contents."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from conversion.digests import file_digest, file_matches, known, range_digest
 
 MANIFEST = "manifest.json"
 TRACKER = "latest_checkpointed_iteration.txt"  # by which Megatron-LM finds a checkpoint
-_WORK = ".megatron-gppo"  # suffix of the hidden directory beside the output that holds what is not published yet
-_JOB = "job"  # file in it: which conversion it is of
-_MARK = "temporary-of-megatron-gppo"  # file in it: whatever else is there was put there by this module
+_WORK = ".megatron-gppo"  # suffix of the hidden directory beside the output, for files that are not published yet
+_JOB = "job"  # file in it that identifies the conversion
+_MARK = "temporary-of-megatron-gppo"  # file in it that marks the directory as this module's own
 _REPAIR = "copy it again, or remove the manifest if you changed the file on purpose"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # Lustre, unless mounted with `flock`
@@ -28,11 +28,11 @@ _NOREPLACE, _EXCHANGE = 1, 2  # flags of Linux's renameat2
 
 
 class ManifestError(ValueError):
-    """A directory is not what its manifest says."""
+    """A directory does not match its manifest."""
 
 
 def working_directory(out: str | Path) -> Path:
-    """Where `published(out)` collects its files: every rank of a collective writer finds it without being told."""
+    """The directory in which `published(out)` collects its files; every rank of a collective writer can derive it."""
     target = Path(os.path.realpath(out))
     return target.with_name(f".{target.name}{_WORK}") / "new"
 
@@ -48,10 +48,10 @@ def published(
 ) -> Iterator[Path]:
     """A private directory beside `out` to write into, renamed to `out` when the block succeeds.
 
-    It is hidden, marked as this module's own and locked: what a killed process left there is removed, anything without
-    the mark is left alone. Replacing a directory is one atomic exchange, except on file systems that have none (NFS,
-    Lustre): there the old one waits in the private directory between two renames, and the next attempt puts it back if
-    the process dies right then. With `overwrite` only a checkpoint with a manifest is replaced, and only if it holds
+    It is hidden, marked as this module's own and locked. Files of a killed process are removed; a directory without the
+    mark is not touched. A directory is replaced by one atomic exchange, except on file systems without it (NFS,
+    Lustre): there the old one is in the private directory between two renames, and the next attempt restores it if the
+    process dies at that moment. With `overwrite` only a checkpoint with a manifest is replaced, and only if it holds
     nothing else.
 
     Args:
@@ -123,7 +123,7 @@ def _target(out: str | Path, sources: Iterable[str | Path]) -> Path:
 
 
 def require_replaceable(directory: Path, overwrite: bool) -> None:
-    """ValueError unless it may go: a checkpoint that this project wrote, as its manifest says, and nothing else."""
+    """ValueError unless the directory holds only a checkpoint that this project wrote, according to its manifest."""
     if not directory.is_dir():
         raise ValueError(f"{directory} exists and is not a directory: choose another name")
     if not overwrite:
@@ -165,7 +165,7 @@ def require_space(directory: Path, size: int) -> None:
 
 
 def _lock_directory(work: Path) -> int:
-    """Make `work` or take over what a killed process left, and hold its lock until the descriptor is closed."""
+    """Make `work`, or take over that of a killed process, and hold its lock until the descriptor is closed."""
     while True:
         try:
             work.mkdir()
@@ -256,7 +256,7 @@ def write_manifest(
 
 
 def read_manifest(root: Path) -> dict[str, Any] | None:
-    """The manifest of a directory, None when it has none. ManifestError when it cannot be understood."""
+    """The manifest of a directory, None if it has none. ManifestError if it cannot be read."""
     path = root / MANIFEST
     if not path.is_file():
         return None
@@ -281,7 +281,7 @@ def read_manifest(root: Path) -> dict[str, Any] | None:
 
 
 def _upgrade(manifest: dict[str, Any]) -> None:
-    """Format 1 knew SHA-256 only, and did not say so in front of tensors' checksums."""
+    """Format 1 had only SHA-256, without a prefix on tensors' checksums."""
     for entry in manifest["files"].values():
         if "sha256" in entry:
             entry["digest"] = "sha256:" + entry.pop("sha256")

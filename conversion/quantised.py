@@ -1,9 +1,9 @@
-"""Hugging Face weights stored in 8 bits with a scale for every block, read as the numbers that they mean.
+"""Dequantised reading of Hugging Face weights in 8 bits with a scale for every block.
 
-DeepSeek-V3 and the FP8 releases of other families hold a weight as float8_e4m3 and beside it `NAME_scale_inv`, one
-number for each block of `weight_block_size` (128 x 128) numbers, by which they are multiplied (DeepSeek-V3's
-inference/kernel.py `weight_dequant`; transformers, integrations/finegrained_fp8.py). There is no way back: what is
-made of them has the dtype that config.json names, and no `quantization_config`.
+DeepSeek-V3 and the FP8 releases of other families store a weight as float8_e4m3, and with it `NAME_scale_inv`, one
+factor for each block of `weight_block_size` (128 x 128) numbers (DeepSeek-V3's inference/kernel.py `weight_dequant`;
+transformers, integrations/finegrained_fp8.py). The conversion is one-way: the result has the dtype of config.json, and
+no `quantization_config`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Pieces of tensors in a "torch_dist" checkpoint, read by rows.
 
-Every piece is what `torch.save` makes of one tensor. Where its numbers begin is asked of `torch.load` (onto the "meta"
-device, `weights_only=True`, so no code runs and no number is read), and any rows are then read straight from there:
-neither memory nor copies grow with the size of the pieces, which in a checkpoint saved by Megatron are whole shards.
+Every piece is one tensor as saved by `torch.save`. `torch.load` gives the position of its numbers (onto the "meta"
+device, `weights_only=True`, so no code runs and no number is read), and any rows are then read directly from there. So
+memory and copies do not grow with the size of the pieces, which in a checkpoint saved by Megatron are whole shards.
 """
 
 from __future__ import annotations

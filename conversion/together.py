@@ -1,8 +1,8 @@
 """Several processes that write one checkpoint: under srun, or with `--rank R --world W --attempt NAME`.
 
 Rank 0 owns the private directory of `publish.published`. It opens it to the others, which write their share of the
-units there and report; when all have, rank 0 publishes. They meet through files alone, on any shared file system. A
-name of the attempt keeps a leftover of a killed one from being taken for this one.
+units there and report; when all have reported, rank 0 publishes. They communicate only through files, on any shared
+file system. The name of the attempt distinguishes it from an earlier, killed attempt.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Team:
     rank: int = 0
     world: int = 1
     attempt: str = "alone"
-    patience_s: float = 600.0  # without a sign of life, until a rank counts as lost
+    patience_s: float = 600.0  # without any change, until a rank counts as lost
 
     @contextlib.contextmanager
     def directory(

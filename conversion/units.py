@@ -1,9 +1,9 @@
-"""A conversion in units that threads and processes share, and that a later attempt keeps.
+"""Units of a conversion, which threads and processes share and a later attempt can keep.
 
-A unit is a stretch of the model. How a model is cut depends on nothing but the model, so that any number of processes
-and threads, in any number of attempts, writes the same bytes. When a unit is written, a small record of it appears
-(all at once, by a rename) with the checksums of its bytes. An attempt that finds a record compares these with what is
-on disk: only then is the unit kept. A unit without a record, half a file for one, is written again.
+A unit is a contiguous part of the model. The division depends only on the model, so any number of processes, threads
+and attempts writes the same bytes. When a unit is written, a small record with the checksums of its bytes is created
+atomically, by a rename. An attempt that finds a record compares the checksums with the bytes on disk, and keeps the
+unit only if they match. A unit without a record, such as a partly written file, is written again.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def cut(sizes: dict[str, int]) -> list[Unit]:
 
 
 def job(sources: Iterable[str | Path], **options: Any) -> str:
-    """What a conversion is of and how: only a leftover of the same one is continued.
+    """Identity of a conversion: only an interrupted conversion with the same identity is continued.
 
     Files of a source count by name, size and time of change: a digest of their bytes would take as long as the job.
     """
@@ -66,12 +66,12 @@ def job(sources: Iterable[str | Path], **options: Any) -> str:
 
 
 class Stopped(Exception):
-    """Another thread has failed: this one need not go on."""
+    """Another thread has failed, so this one stops."""
 
 
 @dataclass
 class Work:
-    """How units are written, and what is on disk compared with a record.
+    """Writes units, and compares them on disk with their records.
 
     Args:
         write: writes a unit and calls its second argument with numbers of bytes that are done; returns the record.
@@ -123,12 +123,12 @@ class Work:
 
 
 def kept_report(kept: int, units: int) -> str:
-    """The end of a sentence on an attempt."""
+    """The last part of a message about an attempt."""
     return f"; {kept} of {units} units were kept from an earlier attempt" if kept else ""
 
 
 def _read(path: Path) -> Record | None:
-    """A record; None when there is none that can be understood."""
+    """A record; None if there is none or it cannot be read."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):
@@ -136,7 +136,7 @@ def _read(path: Path) -> Record | None:
 
 
 def write_json(path: Path, content: Record) -> None:
-    """Write a file that is there completely or not at all."""
+    """Write a file atomically: completely or not at all."""
     temporary = path.with_name(path.name + ".new")
     temporary.write_text(json.dumps(content), encoding="utf-8")
     os.replace(temporary, path)

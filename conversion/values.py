@@ -1,4 +1,4 @@
-"""Numbers on their way through a conversion: cast where asked, counted where they are not finite."""
+"""The numbers of a conversion: cast on request, and counted if not finite."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _INFINITIES = {torch.bfloat16: (0x7F80, 0xFF80), torch.float16: (0x7C00, 0xFC00)
 
 
 def count_nonfinite(numbers: Tensor) -> int:
-    """How many are NaN or infinite. Nearly always one pass that needs no memory tells that there are none."""
+    """Count of NaN and infinite numbers. Usually one pass without extra memory shows that there are none."""
     if numbers.dtype in _INFINITIES and numbers.is_contiguous() and numbers.numel():
         bits = numbers.view(torch.int16).numpy()  # numpy's maximum is 7 times as fast as torch's sum of bfloat16
         positive, negative = _INFINITIES[numbers.dtype]

@@ -28,8 +28,8 @@ from conversion.sources import Source, open_source
 from conversion.values import Values
 
 BLOCK_BYTES = 1 << 22  # of each checkpoint in memory at a time, per thread
-LOGITS = "megatron_ext.learner.logits"  # a command, not an import: conversion knows nothing of the learner
-# Keys of config.json that change nothing that a model computes here. Dropout is always 0 in reinforcement learning.
+LOGITS = "megatron_ext.learner.logits"  # a command, not an import: conversion does not depend on the learner
+# Keys of config.json that do not affect a model's results here. Dropout is always 0 in reinforcement learning.
 _HARMLESS = {"_name_or_path", "attention_dropout", "dtype", "initializer_range", "pretraining_tp", "residual_dropout"}
 _HARMLESS |= {"transformers_version", "use_cache", "architectures", "model_type", "torch_dtype", "auto_map"}
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -37,7 +37,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass
 class Difference:
-    """How one Hugging Face tensor differs, over all its blocks."""
+    """The differences of one Hugging Face tensor, over all its blocks."""
 
     order: int
     count: int = 0
@@ -57,7 +57,7 @@ class Difference:
 
 @dataclass
 class Comparison:
-    """What was found; `first` describes the first tensor that differs, in the order of a forward pass."""
+    """The result; `first` describes the first tensor that differs, in the order of a forward pass."""
 
     compared: int = 0
     different: int = 0
@@ -81,9 +81,9 @@ def bits_equal(a: Tensor, b: Tensor) -> bool:
 
 
 def config_differences(a: HFConfig, b: HFConfig) -> tuple[list[str], list[str]]:
-    """What differs and changes results, in sentences; and the keys of config.json that differ otherwise.
+    """Differences that affect results, as sentences; and keys of config.json with other differences.
 
-    A key that only one file has stands for the default in the other, unless it is one that conversion knows.
+    A key that only one file has counts as the default in the other, unless conversion knows it.
     """
     names = [f.name for f in dataclasses.fields(HFConfig) if f.name != "raw"]
     changed = [f"{n}: {x!r} against {y!r}" for n in names if (x := getattr(a, n)) != (y := getattr(b, n))]
@@ -142,7 +142,7 @@ def compare(a: Source, b: Source, threads: int = 1) -> Comparison:
 
 
 def scan(source: Source, threads: int = 1) -> Values:
-    """Read every weight of one checkpoint; what is not finite. ValueError when one differs from its manifest."""
+    """Read every weight of one checkpoint and count non-finite numbers. ValueError if one differs from its manifest."""
     values = Values()
 
     def check(name: str) -> None:
@@ -156,7 +156,7 @@ def scan(source: Source, threads: int = 1) -> Values:
 
 
 def logits_agree(a: str, b: str, hf_config: str | None, tolerance: float) -> bool:
-    """Whether the models compute the same on fixed prompts: a command of the learner, which knows how to run both."""
+    """Whether the models compute the same on fixed prompts, by a command of the learner, which can run both kinds."""
     command = [sys.executable, "-m", LOGITS, a, b, "--tolerance", str(tolerance)]
     sys.stdout.flush()
     return subprocess.run(command + (["--hf-config", hf_config] if hf_config else []), check=False).returncode == 0
