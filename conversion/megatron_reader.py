@@ -228,14 +228,6 @@ def read_metadata(directory: Path) -> Metadata:
     return metadata
 
 
-def stored_cuts(directory: Path) -> dict[str, list[int]]:
-    """Where the pieces of a checkpoint begin in its files, for a manifest that can be checked piece by piece."""
-    cuts: dict[str, list[int]] = defaultdict(list)
-    for place in (read_metadata(directory).storage_data or {}).values():
-        cuts[place.relative_path].append(place.offset)
-    return dict(cuts)
-
-
 def tensor_keys(metadata: Metadata) -> list[str]:
     """Keys of the tensors in a checkpoint (other entries are pickled objects)."""
     return [key for key, entry in metadata.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)]

@@ -180,7 +180,7 @@ def events(loss: str, **params: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
 def test_clip_terms_estimate_theorem_1() -> None:
-    """The terms are P3's, whatever the sign of the advantages."""
+    """The terms are Clip-Low/High's, whatever the sign of the advantages."""
     z, z_old, got = events("ppo")
     p, s = z.softmax(-1), theory.discriminants(z)
     low, high = theory.clip_events(z, z_old, eps_low=0.2, eps_high=0.2)

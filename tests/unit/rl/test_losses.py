@@ -59,7 +59,7 @@ def sapo_weight(r: float, a: float, p: float) -> float:
 
 
 def dynamic_weight(upper: float, lower: float) -> WeightOf:
-    """``upper``, ``lower``: shares of P0's H(p) and M(p) in the offsets."""
+    """``upper``, ``lower``: shares of Flexible Entropy Control's H(p) and M(p) in the offsets."""
 
     def weight(r: float, a: float, p: float) -> float:
         eps_high = 0.2 + upper * (-0.25 * p + 0.5 - 0.2)
@@ -360,7 +360,8 @@ def test_upper_bound_has_the_closed_form_of_p0_eq_8(p: float, p_old: float, alph
 @pytest.mark.parametrize("k", range(9))
 @pytest.mark.parametrize("strategy", ["id", "did"])
 def test_schedules_follow_the_printed_formulas(strategy: str, k: int) -> None:
-    """P0 sec. 4.2 with lambda = 1 - 2k/T; in phase II the lower bound as its text has it, and as printed."""
+    """Flexible Entropy Control sec. 4.2 with lambda = 1 - 2k/T; in phase II the lower bound as its text has it, and as
+    printed."""
     p, lam = 0.4, 1 - 2 * k / 8
     upper, lower = -0.25 * p + 0.5, -0.13 * p + 0.3
     for ramp in ("text", "printed"):

@@ -114,7 +114,7 @@ def test_dynamic_clip_gets_its_clock() -> None:
     [(0, 0.2, 1), (0, 0.21, 0), (1, 0.8, 1), (1, 0.81, 0), (0, 0.8, 0), (1, 0.2, 1)],
 )
 def test_hysteresis_at_its_thresholds(previous: int, entropy: float, expected: int) -> None:
-    """Boost when H <= tau_low, suppress when H > tau_high, else as before (P0 sec. 4.2)."""
+    """Boost when H <= tau_low, suppress when H > tau_high, else as before (Flexible Entropy Control sec. 4.2)."""
     assert hysteresis(previous, entropy, 0.2, 0.8) == expected
 
 

@@ -138,7 +138,7 @@ def rows(x: SelectionInputs) -> list[tuple[float, ...]]:
 
 
 def test_the_discriminator_is_the_entropy_derivative() -> None:
-    """P4 thm 1 and 2 by autograd on one softmax: dH/dz_k = -S_k, and D is S less its mean under p."""
+    """Entropy Dynamics thm 1 and 2 by autograd on one softmax: dH/dz_k = -S_k, and D is S less its mean under p."""
     z = torch.randn(9, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
     logp = z.log_softmax(0)
     p = logp.exp()

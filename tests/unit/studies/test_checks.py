@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from torch import Tensor
 
 from recipes.studies import theorems
@@ -46,13 +45,3 @@ def test_a_clip_at_the_wrong_bound_is_found(monkeypatch: pytest.MonkeyPatch) -> 
         return z, theorems.FirstOrder(right.direction, wrong.slope)
 
     assert first_order(claim)().verdict == "fails"
-
-
-def test_exponential_fit() -> None:
-    """Recovers a and b of R = a exp(H) + b from exact data; R^2 = 0 for a constant reward."""
-    h = torch.linspace(0.1, 1.5, 9, dtype=torch.float64)
-    a, b, r2 = theorems.exponential_fit(h, -0.3 * h.exp() + 0.9)
-    assert [float(x) for x in (a, b, r2)] == pytest.approx([-0.3, 0.9, 1.0])
-    assert float(theorems.exponential_fit(h, torch.full_like(h, 0.4))[2]) == pytest.approx(0.0)
-    noisy = theorems.exponential_fit(h, -0.3 * h.exp() + torch.tensor([1.0, -1.0] * 4 + [1.0]))[2]
-    assert 0 < noisy < 0.9
