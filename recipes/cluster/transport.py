@@ -12,11 +12,21 @@ from collections.abc import Sequence
 
 import conversion
 from configs.schema import Config
+from recipes.checks.cli import print_help, wants_help
 from recipes.models.locate import model_location
 from recipes.planning.memory import parameter_count
 
 WRITE_GB_S, READ_GB_S, NETWORK_GB_S = 10.0, 100.0, 50.0  # assumed: a job's writes, all readers together, one node
 MOST_S = 10.0  # files that take no longer than this are preferred
+HELP = """usage: python -m recipes.cluster.transport key=value ...
+
+Say how weights would reach the servers of a job, and why. The words are those of the training command. Two variables
+tell the topology:
+  SERVER_NODES   nodes whose servers read the weights (default: 1)
+  ROLLOUT_NODES  nodes with servers only; 0: servers share the learner's nodes (default: 0)
+
+Example: SERVER_NODES=16 ROLLOUT_NODES=16 python -m recipes.cluster.transport model.path=DIR rollout.weight_sync=auto
+"""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "auto": 2}
 
 
@@ -63,8 +73,11 @@ def transport(config: Config) -> tuple[str, str]:
 def main(argv: Sequence[str] | None = None) -> int:
     from recipes.checks.settings import load_checked
 
+    words = list(sys.argv[1:] if argv is None else argv)
+    if wants_help(words):
+        return print_help(words, HELP)
     try:
-        name, why = transport(load_checked(sys.argv[1:] if argv is None else argv))
+        name, why = transport(load_checked(words))
     except (ValueError, OSError) as error:
         print(f"# weights: {error}")
         return 0

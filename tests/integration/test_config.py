@@ -80,7 +80,7 @@ def paper(tmp_path: Path) -> list[str]:
     [
         ("model.pth=x", ["model.pth=x", "no key", "'model.path'"]),
         ("los=dapo", ["los=dapo", "no key", "'loss'"]),
-        ("foo.bar=1", ["foo.bar=1", "no key", "schema.py"]),
+        ("foo.bar=1", ["foo.bar=1", "no key", "docs/keys.md"]),
         ("rollout.n", ["'rollout.n'", "key=value"]),
         ("loss.bta1=0.3", ["loss.bta1=0.3", "'beta1'"]),
         ("loss.beta1=-1", ["loss.beta1=-1", "[0, "]),

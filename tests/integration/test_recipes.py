@@ -295,14 +295,17 @@ class DynamicSampling(Collector):
         self.asked.append((position, count))
         return [Problem(id=str(position + i), prompt="", answer="") for i in range(count)]
 
-    def _generate(self, problems: Any, n: int, *_: Any) -> list[Rollout]:
-        return [Rollout([1], [2], [0.0], [0], "stop")] * (n * len(problems))
+    def _prompts(self, problems: Any, template: str | None = None) -> list[list[int]]:
+        return [[1] for _ in problems]
 
-    def _judge(self, problems: Any, rollouts: Any, n: int, key: Any) -> list[Sample]:
-        return [
-            Sample(rollout, problem_id=problems[i // n].id, group=i // n, seq_id=i, reward=float(self._right(i, n)))
-            for i, rollout in enumerate(rollouts)
-        ]
+    def _judged(self, problems: Any, requests: Any, key: Any, seconds: Any) -> list[list[Sample]]:
+        rollout, groups = Rollout([1], [2], [0.0], [0], "stop"), []
+        for group, (problem, request) in enumerate(zip(problems, requests, strict=True)):
+            n = request.n
+            rewards = [float(self._right(i, n)) for i in range(group * n, group * n + n)]
+            about = {"problem_id": problem.id, "group": group}
+            groups.append([Sample(rollout, seq_id=i, reward=r, **about) for i, r in enumerate(rewards)])
+        return groups
 
     def _right(self, i: int, n: int) -> bool:
         return i // n % self.every == 0 and i % n == 0

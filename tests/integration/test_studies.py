@@ -18,7 +18,8 @@ def test_methods_and_studies_are_configurations() -> None:
             config = load_config([*study.words, *overrides(method)])
             assert config.loss["name"] == method.loss["name"]
     for study in STUDIES.values():
-        assert "GRPO" in study.methods and set(study.l2_methods) <= set(study.methods)
+        assert "GRPO" in study.methods
+        assert all(set(names) <= set(study.methods) for names in study.only.values())
 
 
 def test_the_tables_of_the_evidence_are_those_of_the_results() -> None:
