@@ -6,6 +6,7 @@ import fcntl
 import gzip
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,36 @@ def test_a_profile_of_one_step(
         assert launch_here(words) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "bad" / "profile").exists()
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_mixture_trains_on_the_engines_routing_and_is_replayed_with_it(model: Path, tmp_path: Path) -> None:
+    """A bfloat16 learner beside the float32 engine; the journal holds the experts, and a replay uses them."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    from recipes.loop.journal import Record, index, read
+
+    mixture = tmp_path / "mixture"
+    shutil.copytree(model, mixture)
+    tiny = json.loads((model / "config.json").read_text())
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+    kept = {key: tiny[key] for key in ("vocab_size", "eos_token_id", "bos_token_id")}
+    config = Qwen3MoeConfig(
+        **shape, **experts, **kept, head_dim=32, num_hidden_layers=2, initializer_range=0.2, dtype="float32"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        Qwen3MoeForCausalLM(config).save_pretrained(mixture)
+    settings = ("train.steps=2", "model.dtype=bfloat16", "rollout.agreement_limit=0.2", "eval.every=0")
+    run = run_here(mixture, tmp_path / "run", *settings)
+    assert_same_run(run_here(mixture, tmp_path / "again", *settings, f"rollout.replay={run}"), run)
+    places, _ = index(run / "journal.bin")
+    record = Record(read(places["rollouts", 0]))
+    assert record.arrays["experts"].shape[1:] == (2, 2) and record.arrays["experts"].dtype == torch.uint8
+    off = run_here(mixture, tmp_path / "off", *settings, f"rollout.replay={run}", "rollout.routing_replay=false")
+    mismatch = [metrics(directory)[0]["rollout_agreement/abs_dlogp_mean"] for directory in (run, off)]
+    assert mismatch[0] < mismatch[1] / 1.5
 
 
 def _needs(model: Path, *settings: str) -> bool:
