@@ -51,7 +51,7 @@ def leaderboard(rows: list[Row], left: str = "16 updates", right: str = "64 upda
     accuracy.set_title(
         f"{left} a batch: accuracy,\nminus {BASELINE}'s {100 * base_mild['avg_at_k'].mean:.0f} %, points", fontsize=9
     )
-    accuracy.set_xlim(-11, 9)
+    accuracy.set_xlim(-11, 13)
     for y, name in enumerate(order):
         if (found := mild[name].differences["avg_at_k"][0].mean) < -0.11:
             accuracy.annotate(f"◄ {100 * found:.0f}", (-10.8, y), fontsize=8, va="center")
