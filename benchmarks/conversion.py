@@ -2,10 +2,10 @@
 
     python -m benchmarks.conversion --shape 0.5b --repeats 5 --dir DIR --json OUT
 
-Every measurement is a fresh process; the candidates take turns, so that a busy machine is busy for all of them. Time is
-from the first byte read to the last byte on disk (fsync included), without imports; the ratio is the median over turns
-of a candidate's time to that of safetensors in the same turn. Memory is the peak resident set above what the process
-held after its imports; mapped file pages count.
+Every measurement is a fresh process (unless `--one-process`); the candidates take turns, so that a busy machine is busy
+for all of them. Time is from the first byte read to the last byte on disk (fsync included), without imports; the ratio
+is the median over turns of a candidate's time to that of safetensors in the same turn. Memory is the peak resident set
+above what the process held after its imports; mapped file pages count.
 
     cp            read and write in 1 MiB pieces, no interpretation: the floor
     safetensors   load_file and save_file of every file: the usual way to touch every tensor
@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import platform
 import shutil
@@ -211,6 +212,16 @@ def measure(name: str, directory: Path, threads: int) -> dict[str, float]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
+def measure_here(name: str, directory: Path, threads: int) -> dict[str, float]:
+    """As `measure`, in this process and without its memory: for a machine too busy to start processes."""
+    shutil.rmtree(directory / "out", ignore_errors=True)
+    os.sync()
+    started, cpu = time.perf_counter(), time.process_time()
+    RUNS[name](directory / "hf", directory / "out", threads)
+    seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+    return {"seconds": seconds, "cpu_seconds": cpu, "peak_mib": math.nan}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="0.5b")
@@ -218,6 +229,7 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, required=True, help="scratch directory on the disk to measure")
     parser.add_argument("--threads", type=int, default=min(os.cpu_count() or 1, 8))
     parser.add_argument("--only", nargs="*", choices=RUNS, help="candidates (default: all that can run)")
+    parser.add_argument("--one-process", action="store_true", help="all turns in this process; memory is not measured")
     parser.add_argument("--json", type=Path, help="write the results here")
     parser.add_argument("--child", choices=RUNS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -230,10 +242,16 @@ def main() -> None:
     names = args.only or [n for n in RUNS if n != "mbridge" or importlib.util.find_spec("mbridge")]
     plan = [(name, threads) for name in names for threads in ((1, args.threads) if name in THREADED else (1,))]
     results: dict[str, list[dict[str, float]]] = {}
+    if args.one_process:
+        for name in names:
+            import_all(name)
+        sys.modules["torch"].set_num_threads(1)
     for _ in range(args.repeats):
         for name, threads in plan:
             label = f"{name} ({threads} thread{'s' * (threads > 1)})" if name in THREADED else name
-            results.setdefault(label, []).append(measure(name, args.dir, threads))
+            results.setdefault(label, []).append(
+                (measure_here if args.one_process else measure)(name, args.dir, threads)
+            )
     best = f"safetensors ({args.threads} thread{'s' * (args.threads > 1)})"
     floor = [run["seconds"] for run in results.get(best, results[next(iter(results))])]
     machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
@@ -249,7 +267,8 @@ def main() -> None:
         ratio = statistics.median(own / base for own, base in zip(seconds, floor, strict=True))
         print(f"{label:24}{timing:>16}{cpu:>8.2f}{size / 2**30 / middle:>8.2f}{ratio:>8.2f}{peak:>10.0f}")
     if args.json:
-        summary = {"shape": args.shape, "bytes": size, "machine": machine, "runs": results}
+        known = {label: [{k: v for k, v in run.items() if v == v} for run in runs] for label, runs in results.items()}
+        summary = {"shape": args.shape, "bytes": size, "machine": machine, "runs": known}
         args.json.write_text(json.dumps(summary, indent=1) + "\n")
     for leftover in ("hf", "megatron", "out"):
         shutil.rmtree(args.dir / leftover, ignore_errors=True)
