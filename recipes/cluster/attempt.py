@@ -1,8 +1,8 @@
-"""The logs of a run, one directory per start of it: `RUN_DIR/logs/attempt_N`, `latest` pointing at the newest.
+"""The logs of a run, one directory per start: `RUN_DIR/logs/attempt_N`, with `latest` pointing to the newest.
 
-Beside the logs, every role of an attempt (the batch script, each learner rank, each server) keeps a small file of
-events, `ROLE.events.jsonl`, one JSON object per line: when it started and ended, and how. `recipes.status` reads them.
-Standard library only: node checks and server supervisors import this and must start in no time.
+Besides the logs, every role of an attempt (the batch script, each learner rank, each server) writes a small file of
+events, `ROLE.events.jsonl`, one JSON object per line: when and how it started and ended. `recipes.status` reads them.
+Standard library only, because node checks and server supervisors import this and must start fast.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SUFFIX = ".events.jsonl"
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that happened to one role. ``time`` in seconds since the epoch, by that node's clock."""
+    """One event of one role. ``time`` in seconds since the epoch, by that node's clock."""
 
     time: float
     role: str  # "job" | "learner-rank0" | "server-1" | ...
@@ -101,7 +101,7 @@ def own_attempt(run_dir: Path) -> Path:
 
 
 def record(attempt: Path, role: str, name: str, **details: Any) -> None:
-    """Append an event. One that cannot be written (a full disk) is not worth ending a run for: stderr says so."""
+    """Append an event. If it cannot be written (a full disk), a message goes to stderr and the run continues."""
     line = json.dumps({"time": round(time.time(), 3), "event": name, **details}) + "\n"
     try:
         with (attempt / f"{role}{_SUFFIX}").open("a", encoding="utf-8") as file:
@@ -125,14 +125,14 @@ def events(attempt: Path) -> list[Event]:
 
 
 def write_finished(run_dir: Path, steps: int) -> None:
-    """Say that the run is complete with so many steps."""
+    """Record that the run is complete with this number of steps."""
     temporary = run_dir / f".{FINISHED}"
     temporary.write_text(json.dumps({"steps": steps, "time": round(time.time(), 3)}) + "\n", encoding="utf-8")
     os.replace(temporary, run_dir / FINISHED)
 
 
 def finished_steps(run_dir: Path) -> int:
-    """Steps that the run was complete with; 0 when it never was."""
+    """Number of steps at which the run was complete; 0 if it never was."""
     try:
         return int(json.loads((run_dir / FINISHED).read_text(encoding="utf-8"))["steps"])
     except (OSError, ValueError, KeyError, TypeError):

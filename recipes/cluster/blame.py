@@ -1,9 +1,9 @@
-"""What an attempt failed of: the cause, not whoever noticed it first.
+"""The cause of a failed attempt, which is not always the first event.
 
-A learner of many ranks fails everywhere at once. The rank that runs out of memory says so; its peers say "connection
-closed"; Slurm then kills those that are left; and a server that died and was replaced an hour before has nothing to do
-with it. `cause` puts the events of an attempt into that order. Clocks of nodes may differ by seconds, so the time of an
-event decides only between events of the same kind.
+When one of many ranks fails, all fail. The rank that runs out of memory reports it; its peers report "connection
+closed"; Slurm then kills the rest; and a server that died and was replaced an hour earlier is unrelated. `cause` ranks
+the events of an attempt accordingly. Clocks of nodes may differ by seconds, so the time of an event decides only
+between events of the same kind.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from recipes.cluster.attempt import Event
 from recipes.cluster.heartbeat import DIRECTORY
 
 TAIL = 8  # lines of a failed role's log
-# What a rank says that has lost a peer. Whatever else it says is its own.
+# Messages of a rank that has lost a peer. Other messages are its own errors.
 PEER = re.compile(
     r"DistBackendError|DistNetworkError|DistStoreError|gloo|NCCL|ProcessGroup|TCPStore|remote process exited|collective"
     r"|[Cc]onnection (closed|reset|refused)|Broken pipe|Timed out (waiting|after)"
@@ -31,7 +31,7 @@ CRASHED = (132, 134, 135, 136, 139)  # by its own fault (ILL, ABRT, BUS, FPE, SE
 
 @dataclass(frozen=True)
 class FirstError:
-    """The role that an attempt failed of, when (seconds since the epoch), how, and the end of its log."""
+    """The role that failed first, when (seconds since the epoch), how, and the end of its log."""
 
     role: str
     time: float
@@ -41,7 +41,7 @@ class FirstError:
 
 
 def first_error(directory: Path) -> FirstError | None:
-    """What an attempt failed of; None when nothing in it failed."""
+    """The cause of an attempt's failure; None if nothing failed."""
     found = cause(attempt.events(directory), rank_nodes(directory))
     if found is None:
         return None
@@ -80,7 +80,7 @@ def cause(events: Sequence[Event], nodes: Mapping[str, str]) -> Event | None:
 
 
 def what(event: Event) -> str:
-    """How a role failed, in words; "" when it did not."""
+    """How a role failed, in words; "" if it did not."""
     code = event.details.get("code", 0)
     if event.name in ("failed", "gave up") and "error" in event.details:
         return str(event.details["error"])
@@ -94,7 +94,7 @@ def rank_role(role: str) -> str:
 
 
 def _own_errors(failed: Sequence[Event]) -> list[Event]:
-    """Of ranks that did not merely lose a peer: those that said why come first, then those that crashed."""
+    """Order of ranks that did not merely lose a peer: those with an error message first, then crashed ones."""
     learner = [event for event in failed if event.role.startswith("learner")]
     noticed = {rank_role(event.role) for event in learner if PEER.search(what(event))}
     own = [event for event in learner if rank_role(event.role) not in noticed]

@@ -1,8 +1,8 @@
-"""torch's record of a rank's collectives, written once an operation takes long: which one it is in, which came before.
+"""torch's record of a rank's collectives (the flight recorder), written when an operation takes long.
 
-torch calls it the flight recorder. With NCCL its watchdog writes a file of its own to the same directory when a
-collective times out, or when asked through a pipe (slurm/task.sh sets both up; `torchfrtrace` reads those files). With
-gloo nothing does, but torch hands the record out as text, from 2.8 on; that needs a living interpreter. Sources:
+With NCCL, torch's watchdog writes its own file to the same directory when a collective times out, or on request through
+a pipe (slurm/task.sh sets up both; `torchfrtrace` reads those files). With gloo there is no such file, but from 2.8 on
+torch returns the record as text, which needs a running interpreter. Sources:
 torch/csrc/distributed/c10d/{FlightRecorder.hpp,init.cpp}.
 """
 

@@ -1,4 +1,4 @@
-"""One run directory, one run: a lock that says who holds it, ends with its holder, and is not inherited by children."""
+"""The lock of a run directory: it names its holder, ends with it, and is not inherited by child processes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from recipes.cluster.attempt import VARIABLE
 from recipes.cluster.heartbeat import DIRECTORY
 
 FILE = ".lock"
-# A requeued job may find the lock still held, by a process that is just ending or by a file server that waits for the
-# return of a node that has died.
+# A requeued job may find the lock still held, by a process that is ending, or by a file server that waits for a dead
+# node to return.
 WAIT_S = 120.0
 FOREIGN_S = 12.0  # two heartbeats and a file server's delay
 _UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -26,7 +26,7 @@ _held: weakref.WeakSet[IO[str]] = weakref.WeakSet()
 
 
 def _close_in_child() -> None:
-    # Megatron forks writers for a checkpoint, and one that outlives a killed trainer would go on holding the lock.
+    # Megatron forks writers for a checkpoint, and a writer that outlives a killed trainer would keep holding the lock.
     for file in list(_held):
         file.close()
     _held.clear()
@@ -36,12 +36,12 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 class RunBusy(RuntimeError):
-    """A process of this very job, or one whose host does not answer, still holds the run directory."""
+    """A process of this job, or one whose host does not answer, still holds the run directory."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a run directory."""
+    """The holder of a run directory."""
 
     pid: int
     host: str
@@ -53,7 +53,7 @@ class Holder:
 
 
 def holder(run_dir: Path) -> Holder | None:
-    """Who took the lock last and did not give it back; None when nobody did."""
+    """The last holder that has not released the lock; None if there is none."""
     try:
         return Holder(**json.loads((run_dir / FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -99,7 +99,7 @@ def take(run_dir: Path) -> IO[str]:
 
 
 def told(file: IO[str], attempt: Path) -> None:
-    """Note in the lock where this process's heartbeat is."""
+    """Record the path of this process's heartbeat in the lock."""
     slurm = os.environ.get("SLURM_JOB_ID", "")
     _write(file, Holder(os.getpid(), socket.gethostname(), slurm, str(attempt.absolute())))
 
@@ -111,7 +111,7 @@ def _write(file: IO[str], mine: Holder) -> None:
 
 
 def release(file: IO[str]) -> None:
-    """Give the lock back."""
+    """Release the lock."""
     _held.discard(file)
     file.truncate(0)
     file.close()
@@ -130,7 +130,7 @@ def _flock(file: IO[str]) -> bool:
 
 
 def _beats(other: Holder) -> bool:
-    """Whether the other process shows signs of life: its heartbeat changes."""
+    """Whether the other process is alive: its heartbeat changes."""
     file = Path(other.attempt) / DIRECTORY / "rank0.json"
 
     def beat() -> str:

@@ -1,8 +1,8 @@
-"""Is every node of a job fit for it? `python -m recipes.cluster.preflight node DIR` on each, then `... judge` on one.
+"""Check the nodes of a job: `python -m recipes.cluster.preflight node DIR` on each, then `... judge` on one.
 
-`node` writes what it finds to `DIR/preflight/NODE.json`; `judge` reads these files, prints one table, and refuses the
-job with one sentence per problem (exit status 3). Nothing is parsed from srun's output, which arrives torn beyond about
-1 KB; a node that cannot write there prints one short line. Nothing heavy is imported.
+`node` writes its facts to `DIR/preflight/NODE.json`. `judge` reads these files, prints one table, and refuses the job
+with one sentence per problem (exit status 3). srun's output is not parsed, because lines beyond about 1 KB arrive in
+pieces; a node that cannot write to DIR prints one short line. No large package is imported.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Facts = dict[str, Any]
 
 
 def node_facts(directory: Path) -> Facts:
-    """What this node looks like. ``nonce``: what it reads in the attempt's directory, None if it cannot."""
+    """Facts of this node. ``nonce``: the value that it reads in the attempt's directory, None if it cannot."""
     facts: Facts = {"node": os.environ.get("SLURMD_NODENAME", socket.gethostname()), "time": time.time()}
     gpus, driver, problem = gpu_facts()
     facts |= {"gpus": gpus, "driver": driver, "gpu_problem": problem}
@@ -107,7 +107,7 @@ def _free(directory: Path) -> float | None:
 
 @dataclass(frozen=True)
 class Needs:
-    """What the job asks of its nodes.
+    """The job's requirements on its nodes.
 
     ``began`` and ``ended``: clock of the judging node around the check, seconds since the epoch. A node has read its
     own clock in between, so no start-up delay looks like a wrong clock.

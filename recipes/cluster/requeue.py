@@ -1,6 +1,6 @@
-"""May a job be requeued once more? `python -m recipes.cluster.requeue RUN_DIR`: exit status 0, or 3 with the reason.
+"""Whether a job may be requeued again: `python -m recipes.cluster.requeue RUN_DIR` exits with 0, or 3 and the reason.
 
-Standard library only: the answer comes between two attempts, while nodes wait.
+Standard library only, because it runs between two attempts while nodes wait.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Keep one vLLM server alive for a job: `python -m recipes.cluster.serve DIR [--toward HOST] [-- VLLM ARGUMENTS]`.
 
-Started once per server by slurm/task.sh, with the token in $VLLM_API_KEY. It starts vLLM under the process guard, on
-the node's private address, and writes the server's URL to `server-N.url` once a first token has come out. A server that
-dies, or whose engine no longer answers (vLLM's /health would still say 200), is started again on the same address,
-after a pause that doubles. A restarted server has the initial weights: the pool sends it nothing before the next weight
-update, which it takes part in like all others.
+slurm/task.sh starts it once per server, with the token in $VLLM_API_KEY. It starts vLLM under the process guard, on the
+node's private address, and writes the server's URL to `server-N.url` after the first token. A server that dies, or
+whose engine no longer answers (vLLM's /health would still return 200), is restarted on the same address after a pause,
+which doubles each time. A restarted server has the initial weights, so the pool sends it no request before the next
+weight update.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from recipes.rollout.vllm.server import CLOSE_S, Place, server_command, server_e
 
 OPTIONS_FILE = "server.json"  # in the attempt's directory, written by `recipes.cluster.job`
 FIRST_PORT, BLOCK, BLOCKS = 12000, 16, 1250  # 12000 to 31999; Linux gives away 32768 and up unless told otherwise
-PROBE_S = 5.0  # between signs of life
-HEALTHY_S = 600.0  # after so long a server that dies is a first failure again
+PROBE_S = 5.0  # between probes
+HEALTHY_S = 600.0  # a server that dies after this time counts as a first failure again
 MAX_RESTARTS = 8  # failures in a row
 
 
@@ -112,11 +112,11 @@ def private_address(toward: str, interface: str = "") -> str:
 
 
 class Hung(RuntimeError):
-    """The engine has not answered for too long."""
+    """The engine did not answer in time."""
 
 
 class Supervisor:
-    """One server's life: start, watch, start again."""
+    """Starts, watches and restarts one server."""
 
     def __init__(self, directory: Path, index: int, local: int, address: str, extra: list[str], hang_s: float) -> None:
         values: dict[str, Any] = json.loads((directory / OPTIONS_FILE).read_text(encoding="utf-8"))
@@ -194,10 +194,10 @@ class Supervisor:
         return True
 
     def _check_engine(self) -> None:
-        """Ask the engine's own loop for something trivial, which it answers between two decoding steps.
+        """Send a trivial request that the engine's loop answers between two decoding steps.
 
-        A tiny generation would wait behind all queued requests, and /health asks only the front end. Raises Hung; a
-        refused connection is left to the guard, which ends when the server has.
+        A short generation would wait behind all queued requests, and /health asks only the front end. Raises Hung. A
+        refused connection is not an error here, because the guard ends with the server.
         """
         with contextlib.suppress(OSError):
             try:
@@ -211,7 +211,7 @@ class Supervisor:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, headers)
         try:
-            # Straight to the server: a proxy of the site's environment has no business here.
+            # Directly to the server, without a proxy of the site's environment.
             opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
             with opener.open(request, timeout=timeout_s) as response:
                 response.read()

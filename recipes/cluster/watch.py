@@ -1,8 +1,8 @@
-"""Find a learner that hangs, and which rank: `python -m recipes.cluster.watch ATTEMPT --ranks N`, beside the job.
+"""Detect a hung learner and name the rank: `python -m recipes.cluster.watch ATTEMPT --ranks N`, beside the job.
 
-It reads the ranks' heartbeats (`recipes.cluster.heartbeat`) until it is killed, or until one rank is stopped, without a
-sign of life, or without progress for too long. Then it says which rank on which node, in which phase and since when,
-records that as the attempt's first error, writes the node to `ATTEMPT/hung_nodes`, and ends with status 4.
+It reads the ranks' heartbeats (`recipes.cluster.heartbeat`) until it is killed, or until one rank is stopped, sends no
+heartbeat, or makes no progress for too long. Then it prints rank, node, phase and duration, records that as the
+attempt's first error, writes the node to `ATTEMPT/hung_nodes`, and ends with status 4.
 Outside a batch job the heartbeat of rank 0 does the same (`Guard`) and ends the ranks of its host.
 
 Ages are measured by this process's clock, or by one rank's own: clocks of different nodes are never compared.
@@ -33,7 +33,7 @@ STATUS = 4
 
 @dataclass(frozen=True)
 class Rank:
-    """One rank as its heartbeat tells, and for how many seconds its heartbeat or its process has stood still."""
+    """The state of one rank from its heartbeat, and how long its heartbeat or its process has not changed."""
 
     rank: int
     node: str
@@ -59,12 +59,12 @@ class Rank:
 
 
 def alarm_s(limit_s: float) -> float:
-    """When to speak so that a hang is named within ``limit_s``: a heartbeat and this loop take some seconds."""
+    """Limit that reports a hang within ``limit_s``: a heartbeat and this loop take some seconds."""
     return limit_s - min(10.0, limit_s / 5)
 
 
 def culprits(ranks: Sequence[Rank], hang_s: float) -> list[Rank]:
-    """The ranks that hold up all others, likeliest first; empty while the learner goes on. Pure."""
+    """The ranks that block all others, most likely first; empty while the learner makes progress. Pure."""
     alive = [rank for rank in ranks if rank.phase != END]
     direct = [r for r in alive if max(r.silent_s, r.stopped_s) > alarm_s(hang_s)]
     if direct:
@@ -73,7 +73,7 @@ def culprits(ranks: Sequence[Rank], hang_s: float) -> list[Rank]:
     if not stuck:
         return []
     shortest = min(r.limit_s for r in stuck if r.limit_s is not None)
-    # Others that still get things done in such a phase are waited for; those in a longer one wait for a stuck rank.
+    # Ranks that still make progress in such a phase are waited for; ranks in a longer one wait for a stuck rank.
     if any(r not in stuck and r.limit_s is not None and r.limit_s <= shortest for r in alive):
         return []
     # Whoever waits in a collective waits for a peer. Among the rest the one that is behind, then that came to rest
@@ -86,7 +86,7 @@ def culprits(ranks: Sequence[Rank], hang_s: float) -> list[Rank]:
 
 
 def sentence(found: Sequence[Rank], total: int) -> str:
-    """What `culprits` found, for people."""
+    """The result of `culprits` as a sentence."""
     more = f"; likewise rank {', '.join(str(r.rank) for r in found[1:5])}" if found[1:] else ""
     more += " and others" if found[5:] else ""
     waiting = total - len(found)
@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     while os.getppid() == arguments.parent:
         begin = time.monotonic()
         ranks = watch.look(elapsed)
-        # What reading took beyond a moment is the file system's trouble.
+        # Longer reads are delays of the file system.
         elapsed = POLL_S + min(time.monotonic() - begin, 1.0)
         found = culprits(ranks, hang_limit(arguments.attempt))
         late = watch.missing() if time.monotonic() - started > alarm_s(LIMITS["start"] or 0.0) else []
@@ -179,7 +179,7 @@ def accuse(directory: Path, found: Sequence[Rank], late: Sequence[int], total: i
 
 
 class Guard:
-    """Ends a run that hangs where nobody else would: started by hand, by `make train` or by torchrun.
+    """Ends a hung run outside Slurm: started by hand, by `make train` or by torchrun.
 
     It lives in the heartbeat process of rank 0. The ranks of this host are killed, whereupon torchrun ends the others
     and itself with a status that is not 0. A run that its user has stopped with Ctrl-Z is left alone.
@@ -208,7 +208,7 @@ class Guard:
         for beat in self._watch.beats:
             if beat["node"] == here and process(beat["pid"]).born == beat["born"]:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(beat["pid"], signal.SIGKILL)  # nothing less reaches one that is stopped
+                    os.kill(beat["pid"], signal.SIGKILL)  # a stopped process reacts to no other signal
 
     def _suspended(self, ranks: Sequence[Rank]) -> bool:
         alive = [rank for rank in ranks if rank.phase != END]
@@ -216,7 +216,7 @@ class Guard:
 
 
 def hang_limit(directory: Path) -> float:
-    """``run.hang_s`` of the attempt, from the ranks' own words; generous before any has spoken."""
+    """``run.hang_s`` of the attempt, from the ranks' heartbeats; a large value before the first."""
     for file in (directory / DIRECTORY).glob("rank*.json"):
         with contextlib.suppress(OSError, ValueError, KeyError):
             return float(json.loads(file.read_text())["hang_s"])

@@ -1,4 +1,4 @@
-"""What a model card says of the run that made the model. Names only: a card leaves the machine."""
+"""Facts of a run for the model card. They contain names only, no paths, because a card is published."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def export_card(config: Config, step: int, run_dir: Path) -> dict[str, Any]:
 
 
 def save_command(run_dir: Path) -> None:
-    """Remember how this process was started."""
+    """Save the command line of this process."""
     words = ["python", "-m", "recipes.train", *map(_without_directories, sys.argv[1:])]
     (run_dir / COMMAND).write_text(shlex.join(words) + "\n", encoding="utf-8")
 
 
 def _without_directories(word: str) -> str:
-    """`key=/a/b/c` becomes `key=c`: an absolute path says something about a machine, not about a model."""
+    """`key=/a/b/c` becomes `key=c`: an absolute path describes a machine, not a model."""
     return _ABSOLUTE.sub(r"\1", word)

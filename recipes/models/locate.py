@@ -1,4 +1,4 @@
-"""Where the policy's Hugging Face directory is, and how it gets there."""
+"""Location and creation of the policy's Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from configs.schema import Config
 
 
 def model_location(config: Config) -> Path:
-    """Where the policy's Hugging Face directory is, or will be once it is made."""
+    """The path of the policy's Hugging Face directory, which may not exist yet."""
     cache = Path(config.model.cache_dir)
     if config.model.path == "tiny":
         key = json.dumps([asdict(config.model.warm_start), config.data.name], sort_keys=True)
@@ -22,7 +22,7 @@ def model_location(config: Config) -> Path:
 
 
 def prepare_model(config: Config, directory: Path) -> None:
-    """Make or fetch the model when its directory is not there yet."""
+    """Make or fetch the model if its directory does not exist yet."""
     if directory.exists():
         return
     if config.model.path == "tiny":

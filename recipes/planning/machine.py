@@ -1,4 +1,4 @@
-"""Whether this machine holds what a configuration starts on it: processes, memory, GPUs."""
+"""Whether this machine has enough processes, memory and GPUs for a configuration."""
 
 from __future__ import annotations
 

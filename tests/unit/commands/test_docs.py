@@ -38,3 +38,12 @@ def test_links_to_files_exist(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     files = [link for link in links if "://" not in link and not link.startswith("mailto:")]
     assert sorted(link for link in files if not (page.parent / link).exists()) == []
+
+
+def test_papers_are_cited_by_name() -> None:
+    """Not by private numbers."""
+    folders = ("recipes", "megatron_ext", "conversion", "configs", "benchmarks", "docs", "slurm", "tests")
+    files = [p for f in folders for p in (ROOT / f).rglob("*") if p.suffix in (".py", ".md", ".yaml", ".sbatch", ".sh")]
+    assert len(files) > 400
+    number = re.compile(r"\bP[0234]\b")
+    assert [str(p.relative_to(ROOT)) for p in files if number.search(p.read_text(encoding="utf-8"))] == []
