@@ -159,6 +159,17 @@ def test_push_changes_every_weight(pool: VLLMPool, qwen2: Path, weights: dict[st
         assert old_mean > 0.1, "the change must be large enough to be seen"
 
 
+def test_layers_that_did_not_change_are_kept(pool: VLLMPool, qwen2: Path, weights: dict[str, Tensor]) -> None:
+    new = changed(weights, 20)
+    pool.push(pool.version + 1, new.items())
+    some = {name: tensor for name, tensor in changed(weights, 21).items() if ".layers.1." in name}
+    for update in (new | some, new | some, weights):  # one layer, nothing, everything
+        pool.push(pool.version + 1, update.items())
+        rollouts = generate(pool)
+        assert worst_difference(qwen2, update, rollouts)[1] < 2e-4
+        assert {v for r in rollouts for v in r.weight_versions} == {pool.version}
+
+
 def test_staging_in_place_leaves_the_served_weights_alone(
     pool: VLLMPool, qwen2: Path, weights: dict[str, Tensor]
 ) -> None:
