@@ -1,4 +1,4 @@
-"""The sets of problems that a run is evaluated on, each with its protocol: files, suites, or what training held out."""
+"""The evaluation sets of a run, each with its protocol: files, suites, or problems held out from training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _INTEGERS = {"n": 1, "max_tokens": 1, "top_k": 0, "problems": 1, "every": 0}  # 
 
 @dataclass
 class EvalSet:
-    """Problems that are evaluated together, and what became of those that are not."""
+    """Problems that are evaluated together, and counts of those that are not."""
 
     name: str
     protocol: Protocol
@@ -29,11 +29,11 @@ class EvalSet:
     total: int  # problems in the file, before anything was dropped or left out
     dropped: Counter[str] = field(default_factory=Counter)  # by reason
     origin: str = ""  # the file's name
-    note: str = ""  # what a reader of the numbers must know
+    note: str = ""  # a warning for readers of the numbers
 
     @property
     def counts(self) -> dict[str, Any]:
-        """How many problems there are, are evaluated and are not, with reasons."""
+        """Numbers of problems in total, evaluated and left out, with reasons."""
         left_out = self.total - len(self.problems) - sum(self.dropped.values())
         return {
             "total": self.total,
@@ -106,7 +106,7 @@ def protocols(config: Config) -> dict[str, Protocol]:
 
 
 def metric_names(name: str, protocol: Protocol) -> list[str]:
-    """What an evaluation of a set reports, its intervals aside."""
+    """Metrics of the evaluation of a set, without intervals."""
     ks = [k for k in protocol.k if k > 1]
     labels = [f"avg@{protocol.n}", *(f"pass@{k}" for k in protocol.k), *(f"maj@{k}" for k in ks)]
     return [f"{name}/{label}" for label in labels]
@@ -195,7 +195,7 @@ def _benchmark_file(config: Config, benchmark: str, name: str) -> Path:
 
 
 def _changed(config: Config, name: str, protocol: Protocol) -> Protocol:
-    """A protocol with what ``eval.sets`` says for all sets and for this one."""
+    """A protocol with the settings of ``eval.sets`` for all sets and for this one."""
     for label in ("all", name):
         changes = config.eval.sets.get(label, {})
         if not isinstance(changes, Mapping):

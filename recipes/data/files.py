@@ -1,4 +1,4 @@
-"""Rows of data files as people have them: JSON lines, a JSON array, Parquet, Arrow, directories of these.
+"""Rows of data files: JSON lines, a JSON array, Parquet, Arrow, or directories of these.
 
 A directory may be what ``datasets.save_to_disk`` wrote, a copy of a data set of the Hugging Face hub, or a folder of
 files of one kind. Rows are streamed; every error is one sentence with file and line (or row).

@@ -1,4 +1,4 @@
-"""What keeps a problem out of training data: contamination by benchmarks, and pass rates."""
+"""Filters of training data: contamination by benchmarks, and pass rates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 def words(text: str) -> list[str]:
-    """Letters and digits only, without case: what n-grams are made of."""
+    """The words of n-grams: letters and digits only, without case."""
     return _WORD.findall(text.casefold())
 
 
@@ -38,7 +38,7 @@ class Contamination:
             yield " ".join(found[start : start + self.n])
 
     def source(self, text: str, overlap: int = 1) -> str | None:
-        """The benchmark that ``text`` shares at least ``overlap`` n-grams with, None when there is none."""
+        """The benchmark that shares at least ``overlap`` n-grams with ``text``; None if there is none."""
         shared = Counter(self._grams[gram] for gram in set(self._of(text)) if gram in self._grams)
         if not shared:
             return None

@@ -1,4 +1,4 @@
-"""Makes training data: reads, validates, filters, splits, and says what it did. Deterministic and streaming.
+"""Prepare training data: read, validate, filter, split and report. Deterministic and streaming.
 
 Three passes: the first finds texts that occur with two answers, the second filters and writes, the third splits off the
 held-out problems. In memory are a hash per problem, the benchmarks' n-grams and the pass rates.
@@ -53,7 +53,7 @@ class PrepareConfig:
 
 @dataclass
 class Outcome:
-    """What became of the rows."""
+    """Counts of rows by result."""
 
     read: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
@@ -139,7 +139,7 @@ def _key(problem: Problem) -> bytes:
 
 
 def _conflicts(config: PrepareConfig, say: Callable[[str], None]) -> set[bytes]:
-    """Texts that occur with two different answers: which one is right cannot be known."""
+    """Texts that occur with two different answers, so that the right one is unknown."""
     answers: dict[bytes, int] = {}
     conflicts: set[bytes] = set()
     clock = _Clock(say, "reading")
@@ -258,7 +258,7 @@ class _Reasons:
 
 
 class _Clock:
-    """Says now and then how many rows have been read."""
+    """Prints the number of rows read from time to time."""
 
     def __init__(self, say: Callable[[str], None], what: str) -> None:
         self._say, self._what, self._rows = say, what, 0

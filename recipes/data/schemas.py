@@ -1,4 +1,4 @@
-r"""Rows of the data sets that people train on, as problems.
+r"""Parse rows of common training data sets into problems.
 
 Problem text: ``problem``, ``question`` or ``prompt`` (text, or verl's list of chat messages). Answer: ``answer``,
 ``final_answer``, ``ground_truth``, verl's ``reward_model.ground_truth``, or the last ``\boxed{}`` of ``solution``
@@ -17,7 +17,7 @@ from megatron_ext.rl.types import Problem
 TEXTS = ("problem", "question", "prompt")
 ANSWERS = ("answer", "final_answer", "ground_truth", "expected_answer")
 SOLUTION_MARK = "####"  # GSM8K writes its final answers behind it
-MAX_TEXT = 1_000_000  # characters of a problem; longer ones are no problems
+MAX_TEXT = 1_000_000  # characters of a problem; longer texts are refused
 # DAPO-Math-17k puts its own instructions around every problem; here data.template says them.
 _DAPO_HEAD = "Solve the following math problem step by step. The last line of your response should be of the form"
 _DAPO_TAIL = 'Remember to put your answer on its own line after "Answer:".'

@@ -1,4 +1,4 @@
-"""Where problems come from, and in which order they are trained on.
+"""Sources of problems, and their order in training.
 
 The order is a pure function of ``(seed, position)``: position 0, 1, 2, ... is the first, second, third training
 problem of the run, every problem comes exactly once per epoch, and a run resumes from its position alone.
@@ -43,7 +43,7 @@ class ProblemSource(Protocol):
         ...
 
     def heldout(self, n: int) -> list[Problem]:
-        """The first ``n`` held-out problems, fewer when there are fewer; the same for every seed."""
+        """The first ``n`` held-out problems, or all if there are fewer; the same for every seed."""
         ...
 
 
@@ -125,7 +125,7 @@ class GeneratedSource:
 
 
 class FileSource:
-    """Problems from a file: each exactly once per epoch, every epoch in an order of its own."""
+    """Problems from a file: each exactly once per epoch, every epoch in a different order."""
 
     def __init__(
         self,
@@ -180,7 +180,7 @@ def _shuffled(n: int, key: str) -> list[int]:
 
 
 def text_key(problem: Problem) -> str:
-    """Two problems are the same when their texts agree up to case and spacing."""
+    """Key of a problem: two problems are the same if their texts agree up to case and spacing."""
     return " ".join(problem.prompt.casefold().split())
 
 

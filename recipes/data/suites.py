@@ -1,4 +1,4 @@
-"""Benchmarks, and how the papers evaluate on them. Facts only: `recipes.data.evalsets` makes sets of problems of them.
+"""Benchmarks, and the papers' evaluation protocols. Data only; `recipes.data.evalsets` builds evaluation sets from it.
 
 The problems are not shipped: ``eval.data_dir`` names a directory with one file per benchmark, in any format that
 `recipes.data.files` reads. Every number of a suite without the word "ours" is printed in the paper that is named.
@@ -26,7 +26,7 @@ class Benchmark:
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """How one set is evaluated."""
+    """The evaluation protocol of one set."""
 
     n: int = 8  # samples per problem
     k: tuple[int, ...] = (1,)  # pass@k and maj@k, besides avg@n
@@ -68,7 +68,7 @@ BENCHMARKS = {
     ),
 }
 
-# A benchmark by its own name: ours, few samples, for a look at a model.
+# A single benchmark by name: our own protocol with few samples, for a quick check of a model.
 _OWN = Protocol(n=4, k=(1, 4), temperature=0.6, top_p=0.95, max_tokens=4096, template="chat:{problem}" + BOXED)
 # CE-GPPO sec. 4.1: avg@32, MATH-500 avg@4; 32k tokens for AIME, 16k else; answers from \boxed{}. Temperature and top-p:
 # the authors' script. Template: ours, DeepSeek's advice for the R1-distilled models.

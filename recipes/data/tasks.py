@@ -21,14 +21,14 @@ from megatron_ext.rl.types import Problem
 SPLITS = ("train", "heldout")
 HELDOUT_SHARE = 1 / 16  # of all texts, by hash
 
-LABELS = ("A", "B", "C")  # one per operation; labelling the steps is what makes the task learnable in a minute
+LABELS = ("A", "B", "C")  # one per operation; labelled steps make the task learnable in a minute
 OPERATORS = ("+", "-", "*")
 CONNECTORS = ("so", "then", "next", "now", "thus", "hence")  # synonyms: free choice, hence entropy
 ANSWER_MARKER = "#"
 CHAIN_WORDS = (*(str(digit) for digit in range(10)), *OPERATORS, *LABELS, *CONNECTORS, "=", ANSWER_MARKER)
 
-P_RESTATE = 0.9  # a step repeats its operator and operand: the scaffold on which the lookup is learned quickly
-P_MERGE = 0.1  # a step is done in the head and written together with the next one
+P_RESTATE = 0.9  # a step repeats its operator and operand, which makes the lookup faster to learn
+P_MERGE = 0.1  # a step is not written out, but merged with the next one
 P_STEP_WRONG = 0.08  # a step's result is a random digit instead of the right one
 P_COPY_WRONG = 0.03  # the last result is copied wrongly behind the marker
 MISCONCEIVED_SHARE = 0.1  # of the 300 facts (x, op, d) ...
@@ -42,7 +42,7 @@ def keyed_rng(*key: object) -> random.Random:
 
 
 def split_of(text: str) -> str:
-    """``"heldout"`` for about ``HELDOUT_SHARE`` of all texts, else ``"train"``; depends on nothing but the text."""
+    """``"heldout"`` for about ``HELDOUT_SHARE`` of all texts, else ``"train"``; depends only on the text."""
     bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") / 2**32
     return "heldout" if bucket < HELDOUT_SHARE else "train"
 

@@ -1,4 +1,4 @@
-"""One page that says how a run went: `python -m recipes.report RUN_DIR [RUN_DIR ...]`.
+"""The HTML report of one or several runs: `python -m recipes.report RUN_DIR [RUN_DIR ...]`.
 
 Reads what a run leaves behind (`metrics.jsonl`, `config.yaml`, `samples.jsonl`) and writes a self-contained
 `report.html`: no request to anywhere, no absolute path, no secret. Its charts are pictures that its script replaces by
@@ -52,7 +52,7 @@ def scrub(value: Any, key: str = "") -> Any:
 
 
 def visible(text: Any) -> str:
-    """Text in which nothing hides: control and direction-changing characters appear as escapes. Long text is cut."""
+    """Text with control and direction-changing characters as escapes. Long text is truncated."""
     text = str(text)
     cut = f"\n… {len(text) - TEXT_SHOWN} more characters" if len(text) > TEXT_SHOWN else ""
     shown = (c if c == "\n" or unicodedata.category(c)[0] != "C" else f"\\u{ord(c):04x}" for c in text[:TEXT_SHOWN])
@@ -74,7 +74,7 @@ def number(value: float, digits: int = 3) -> str:
 
 
 def time_shares(run: Run) -> list[dict[str, Any]]:
-    """Mean seconds per step of each phase and its share of the step; "other" is what no phase accounts for."""
+    """Mean seconds per step of each phase and its share of the step; "other" is the rest."""
     total = run.values("timing_s/step")
     steps = len(total) or run.steps()
     means = {name: sum(v for _, v in pairs) / steps for name, pairs in charts.phases(run.series).items()}
@@ -184,7 +184,7 @@ def _tokens(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def facts(config: dict[str, Any], engine: str = "") -> list[str]:
-    """The few settings that a reader wants beside the title, where the config has them, and the engine that ran."""
+    """The main settings, shown beside the title, and the engine that ran."""
     keys = "loss.name model.path data.path optim.lr seed rollout.engine parallel.tp parallel.pp parallel.cp".split()
     out = []
     for dotted in keys:
@@ -199,7 +199,7 @@ def facts(config: dict[str, Any], engine: str = "") -> list[str]:
 
 
 def _unique_names(runs: list[Run]) -> None:
-    """Runs of the same directory name get a number, so that legends can tell them apart."""
+    """Names of runs; equal directory names get a number, so that legends are unique."""
     seen: dict[str, int] = {}
     for run in runs:
         seen[run.name] = seen.get(run.name, 0) + 1
@@ -247,7 +247,7 @@ def render(runs: list[Run], *, live: bool = False) -> str:
 
 
 def numbers(runs: list[Run], drawn: list[charts.Chart]) -> dict[str, Any]:
-    """What the page's script draws: axes of every run, lines of every chart, samples by run and step."""
+    """The data of the page's script: axes of every run, lines of every chart, samples by run and step."""
     return {
         "runs": [axes_of(run.series) for run in runs],
         "charts": [{"title": c.title, "percent": c.percent, "lines": [_thinned(x) for x in c.lines]} for c in drawn],
@@ -266,7 +266,7 @@ def _thinned(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def embedded(value: Any) -> str:
-    """JSON that may stand inside a script element: no tag, comment or line separator can be read out of it."""
+    """JSON that is safe inside a script element: tags, comments and line separators are escaped."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 

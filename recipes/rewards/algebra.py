@@ -15,11 +15,11 @@ POINTS, NEEDED = 24, 6  # tried, and those where both must be real
 
 
 def equal_by_algebra(a: str, g: str) -> bool:
-    """math-verify on what the rules leave. Letters are not units where both sides parse with them."""
+    """math-verify on answers that the rules do not decide. Letters are not units if both sides parse with them."""
     from math_verify import verify
     from sympy import Basic, MatrixBase
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # says that its time-outs are off
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time-outs are off
     x, y = _parsed(a, False), _parsed(g, False)
     if isinstance(x, Basic) and isinstance(y, Basic) and (x.free_symbols or y.free_symbols):
         if not isinstance(x, MatrixBase) and _variables(x) and _variables(y):

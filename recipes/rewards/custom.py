@@ -1,4 +1,4 @@
-"""Reward functions of the user's own: ``reward.name=package.module:function``.
+"""User-defined reward functions: ``reward.name=package.module:function``.
 
 The function gets what it names among `ARGUMENTS`, plus ``reward.params``. It returns a score, or True / False, or
 ``(score, correct)``, or a mapping with ``score`` and ``acc`` (verl's). A score above 0 counts as correct where nothing
@@ -79,7 +79,7 @@ class Custom:
 
 
 def as_result(value: Any) -> RewardResult:
-    """What a user's function returned. Raises TypeError for anything that is not a score."""
+    """The score that a user's function returned. Raises TypeError for anything else."""
     answer = correct = None
     if isinstance(value, Mapping):
         answer, correct = value.get("answer", value.get("pred")), value.get("correct", value.get("acc"))

@@ -151,7 +151,7 @@ def _expanded(text: str) -> list[str] | None:
 
 
 def _lists(a: str, g: str) -> bool | None:
-    """As many alternatives as the reference has, no more and no fewer."""
+    """The same number of alternatives as the reference."""
     x, y = _alternatives(a), _alternatives(g)
     if len(x) == len(y) == 1:
         return None
@@ -210,7 +210,7 @@ def _same_items(x: Sequence[str], y: Sequence[str], *, ordered: bool) -> bool:
 
 
 def _equations(a: str, g: str) -> bool | None:
-    """``x=5`` is 5. In a chain every side without a letter must equal the last: ``3=4=5`` is nothing."""
+    """``x=5`` is 5. In a chain every side without a letter must equal the last: ``3=4=5`` has no value."""
     x, y = split_top(a, _EQUALS), split_top(g, _EQUALS)
     if not all(x) or not all(y):
         return False if len(x) > 1 and not all(x) else None

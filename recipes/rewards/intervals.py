@@ -43,8 +43,8 @@ class RealSet:
 
 
 def same_intervals(a: str, g: str, equal: Equal) -> bool:
-    """Both texts are unions of intervals, and the same. A pair ``(1,2)`` alone is no interval on its own account:
-    one of the two must be written in another way."""
+    """Whether both texts are the same union of intervals. A pair ``(1,2)`` may also be a point, so one of the two texts
+    must be written in another form."""
     x, y = real_set(a), real_set(g)
     if x is None or y is None or len(x.parts) != len(y.parts):
         return False

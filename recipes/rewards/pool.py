@@ -1,4 +1,4 @@
-"""Scores responses in worker processes that may hang, crash or eat memory without hurting the run.
+"""Scores responses in worker processes, which may hang, crash or exhaust memory without harm to the run.
 
 A response that uses up its CPU time or kills the process that judges it gets ``failure_score`` and is counted; the next
 response finds a warm process. Limits are enforced by the kernel, because none inside a Python process holds while C
@@ -36,7 +36,7 @@ _STATUSES = (OK, TIMEOUT, CRASH, INVALID)
 
 
 class WorkerDied(Exception):
-    """The worker ended, or answered something that is not an answer: it must be replaced."""
+    """The worker ended, or sent an invalid answer: it must be replaced."""
 
 
 class JudgeDied(Exception):
@@ -48,7 +48,7 @@ class JudgeDied(Exception):
 
 
 class Scorer(Protocol):
-    """What the training loop knows of rewards."""
+    """Interface of a scorer for the training loop."""
 
     counts: Counter[str]  # results so far by status
 
@@ -66,7 +66,7 @@ def make_scorer(
     memory_mb: int = 2048,
     failure_score: float = 0.0,
 ) -> Scorer:
-    """A scorer for the named verifier: in this process when that is harmless, else a `RewardPool`."""
+    """A scorer for the named verifier: in this process if the verifier is harmless, else a `RewardPool`."""
     verifier = make_verifier(name, **(params or {}))
     if verifier.in_process:
         return InProcessScorer(verifier)
@@ -114,7 +114,7 @@ class Worker:
         self._ready = False
 
     def wait_ready(self) -> None:
-        """Raises ``RuntimeError`` with the worker's own words when it cannot start."""
+        """Raises ``RuntimeError`` with the worker's message if it cannot start."""
         if self._ready:
             return
         try:
@@ -272,8 +272,8 @@ class RewardPool:
             self._slots[slot] = None
 
     def _judge(self, slot: int, item: RewardItem) -> RewardResult:
-        """Verdict on one item. A worker that dies after serving others may have been worn out by them: the item gets
-        one more try on a fresh one, so that the outcome does not depend on its neighbours."""
+        """Verdict on one item. If a worker dies that has served other items, the item gets one more try on a new
+        worker, so that the result does not depend on the other items."""
         while True:
             worker = self._slots[slot] or Worker(self._command)
             self._slots[slot] = worker
@@ -302,7 +302,7 @@ class RewardPool:
         return RewardResult(self._failure_score, False, status)
 
     def _replace(self, slot: int) -> None:
-        """Kill the worker and start its successor, which loads its libraries while others work."""
+        """Kill the worker and start a new one, which loads its libraries while others work."""
         worker = self._slots[slot]
         assert worker is not None
         worker.kill()
@@ -332,7 +332,7 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def _worker_environment() -> dict[str, str]:
-    """Nothing of ours, above all no secrets. A fixed hash seed makes sympy's orderings repeatable."""
+    """An environment without our variables and secrets. A fixed hash seed makes sympy's orderings repeatable."""
     root = str(Path(__file__).resolve().parents[2])
     return {
         "PATH": os.environ.get("PATH", os.defpath),

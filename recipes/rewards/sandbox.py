@@ -1,4 +1,4 @@
-"""What a reward worker gives up before it reads untrusted text. Linux; every part that a kernel lacks is skipped.
+"""Restrictions of a reward worker before it reads untrusted text. Linux; parts that a kernel lacks are skipped.
 
 Resource limits hold everywhere. Landlock (Linux 5.13+, no privileges needed) takes away writing, creating, renaming
 and deleting files and starting programs; from ABI 4 on TCP, from ABI 6 on signals to other processes. Reading files
@@ -47,7 +47,7 @@ def forbid_processes() -> None:
 
 
 def limit_cpu(seconds: float) -> None:
-    """Let the kernel kill this process (SIGXCPU) after ``seconds`` more of CPU time, should nobody else do so."""
+    """Let the kernel kill this process (SIGXCPU) after ``seconds`` more of CPU time."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     soft = math.ceil(used.ru_utime + used.ru_stime + seconds)
     _, hard = resource.getrlimit(resource.RLIMIT_CPU)
@@ -55,7 +55,7 @@ def limit_cpu(seconds: float) -> None:
 
 
 def forbid_writes_and_network() -> bool:
-    """Enter an empty Landlock domain, for good. False where the kernel has none."""
+    """Enter an empty Landlock domain, irreversibly. False if the kernel has no Landlock."""
     if not sys.platform.startswith("linux"):
         return False
     libc = ctypes.CDLL(None, use_errno=True)

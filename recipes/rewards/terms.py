@@ -1,4 +1,4 @@
-"""Rewards as the configuration says: one verifier, or several with weights."""
+"""Rewards of a configuration: one verifier, or several with weights."""
 
 from __future__ import annotations
 

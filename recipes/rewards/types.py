@@ -1,4 +1,4 @@
-"""What goes into a verifier and what comes out. No imports: reward workers load this in milliseconds."""
+"""Input and output of a verifier. No imports, so that reward workers load this in milliseconds."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ _OR_BEHIND = re.compile(r"[^\n.;]{0,8}\bor\b")
 
 
 def found_answer(text: str) -> str | None:
-    """What math-verify takes for the final answer of running text without a box, as text.
+    """The final answer that math-verify finds in a text without a box, as text.
 
     None for a choice ("5 or 7"), and where an equation goes on behind it and ends with something else: of "the answer
     is 20 * $40 = $800" math-verify reads 20. Must run in the main thread of a process that may be killed.
@@ -217,7 +217,7 @@ class Format:
 
 @dataclass(frozen=True, kw_only=True)
 class Random:
-    """Rewards that know nothing of prompt or response (Clip-Low/High): Bernoulli(p), or our additions normal(0, 1) and
+    """Rewards independent of prompt and response (Clip-Low/High): Bernoulli(p), or our additions normal(0, 1) and
     uniform(0, 1). A draw is a pure function of ``(seed, item.key)``.
 
     Only a distribution that is symmetric about its mean (p = 0.5) meets the premise of Clip-Low/High's theorem 1.

@@ -38,7 +38,7 @@ def open_private_pipes() -> tuple[BinaryIO, BinaryIO]:
 
 
 def serve(verifier: Verifier, *, timeout_s: float, memory_mb: int, pipes: tuple[BinaryIO, BinaryIO]) -> None:
-    """Have requests answered until the pool closes the pipe. Imports first, then limits, then untrusted text.
+    """Answer requests until the pool closes the pipe. Imports come first, then limits, then untrusted text.
 
     A function of the user's own is imported behind the limits, too.
 
@@ -85,14 +85,14 @@ def _judge(verifier: Verifier, timeout_s: float, pipes: tuple[BinaryIO, BinaryIO
         try:
             result = verifier(RewardItem(text=text, gold=gold, truncated=truncated, key=key))
             answer: list[Any] = [number, result.score, result.correct, result.status, result.answer]
-        except Exception:  # a verifier that trips over strange text is an answer, not a crash
+        except Exception:  # an error of the verifier on unusual text is an answer, not a crash
             answer = [number, 0.0, False, INVALID, None]
         signal.setitimer(signal.ITIMER_PROF, 0)
         _write(answers, answer)
 
 
 def _check_headroom(memory_mb: int) -> None:
-    """A worker that can barely load its libraries would call every answer wrong: refuse to start instead."""
+    """Refuse to start with too little memory: such a worker would judge every answer as wrong."""
     try:
         bytearray(HEADROOM_MB << 20)
     except MemoryError:
