@@ -29,7 +29,9 @@ def payload() -> bytes:
             length = rng.randint(1, 60)
             ids = [1000 * group + 100 * index + k for k in range(length)]
             logprobs = [-rng.random() for _ in ids]
-            rollout = Rollout(prompt, ids, logprobs, [group % 3] * length, "stop")
+            read = len(prompt) + length - 1
+            experts = torch.tensor([[[k % 7, group], [index, 5], [1, 2]] for k in range(read)], dtype=torch.int16)
+            rollout = Rollout(prompt, ids, logprobs, [group % 3] * length, "stop", experts.reshape(read, 3, 2))
             members.append(Sample(rollout, f"p{group}", group, 0, reward=rng.random(), correct=index == 0))
         groups.append((Problem(f"p{group}", "", "1"), members))
     return encode({"kind": "rollouts", "step": 3, "groups": groups, "position": 7})
@@ -75,11 +77,16 @@ def receive(rank: int, root: Path) -> None:
             if index in mine or rank == 0:
                 assert ids == as_list(sent.rollout.response_ids)
                 assert as_list(found.rollout.prompt_ids) == as_list(sent.rollout.prompt_ids)
+                assert found.rollout.experts is not None and sent.rollout.experts is not None
+                assert torch.equal(found.rollout.experts, sent.rollout.experts)
             else:
                 assert ids == [ABSENT] * len(sent.rollout.response_ids)
         needed = sum(len(expected[i].rollout.response_ids) for i in shares([0] * len(groups), groups)[1])
         needed += sum(len(expected[N * group].rollout.prompt_ids) for group in range(GROUPS))
-        assert sends == ([4 * needed] if rank == 0 else []), "once, to one rank of the other replica"
+        routed = sum(
+            e.nbytes for i in shares([0] * len(groups), groups)[1] if (e := expected[i].rollout.experts) is not None
+        )
+        assert sends == ([4 * needed, routed] if rank == 0 else []), "once, to one rank of the other replica"
         empty = encode({"kind": "rollouts", "step": 4, "groups": []})
         record, tokens = deal(empty if rank == 0 else b"", shares, replica)
         assert record.about["step"] == 4 and record.samples(0, tokens) == []
