@@ -1,6 +1,6 @@
-"""A rank's sign of life, kept by a process of its own: `python heartbeat.py PID DESCRIPTOR FILE SETTINGS`.
+"""A rank's sign of life, kept by a process of its own (`recipes.cluster.beat`), with the standard library only.
 
-Started by `start` for every rank, by path, with the standard library only. It tells what the rank does (the record of
+`start` starts it for every rank. It tells what the rank does (the record of
 `megatron_ext.progress`), how its process is (running, stopped, gone) and, once an operation takes long, where
 its main thread is. FILE is written in place, so that a file server shows the newest content to whoever opens it.
 Where no batch script watches the heartbeats, rank 0's process does (`recipes.cluster.watch.Guard`).
@@ -64,7 +64,7 @@ def start(
     settings = {"hang_s": hang_s, "limits": {**LIMITS, **limits}, "rank": rank, "stacks": stacks.name}
     settings |= {"guarded_ranks": guarded_ranks, "flight": flight}
     words = [str(os.getpid()), str(record), str(directory / f"rank{rank}.json"), json.dumps(settings)]
-    command = [sys.executable, "-I", "-S", str(Path(__file__).resolve()), *words]
+    command = [sys.executable, "-I", "-S", str(Path(__file__).resolve().with_name("beat.py")), *words]
     handed = [record] if flight is None else [record, flight]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=handed, start_new_session=True)
 
@@ -197,40 +197,3 @@ def main_thread(stacks: str) -> str:
         outermost = inside[-1]
         return f"waits in {outermost[3]} ({outermost[1].rpartition('/')[2]}.py:{outermost[2]})"
     return f"in {calls[0][3]} ({os.path.basename(calls[0][1])}:{calls[0][2]})"
-
-
-def _guard(attempt: Path, ranks: int) -> Any:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this process was started with a path of its own
-    from recipes.cluster.watch import Guard
-
-    return Guard(attempt, ranks)
-
-
-def main() -> None:
-    pid, descriptor, path, settings = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
-    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)  # meant for the rank
-    woken: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: woken.append(number))  # Slurm, too, sends it to a whole step
-    heart = Heart(pid, mmap.mmap(descriptor, 0, prot=mmap.PROT_READ), settings)
-    interval = min(5.0, settings["hang_s"] / 12)
-    guard = _guard(Path(path).parents[1], settings["guarded_ranks"]) if settings["guarded_ranks"] else None
-    while True:
-        beat = heart.beat()
-        with contextlib.suppress(OSError):  # a full disk
-            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            os.pwrite(file, json.dumps(beat).encode()[: SIZE - 1].ljust(SIZE - 1) + b"\n", 0)
-            os.close(file)
-        if os.getppid() != pid or beat["phase"] == "end":
-            return
-        if guard is not None:
-            guard.look(interval)
-        for _ in range(max(1, round(interval / 0.25))):
-            time.sleep(min(interval, 0.25))
-            if os.getppid() != pid or woken:
-                break
-        woken.clear()
-
-
-if __name__ == "__main__":
-    main()

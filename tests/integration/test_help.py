@@ -16,7 +16,7 @@ INTERNAL = {
     "megatron_ext.learner.logits",
     "megatron_ext.sync.process_guard",
     "recipes.cluster.foreground",
-    "recipes.cluster.heartbeat",
+    "recipes.cluster.beat",
     "recipes.rewards.worker",
 }
 
