@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from recipes.data.prepare import PrepareConfig, prepare
+from recipes.data.preparation import PrepareConfig
+from recipes.data.prepare import prepare
 
 HELP = """usage: python -m recipes.prepare_data path=FILE out=DIR [key=value ...]
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recipes.data.filters import write_json
-
-if TYPE_CHECKING:  # it imports this module
-    from recipes.data.prepare import Outcome, PrepareConfig
+from recipes.data.preparation import Outcome, PrepareConfig
 
 
 def statistics(outcome: Outcome) -> dict[str, Any]:
