@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -213,12 +213,15 @@ class RunDir:
         self._sink.log(values)
         self._write_samples(metrics, samples, record)
         self._display.step(metrics.step, values)
-        for warning in self.watch.observe(values):
-            self.say(warning)
-            record_event(self.logs, ROLE, "warning", step=metrics.step, text=warning)
+        self._warn(self.watch.observe(values), metrics.step)
         every = self.config.run.report_every
         if every and metrics.step % every == 0:
             self._report()
+
+    def _warn(self, warnings: Sequence[str], step: int) -> None:
+        for warning in warnings:
+            self.say(warning)
+            record_event(self.logs, ROLE, "warning", step=step, text=warning)
 
     @property
     def stop_file(self) -> Path:
@@ -249,6 +252,7 @@ class RunDir:
         self._export(learner, model_dir, out, self.config.train.steps)
         if self._first:
             self._display.stop()
+            self._warn(self.watch.at_end(), self.config.train.steps)
             report = self._report()
             write_finished(self.path, self.config.train.steps)
             record_event(self.logs, ROLE, "finished", step=self.config.train.steps)

@@ -25,6 +25,7 @@ class Watch:
         self._config, self._vocab_size = config, vocab_size
         self._silent = 0
         self._runs: dict[str, int] = {}
+        self._texts: dict[str, str] = {}
         self.stalled = ""
 
     def observe(self, values: Mapping[str, Any]) -> list[str]:
@@ -60,9 +61,15 @@ class Watch:
             return "every gradient is zero: all advantages are 0, or the loss or the selection drops every token"
         return ""
 
+    def at_end(self) -> list[str]:
+        """Warnings for a run that ends with an entropy at its limit, but too early for `observe` to have said so."""
+        late = [kind for kind in ("low", "high") if 0 < self._runs.get(kind, 0) < WARN_AFTER]
+        return [f"warning: {self._texts[kind].format(n=self._runs[kind])}" for kind in late]
+
     def _repeated(self, kind: str, bad: object, text: str) -> list[str]:
         """The warning when ``bad`` has lasted WARN_AFTER steps, and again after 10 and 100 times as many."""
         count = self._runs[kind] = self._runs.get(kind, 0) + 1 if bad else 0
+        self._texts[kind] = text
         due = WARN_AFTER
         while due < count:
             due *= 10

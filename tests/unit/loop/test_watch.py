@@ -47,6 +47,16 @@ def test_one_good_step_begins_anew() -> None:
     assert len(w.observe(bad)) == 1
 
 
+def test_a_run_that_collapses_in_its_last_steps_does_not_end_without_a_word() -> None:
+    w = watch()
+    collapsed = {**GOOD, "actor/entropy": 3e-6}
+    assert [w.observe(values) for values in (GOOD, collapsed, collapsed)] == [[]] * 3
+    (said,) = w.at_end()
+    assert said == "warning: entropy 3e-06 nats in the last 2 steps: the policy always says the same"
+    assert w.observe(collapsed) and w.at_end() == [], "said already"
+    assert w.observe(GOOD) == [] and w.at_end() == []
+
+
 def test_a_critic_learns_from_equal_rewards() -> None:
     w = watch("advantage.name=gae", "train.stop_after_silent_steps=1")
     w.observe({**GOOD, "critic/rewards/std": 0.0})
