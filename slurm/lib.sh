@@ -17,14 +17,12 @@ set -uo pipefail
 source "${BASH_SOURCE[0]%/*}/inherited.sh"
 ROOT=${SLURM_SUBMIT_DIR:-$PWD}
 refuse() { echo "error: $*" >&2; exit 2; }
-[[ -f $ROOT/slurm/lib.sh ]] || refuse "submit from the repository's root directory"
-cd "$ROOT" || exit 2
+[[ -f $ROOT/slurm/lib.sh ]] || refuse "submit from the repository's root directory"; cd "$ROOT" || exit 2
 RUNTIME=venv PYTHON=$ROOT/.venv/bin/python IMAGE='' MOUNTS='' # what site.env may change
 ARGS=() VLLM_ARGS=() PROGRAM=${PROGRAM:-recipes.train}
 # shellcheck disable=SC2329 # site.env may have its own
 prepare_node() { :; }
-SITE_ENV=${SITE_ENV:-slurm/site.env}
-[[ -f $SITE_ENV ]] || SITE_ENV=slurm/site.env.example
+SITE_ENV=${SITE_ENV:-slurm/site.env}; [[ -f $SITE_ENV ]] || SITE_ENV=slurm/site.env.example
 # shellcheck source=slurm/site.env.example
 source "$SITE_ENV"
 ulimit -Sc "${CORE_KB:-0}"; ulimit -Sn "$(ulimit -Hn)" # a core dump of a learner is as large as its memory

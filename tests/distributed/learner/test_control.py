@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ class SlowCollector:
     def __init__(self, *_: Any) -> None:
         self.engine = SlowEngine()
 
-    def begin(self, step: int, position: int, count: int) -> None: ...
+    def begin(self, step: int, position: int, count: int, carried: Sequence[int] = ()) -> None: ...
 
     def finish(self, step: int) -> dict[str, Any]:
         time.sleep(SLOW_S)
