@@ -1,8 +1,9 @@
-"""An evaluation in the files of other harnesses, for tools that compare their results.
+"""Export an evaluation to the file formats of other harnesses, for tools that compare results.
 
-``lm_eval``: lm-evaluation-harness's ``results_<time>.json`` and ``samples_<task>_<time>.jsonl``, from whose names it
-reads task and time. ``evalscope``: EvalScope's ``reports/<model>/<set>.json``. The scores are ours: avg@n as their
-accuracy, with the standard error over problems. Read back by lm-eval 0.4.13 and EvalScope 1.14.1 (docs/evaluation.md).
+``lm_eval``: lm-evaluation-harness's ``results_<time>.json`` and ``samples_<task>_<time>.jsonl``; it parses task and
+time from the file names. ``evalscope``: EvalScope's ``reports/<model>/<set>.json``. The scores are ours: avg@n as
+accuracy, with the standard error over problems. Tested by reading with lm-eval 0.4.13 and EvalScope 1.14.1
+(docs/evaluation.md).
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from recipes.evaluation.results import SetResult
 
 FILTER = "avg"  # lm-eval names a score "<metric>,<filter>"
 METRIC = "exact_match"
-INVALID = "[invalid]"  # what lm-eval's extraction filters say where there is no answer
+INVALID = "[invalid]"  # lm-eval's extraction filters return this if there is no answer
 
 
 def export(kind: str, out: Path, model: str, results: Sequence[SetResult]) -> None:
-    """Write ``out/<kind>/``, ``kind`` being one of `EXPORTS`."""
+    """Write ``out/<kind>/``. ``kind`` is a key of `EXPORTS`."""
     EXPORTS[kind](out / kind, model, results)
 
 
@@ -31,7 +32,7 @@ def _per_problem(result: SetResult) -> list[float]:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of a mean, as lm-eval computes it: the sample standard deviation over the square root of the count."""
+    """Standard error of the mean, as in lm-eval: sample standard deviation / sqrt(n)."""
     n = len(values)
     mean = sum(values) / n
     return math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else 0.0
@@ -89,7 +90,7 @@ def _lm_eval_sample(row: dict[str, Any], value: float) -> dict[str, Any]:
 
 
 def _last_completion(run_dir: Path, results: Sequence[SetResult]) -> str:
-    """When the evaluation ended, as lm-eval writes it in file names: the same whenever its files are written again."""
+    """End time of the evaluation in the format of lm-eval's file names. Exporting again gives the same time."""
     logs = [run_dir / "completions" / f"{result.evaluated.name}.jsonl" for result in results]
     seconds = max((log.stat().st_mtime for log in logs if log.is_file()), default=0.0)
     return datetime.fromtimestamp(seconds).isoformat(timespec="microseconds").replace(":", "-")
@@ -116,7 +117,7 @@ def _evalscope(out: Path, model: str, results: Sequence[SetResult]) -> None:
 
 
 def _evalscope_name(label: str) -> str:
-    """``avg@n``, ``pass@k`` and ``maj@k`` as EvalScope calls them."""
+    """EvalScope's name for ``avg@n``, ``pass@k`` or ``maj@k``."""
     kind, _, k = label.partition("@")
     return {"avg": "mean_acc", "pass": f"mean_acc_pass@{k}", "maj": f"mean_acc_vote@{k}"}[kind]
 

@@ -1,4 +1,4 @@
-"""The completions of one set on disk, one problem a line, so that a killed evaluation goes on where it was."""
+"""The completions of one set on disk, one problem per line, so a killed evaluation can continue."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from recipes.loop.evaluation import Answered
 
 
 class CompletionLog:
-    """``completions/<set>.jsonl``: a header that says what was evaluated how, then a line per problem, in any order.
+    """``completions/<set>.jsonl``: a header that identifies the evaluation, then one line per problem, in any order.
 
-    ``identity`` must be equal for an evaluation to be continued: model, problems, protocol, seed. Raises ValueError
-    when the file belongs to another evaluation, or a line but the last is damaged.
+    An evaluation continues only with the same ``identity``: model, problems, protocol, seed.
+
+    Raises:
+        ValueError: the file belongs to another evaluation, or a line other than the last is damaged.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
@@ -26,7 +28,7 @@ class CompletionLog:
         if lines:
             self._read(lines, identity)
         self._file = path.open("ab")
-        os.truncate(path, sum(map(len, lines)))  # a last line that a kill tore
+        os.truncate(path, sum(map(len, lines)))  # remove a last line torn by a kill
         if not lines:
             self._write({"evaluation": identity})
 
@@ -49,7 +51,7 @@ class CompletionLog:
                 )
 
     def add(self, answered: Sequence[Answered]) -> None:
-        """Append problems, on disk when this returns."""
+        """Append problems. They are on disk when this returns."""
         for item in answered:
             row = row_of(item)
             self.rows[item.position] = row
@@ -58,11 +60,11 @@ class CompletionLog:
         os.fsync(self._file.fileno())
 
     def _write(self, row: dict[str, Any]) -> None:
-        # ensure_ascii: model output may hold lone surrogates and line separators
+        # ensure_ascii: model output may contain lone surrogates and line separators
         self._file.write(json.dumps(row, separators=(",", ":")).encode() + b"\n")
 
     def ordered(self) -> Iterator[dict[str, Any]]:
-        """The rows in the order of the set."""
+        """Rows in the order of the set."""
         return (self.rows[position] for position in sorted(self.rows))
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""An evaluation as Markdown and as HTML pages: estimates, counts, and every problem with its completions."""
+"""Write an evaluation as Markdown and HTML pages: estimates, counts, and every problem with its completions."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import jinja2
 
 from recipes.evaluation.results import SetResult
 
-PAGE_CHARS = 20_000_000  # of completions on one page; beyond that each is shortened
-LEAST_CHARS = 400  # of a completion that is shown
+PAGE_CHARS = 20_000_000  # maximum characters of completions on one page; above it, each completion is shortened
+LEAST_CHARS = 400  # shown of every completion, at least
 
 
 def markdown(model: str, results: Sequence[SetResult]) -> str:
-    """A document with a table per set."""
+    """A Markdown document with one table per set."""
     lines = [f"# Evaluation of {model}", ""]
     for result in results:
         p = result.evaluated.protocol
@@ -38,7 +38,10 @@ def markdown(model: str, results: Sequence[SetResult]) -> str:
 
 
 def write_pages(out: Path, model: str, results: Sequence[SetResult]) -> Path:
-    """``index.html`` and a page per set in ``out``; the former. Self-contained, all model output escaped."""
+    """Write ``index.html`` and one page per set to ``out``. Returns the path of ``index.html``.
+
+    Pages are self-contained, and all model output is escaped.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -60,7 +63,7 @@ def _shown(result: SetResult, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Never half a page. Lone surrogates, which a model can write, become question marks."""
+    """Replace the file atomically. Lone surrogates, which a model can generate, become question marks."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8", errors="replace")
     partial.replace(path)

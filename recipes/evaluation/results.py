@@ -1,4 +1,4 @@
-"""From completions to numbers: estimates with intervals, counts and per-problem rows of one set."""
+"""Results of one set from its completions: estimates with intervals, counts and per-problem rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from recipes.loop.evaluation import estimate, flat_metrics
 
 @dataclass
 class SetResult:
-    """One evaluated set. ``rows`` are those of `recipes.evaluation.log`."""
+    """One evaluated set. ``rows`` come from `recipes.evaluation.log`."""
 
     evaluated: EvalSet
     estimates: dict[str, Estimate]
@@ -23,7 +23,7 @@ class SetResult:
     failures: Counter[str]  # responses that could not be judged, by status
     unanswered: int  # responses without an answer that the verifier could read
     tokens: int  # of all responses
-    seconds: float  # of this call; 0: everything was there
+    seconds: float  # of this call; 0 if all completions existed already
 
     @property
     def responses(self) -> int:
@@ -31,7 +31,7 @@ class SetResult:
 
     @property
     def title(self) -> str:
-        """What was evaluated, in numbers."""
+        """One line with the counts of the evaluation."""
         text = f"{self.evaluated.name}: {self.evaluated.summary}, {self.evaluated.protocol.n} samples each"
         text += f", {self.truncated} of {self.responses} responses truncated"
         if self.failures:
@@ -40,7 +40,7 @@ class SetResult:
 
     @property
     def warnings(self) -> list[str]:
-        """What makes the numbers doubtful."""
+        """Reasons why the numbers may be unreliable."""
         found = [self.evaluated.note] if self.evaluated.note else []
         reward = self.evaluated.protocol.reward
         if self.unanswered == self.responses:
@@ -60,7 +60,7 @@ class SetResult:
         return found
 
     def as_json(self) -> dict[str, Any]:
-        """All but the completions."""
+        """Everything except the completions."""
         return {
             "set": self.evaluated.name,
             "file": self.evaluated.origin,
@@ -78,14 +78,14 @@ class SetResult:
         }
 
     def metrics(self) -> dict[str, float]:
-        """Flat numbers under ``<set>/<estimate>``, as training logs them."""
+        """Flat metrics named ``<set>/<estimate>``, as in training logs."""
         return flat_metrics(
             self.evaluated.name, self.estimates, len(self.rows), self.truncated / max(self.responses, 1)
         )
 
 
 def make_result(evaluated: EvalSet, rows: Sequence[dict[str, Any]], seconds: float) -> SetResult:
-    """The numbers of a set whose problems are all answered."""
+    """The result of a set whose problems are all answered."""
     outcomes = [[bool(sample["correct"]) for sample in row["samples"]] for row in rows]
     answers = [[sample["answer"] for sample in row["samples"]] for row in rows]
     samples = [sample for row in rows for sample in row["samples"]]

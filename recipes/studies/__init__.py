@@ -1,1 +1,1 @@
-"""The evidence bench: small tasks on which every entropy-control method is compared, with seeds and intervals."""
+"""Studies: compare every entropy-control method on small tasks, with several seeds and confidence intervals."""

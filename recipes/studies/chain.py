@@ -1,8 +1,8 @@
-"""The chain task as 313 contexts of ten choices each, for many seeds at once.
+"""The chain task as 313 contexts with ten choices each, for many seeds at once.
 
-A prompt is ``x op d op d op d``; a response has seven tokens: (connector, result) x 3 and the answer. All arithmetic is
-modulo 10. A result token is chosen in the context (x, op, d), with x the result before it, right or wrong; a connector
-is one of six equivalent words, in a context per step; the answer is chosen in the context of the last result.
+A prompt is ``x op d op d op d``. A response has seven tokens: (connector, result) x 3 and the answer. All arithmetic is
+modulo 10. The context of a result token is (x, op, d), where x is the previous result, right or wrong. A connector is
+one of six equivalent words; its context is the step. The context of the answer is the last result.
 
 Shapes: S seeds, B responses of a seed, K = 313 contexts, V = 10 choices.
 """
@@ -24,7 +24,7 @@ NEVER = -30.0  # logit of a choice that does not exist
 
 
 def results() -> Tensor:
-    """(300,) int64: the right result of every context (x, op, d), op being +, -, *."""
+    """(300,) int64: the right result of every context (x, op, d), where op is +, - or *."""
     x = torch.arange(10)[:, None]
     d = torch.arange(10)[None, :]
     return torch.stack([(x + d) % 10, (x - d) % 10, (x * d) % 10], dim=1).reshape(FACTS)
@@ -34,10 +34,10 @@ RESULTS = results()
 
 
 def start_logits(seeds: list[int], *, right: float = 3.2, wrong: float = 4.0, noise: float = 0.5) -> Tensor:
-    """(S, K, V) float32: where reinforcement learning starts; it depends on each seed alone.
+    """(S, K, V) float32: logits at the start of reinforcement learning. Each table depends only on its seed.
 
-    Right choices get ``right``. In a random quarter of the facts one wrong result gets ``wrong``, so that learning must
-    raise a minority token there. With the defaults accuracy is about 0.26 and entropy 1.31 nats per token.
+    Right choices get ``right``. In a random quarter of the facts one wrong result gets ``wrong``, so learning must
+    raise a minority token there. With the defaults accuracy is about 0.26 and entropy is 1.31 nats per token.
     """
     tables = []
     rows = torch.arange(FACTS)
@@ -55,10 +55,9 @@ def start_logits(seeds: list[int], *, right: float = 3.2, wrong: float = 4.0, no
 
 
 class Draws:
-    """Prompts and uniform numbers of every seed, from a generator of its own.
+    """Prompts and uniform random numbers, from one generator per seed.
 
-    A seed gets the same numbers whatever method is trained and whichever seeds run beside it, so that methods can be
-    compared in pairs.
+    A seed gets the same numbers for every method and every set of seeds, so methods can be compared in pairs.
     """
 
     def __init__(self, seeds: list[int]) -> None:
@@ -69,7 +68,7 @@ class Draws:
         return torch.stack([torch.rand(*shape, generator=g) for g in self._generators])
 
     def prompts(self, count: int) -> Tensor:
-        """(S, count, 1 + 6) int64: x, then op and d of each step."""
+        """(S, count, 1 + 6) int64: x, followed by op and d of each step."""
         u = self.uniform(count, 1 + 2 * OPERATIONS)
         sizes = torch.tensor([10, *[3, 10] * OPERATIONS])
         return (u * sizes).long()
@@ -84,9 +83,9 @@ def answers(prompts: Tensor) -> Tensor:
 
 
 def sample(logp: Tensor, prompts: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Contexts and choices, (S, B, 7) int64 each, of responses to prompts (S, B, 7) under the table ``logp`` (S, K, V).
+    """Sample responses to prompts (S, B, 7) from the table ``logp`` (S, K, V) by inversion of ``uniform`` (S, B, 7).
 
-    ``uniform`` (S, B, 7) decides the choices by inversion.
+    Returns the contexts and choices of the responses, (S, B, 7) int64 each.
     """
     cumulative = logp.exp().cumsum(-1)
     rows = torch.arange(logp.shape[0])[:, None]

@@ -1,4 +1,4 @@
-"""What the papers claim, as comparisons that the results of the studies decide."""
+"""The claims of the papers, as comparisons that the results of the studies decide."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _claims() -> list[Claim]:
         add(FLEXIBLE, f"{region} alone {word} entropy", "regions", f"keep {region}", "eps 0.3", H, -sign, *BOTH)
     for advantage in (">", "<"):
         for region in (">", "<"):
-            # A kept class pushes entropy its own way; dropping it does the opposite.
+            # Keeping a class moves entropy in one direction; dropping it moves entropy in the other.
             sign = -1 if advantage == region else +1
             kept = f"S{region}0, A{advantage}0"
             for mode, s in (("keep", sign), ("drop", -sign)):

@@ -1,4 +1,4 @@
-"""The studies: which methods meet in which settings, and the question that each answers."""
+"""The studies: the methods, settings and seeds of each, and the question that it answers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TypeVar
 from recipes.studies import methods
 from recipes.studies.engine import Method, Setting
 
-MILD = Setting()  # 16 updates a batch: at most 1 % of tokens are clipped under GRPO
-MANY = Setting(epochs=4, lr=0.03)  # 64 updates a batch: 6 % clipped below and 3 % above
+MILD = Setting()  # 16 updates per batch: at most 1 % of tokens are clipped under GRPO
+MANY = Setting(epochs=4, lr=0.03)  # 64 updates per batch: 6 % clipped below and 3 % above
 MILD_L2 = Setting(level="L2", steps=60, lr=0.0005)
 MANY_L2 = Setting(level="L2", steps=60, epochs=4, lr=0.001)
 Value = TypeVar("Value")
@@ -26,13 +26,13 @@ class Study:
     settings: Mapping[str, Setting]
     methods: Mapping[str, Method]
     only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Setting or level -> the methods that it runs; others run all."""
+    """Setting or level -> the methods that it runs. Settings that are not listed run all methods."""
     seeds: Mapping[str, int]
     """Setting or level -> number of seeds."""
     probe: str = ""
     """One of `probes.PROBES`."""
     curves: bool = True
-    """Keep the mean curves of every method, for the page."""
+    """Whether to store the mean curves of every method for the page."""
 
     def of(self, label: str) -> dict[str, Method]:
         chosen = _either(self.only, label, self.settings[label].level)
@@ -47,7 +47,7 @@ def _either(table: Mapping[str, Value], label: str, level: str) -> Value | None:
 
 
 def _grid(level: str, rates: tuple[float, ...], updates: tuple[int, ...], steps: int) -> dict[str, Setting]:
-    """Updates per batch x learning rate: up to 16 mini-batches a pass, then more passes."""
+    """Settings for updates per batch x learning rate: at most 16 mini-batches per pass, more updates by more passes."""
     grid = {}
     for count in updates:
         for lr in rates:
@@ -57,8 +57,8 @@ def _grid(level: str, rates: tuple[float, ...], updates: tuple[int, ...], steps:
     return grid
 
 
-# 64 updates a batch under other optimizers: what of the border is Adam's? AMSGrad never forgets a large gradient, and a
-# large eps keeps small gradients small.
+# 64 updates per batch with other optimizers, to separate the effect of Adam from that of clipping. AMSGrad's second
+# moment never falls after a large gradient, and a large eps keeps small gradients small.
 OPTIMIZERS = {
     "Adam (0.9, 0.95)": MANY,
     "Adam (0, 0.95)": replace(MANY, betas=(0.0, 0.95)),

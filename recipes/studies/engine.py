@@ -1,8 +1,9 @@
 """Reinforcement learning on the chain task, vectorised over seeds, with the losses, selections and schedules of the
-project: one call trains one method for many seeds.
+project. One call trains one method for many seeds.
 
-It is the loop of `recipes.train` without Megatron and text: rollouts, rewards, statistics, advantages, selection, then
-``epochs`` passes of ``mini_batches`` optimizer steps. Seeds never meet: not in a loss, a selection, a norm or a step.
+This is the loop of `recipes.train` without Megatron and text: rollouts, rewards, statistics, advantages, selection,
+then ``epochs`` passes of ``mini_batches`` optimizer steps. Seeds are independent: no loss, selection, norm or step
+mixes them.
 Shapes: S seeds, B responses, N tokens of a seed's (mini-)batch, K contexts, V choices.
 """
 
@@ -31,7 +32,7 @@ MAX_GRAD_NORM = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What is compared: a loss, a selection and a schedule, each with its parameters, as in a run's configuration."""
+    """A method to compare: loss, selection and schedule, each with its parameters, as in a run's configuration."""
 
     loss: Mapping[str, Any]
     selection: Mapping[str, Any] = field(default_factory=lambda: {"name": "none"})
@@ -41,7 +42,7 @@ class Method:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What all methods of a comparison share."""
+    """The settings shared by all methods of a comparison."""
 
     level: str = "L1"
     """L1: a table of logits. L2: a small network with shared weights."""
@@ -52,23 +53,23 @@ class Setting:
     epochs: int = 1
     lr: float = 0.05
     optimizer: str = "adam"
-    """adam | amsgrad (Adam whose second moments never fall) | sgd"""
+    """adam | amsgrad (Adam with second moments that never fall) | sgd"""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Of Adam."""
+    """Adam's betas."""
     reward: str = "answer"
-    """answer: 1 if right. random: 1 with probability 1/2, whatever was answered."""
-    # Fields without repr are younger than the committed results: at their default they leave a digest as it is.
+    """answer: 1 if right. random: 1 with probability 1/2, independent of the answer."""
+    # Fields with repr=False were added after the committed results. At their default they do not change a digest.
     eps: float = field(default=1e-8, repr=False)
-    """Of Adam."""
+    """Adam's eps."""
 
 
 Curves = dict[str, Tensor]
-"""Name -> (S, steps + 1): value i is measured after i steps; what belongs to a step is in the column where it ends.
+"""Name -> (S, steps + 1). Value i is measured after i steps; a quantity of one step is in the column of the step's end.
 Accuracies are nan except at `evaluation_steps`."""
 
 
 def evaluation_steps(setting: Setting) -> list[int]:
-    """Steps after which accuracy is computed: about 25, with the first and the last."""
+    """Steps after which accuracy is computed: about 25, including the first and the last."""
     every = max(1, setting.steps // 25)
     return sorted({*range(0, setting.steps + 1, every), setting.steps})
 
@@ -81,19 +82,19 @@ def train(
     probe: str = "",
     progress: Callable[[int], None] = lambda step: None,
 ) -> Curves:
-    """Train ``method`` from every seed's own start.
+    """Train ``method`` for every seed, each from its own start.
 
     Returns:
-        ``entropy`` (nats per response token, of the batch), ``reward`` (of the batch), ``avg`` and ``pass`` (exact
-        accuracy and pass@8 over held-out prompts), ``clip_low``, ``clip_high``, ``kl``; with ``probe`` also what that
-        probe of `PROBES` measures.
+        ``entropy`` (nats per response token of the batch), ``reward`` (of the batch), ``avg`` and ``pass`` (exact
+        accuracy and pass@8 over held-out prompts), ``clip_low``, ``clip_high``, ``kl``. With ``probe`` also the curves
+        of that probe of `PROBES`.
     """
     with torch.no_grad():
         return _Training(setting, method, seeds, probe).run(progress)
 
 
 def start(setting: Setting, seeds: list[int]) -> Policy:
-    """The policy before the first step; a network's warm start is cached for the process."""
+    """The policy before the first step. The warm start of a network is cached in this process."""
     if setting.level == "L1":
         return Table(chain.start_logits(seeds))
     key = tuple(seeds)
@@ -110,7 +111,7 @@ _warm: dict[tuple[int, ...], list[Tensor]] = {}
 
 @dataclass
 class _Batch:
-    """Rollouts of one step; every field per token, (S, B, 7)."""
+    """Rollouts of one step. Every field is per token, (S, B, 7)."""
 
     context: Tensor
     choice: Tensor
@@ -147,8 +148,8 @@ class _Training:
         for step in range(self.setting.steps):
             self._step(step)
             progress(step + 1)
-        # Value i of a curve is measured after i steps: entropy, reward and accuracy once more at the end, and an
-        # empty first place for what belongs to a step.
+        # Value i of a curve is measured after i steps. Entropy, reward and accuracy are measured once more at the end;
+        # quantities of a step get an empty first value.
         self._measure(self.setting.steps, *self._rollout())
         empty = torch.full((len(self.seeds),), float("nan"))
         for values in self.curves.values():
@@ -173,7 +174,7 @@ class _Training:
         return logp, context, choice, reward
 
     def _measure(self, step: int, logp: Tensor, context: Tensor, choice: Tensor, reward: Tensor) -> Tensor:
-        """Log what the policy is now; returns the entropy of each seed's batch, (S,)."""
+        """Log entropy, reward and accuracy of the current policy. Returns the entropy of each seed's batch, (S,)."""
         mean = entropy(logp).gather(1, context.flatten(1)).mean(1)
         if step in self.evaluated:
             solved = chain.solve_probability(logp, self.held_out).clamp(0, 1)
@@ -201,7 +202,7 @@ class _Training:
             self._log(**self.probe.end())
 
     def _losses(self, step: int, entropies: Tensor) -> list[tuple[Loss, Tensor]]:
-        """Losses of this step and the seeds (int64) that each is for: controllers may differ between seeds."""
+        """Losses of this step, each with the int64 indices of its seeds. Controllers may differ between seeds."""
         total = self.setting.steps
         self.states = [
             self.controller.observe(state, step=step, total_steps=total, entropy=max(float(h), 0.0))
@@ -214,7 +215,7 @@ class _Training:
         return [(build_loss(self.loss_name, **dict(params)), torch.tensor(of)) for params, of in groups.items()]
 
     def _select(self, step: int, logp: Tensor, context: Tensor, choice: Tensor, reward: Tensor) -> _Batch:
-        """Advantages and token selection, seed by seed where statistics of a batch are needed."""
+        """Compute advantages and select tokens; seed by seed where the selection needs batch statistics."""
         s, shape = len(self.seeds), context.shape
         rows = torch.arange(s)[:, None, None]
         old = logp[rows, context, choice]
@@ -253,7 +254,7 @@ class _Training:
         return _Batch(context, choice, old, old_entropy, advantage, keep, kl_coef, entropy_coef, weight)
 
     def _update(self, mini: _Batch, losses: list[tuple[Loss, Tensor]]) -> dict[str, Tensor]:
-        """One optimizer step of every seed; its metrics, (S,) each."""
+        """Take one optimizer step for every seed. Returns the metrics of the step, (S,) each."""
         s = len(self.seeds)
         context, choice = mini.context.flatten(1), mini.choice.flatten(1)
         logits = self.policy.rows(context)
@@ -307,7 +308,7 @@ def _per_token(losses: list[tuple[Loss, Tensor]], x: LossInputs) -> tuple[Tensor
 
 
 def _fitted(loss: Loss, of: Tensor, ratio: Tensor, advantages: Tensor) -> Iterator[tuple[Loss, Tensor]]:
-    """The loss, or one per seed where its parameters are chosen from the mini-batch."""
+    """Yield the loss, or one loss per seed if its parameters are fitted to the mini-batch."""
     if not loss.fits:
         yield loss, of
         return
@@ -322,14 +323,14 @@ def _context_statistics(logp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def clip_norms(gradients: list[Tensor]) -> list[Tensor]:
-    """Every seed's gradient, over all parameters, scaled down to norm `MAX_GRAD_NORM` if it is longer."""
+    """Clip the gradient of each seed, over all parameters, to norm `MAX_GRAD_NORM`."""
     norm = torch.stack([g.flatten(1).square().sum(1) for g in gradients]).sum(0).sqrt()
     scale = (MAX_GRAD_NORM / norm.clamp(min=1e-12)).clamp(max=1.0)
     return [g * scale.view(-1, *[1] * (g.dim() - 1)) for g in gradients]
 
 
 class _Optimizer:
-    """Adam or SGD on stacked parameters; their steps are elementwise, so that seeds do not meet."""
+    """Adam or SGD on stacked parameters. Steps are elementwise, so seeds stay independent."""
 
     def __init__(self, parameters: list[Tensor], setting: Setting) -> None:
         self.parameters, self._beta2 = parameters, setting.betas[1]
@@ -352,7 +353,7 @@ class _Optimizer:
         self._torch.step()
 
     def second_moments(self, gradients: list[Tensor]) -> list[Tensor] | None:
-        """Adam's bias-corrected second moments with these gradients, by which it will divide; None for SGD."""
+        """Adam's bias-corrected second moments after an update with these gradients; None for SGD."""
         if not isinstance(self._torch, torch.optim.Adam):
             return None
         moments = []

@@ -1,6 +1,6 @@
-"""docs/evidence.md: its tables and figures, generated from the committed results.
+"""Generate the tables and figures of docs/evidence.md from the committed results.
 
-The text is written by hand; a table stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` and is replaced.
+The text is written by hand. A table is everything between ``<!-- table: NAME -->`` and ``<!-- end -->``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHORT = {"final_entropy": "entropy", "avg_at_k": "accuracy", "pass_at_k": "pass@
 
 
 def reader(root: Path = results.ROOT) -> Results:
-    """Study -> rows, each file read once."""
+    """A function from study name to rows that reads each file once."""
     known: dict[str, list[Row]] = {}
 
     def read(study: str) -> list[Row]:
@@ -68,7 +68,7 @@ def _level(setting: str) -> str:
 
 
 def leaderboard_table(read: Results) -> str:
-    """All methods of L1, by accuracy under many updates."""
+    """All methods of L1, sorted by accuracy at many updates per batch."""
     settings = by_setting(read("losses"))
     mild, many = ({s.method: s for s in summarise(settings[name])} for name in ("16 updates", "64 updates"))
     rows = []
@@ -94,7 +94,7 @@ def leaderboard_table(read: Results) -> str:
 
 
 def study_table(study: str, setting: str) -> Callable[[Results], str]:
-    """Entropy and accuracy of one setting with differences and verdicts."""
+    """A function that makes the table of one setting: entropy, accuracy, pass@8, differences and verdicts."""
 
     def make(read: Results) -> str:
         rows = []
@@ -111,7 +111,7 @@ def study_table(study: str, setting: str) -> Callable[[Results], str]:
 
 
 def targets_table(read: Results) -> str:
-    """Tracking error of the closed loop beside what GRPO's entropy is from the same target without one."""
+    """Tracking error, final entropy and accuracy of the closed loop, per target and actuator."""
     rows = []
     for name, found in by_setting(read("targets")).get("16 updates", {}).items():
         error = report.mean_of(found, "tracking_error")
@@ -122,7 +122,7 @@ def targets_table(read: Results) -> str:
 
 
 def equal_reward_table(read: Results) -> str:
-    """Entropy and pass@8 where accuracy first reaches 0.6, paired with GRPO; Holm's correction over a setting."""
+    """Entropy and pass@8 where accuracy first reaches 0.6, paired with GRPO, with Holm's correction per setting."""
     rows = []
     for setting in ("16 updates", "L2, 16 updates"):
         methods = by_setting(read("losses")).get(setting, {})
@@ -142,7 +142,7 @@ def equal_reward_table(read: Results) -> str:
 
 
 def prediction_table(read: Results) -> str:
-    """Agreement of each predictor with the measured change, mean and interval over methods and seeds."""
+    """Agreement of each predictor with the measured change: mean and interval over methods and seeds."""
     rows = []
     for setting, methods in by_setting(read("prediction")).items():
         found = [row for rows_ in methods.values() for row in rows_]
@@ -157,7 +157,7 @@ def prediction_table(read: Results) -> str:
 
 
 def why_table(read: Results) -> str:
-    """Accuracy at 64 updates under other optimizers, a column per method."""
+    """Accuracy at 64 updates per batch for each optimizer, one column per method."""
     table = by_setting(read("why"))
     names = list(dict.fromkeys(name for methods in table.values() for name in methods))
     rows = []
@@ -172,7 +172,7 @@ def why_table(read: Results) -> str:
 
 
 def passes_table(read: Results) -> str:
-    """Per optimizer and method: what each of the four passes over a batch does."""
+    """Accuracy gain, step length and mean F A of the four passes over a batch, per optimizer and method."""
     rows = []
     for setting, methods in by_setting(read("passes")).items():
         for name, found in methods.items():
@@ -191,7 +191,7 @@ def passes_table(read: Results) -> str:
 
 
 def prediction_methods_table(read: Results) -> str:
-    """Correlation of the predictors with the measured change, per method, mean and interval over runs."""
+    """Correlation of each predictor with the measured change, per method: mean and interval over runs."""
     settings = by_setting(read("prediction"))
     columns = [(setting, p) for setting in settings for p in (("gradient",) if "SGD" in setting else PREDICTORS[1:])]
     rows = []
@@ -223,7 +223,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
 
 
 def fill(text: str, read: Results) -> str:
-    """``text`` with every table replaced by what the results say now."""
+    """``text`` with every table regenerated from the current results."""
 
     def replace(match: re.Match[str]) -> str:
         return f"<!-- table: {match[1]} -->\n{TABLES[match[1]](read)}\n<!-- end -->"
@@ -232,7 +232,7 @@ def fill(text: str, read: Results) -> str:
 
 
 def write(document: Path = DOCUMENT, folder: Path = FIGURES, root: Path = results.ROOT) -> list[Path]:
-    """Regenerate the document's tables and all figures for which there are results; returns what was written."""
+    """Regenerate the tables of the document and every figure that has results. Returns the written paths."""
     read = reader(root)
     document.write_text(fill(document.read_text(encoding="utf-8"), read), encoding="utf-8")
     written = [document]

@@ -16,7 +16,7 @@ Results = Callable[[str], list[Row]]
 
 
 def leaderboard(rows: list[Row], left: str = "16 updates", right: str = "64 updates") -> Any:
-    """All methods: change of entropy and of accuracy against the baseline, and accuracy under many updates."""
+    """All methods: difference in entropy and accuracy to the baseline, and accuracy at many updates per batch."""
     settings = by_setting(rows)
     mild = {s.method: s for s in summarise(settings[left])}
     many = {s.method: s for s in summarise(settings[right])}
@@ -63,7 +63,7 @@ def leaderboard(rows: list[Row], left: str = "16 updates", right: str = "64 upda
 
 
 def _dot(ax: Any, y: int, difference: Interval, p: float, scale: float = 1.0) -> None:
-    """Filled: significant after Holm's correction."""
+    """Draw a difference with its interval. A filled dot is significant after Holm's correction."""
     ax.errorbar(scale * difference.mean, y, xerr=scale * difference.half, fmt="o", color="black", markersize=5,
                 capsize=2, elinewidth=1, markerfacecolor="black" if p < 0.05 else "white")  # fmt: skip
 
@@ -75,7 +75,7 @@ MAP_CAPTION = (
 
 
 def map_figure(rows: list[Row], level: str) -> Any:
-    """A heat map per method, accuracy as lightness, with the numbers in it."""
+    """One heat map per method: accuracy as lightness, numbers in the cells."""
     cells: dict[str, dict[tuple[int, float], list[Row]]] = {}
     for row in rows:
         if row["level"] == level:
@@ -112,7 +112,7 @@ def _mean(rows: list[Row], metric: str) -> float:
 
 
 def random_figure(read: Results) -> Any:
-    """Clip-Low/Clip-High fig. 3 as final entropy over each bound."""
+    """Clip-Low/Clip-High fig. 3: final entropy over each clip bound."""
     methods = {s.method: s for s in summarise(by_setting(read("random_rewards"))["random"])}
     start = values(by_setting(read("random_rewards"))["random"][BASELINE], "start_entropy").values()
     result, axes = figures.figure(8.6, 3.0, 1, 2, sharey=True)
@@ -130,7 +130,7 @@ def random_figure(read: Results) -> Any:
 
 
 def betas_figure(read: Results) -> Any:
-    """Final entropy at 16 updates and accuracy at 64, over beta1 (x) and beta2 (y)."""
+    """Final entropy at 16 updates, entropy and accuracy at 64 updates, over beta1 (x) and beta2 (y)."""
     table = by_setting(read("betas"))
     every = (("16 updates", "final_entropy", "entropy"), ("64 updates", "final_entropy", "entropy"),
              ("64 updates", "avg_at_k", "accuracy"))  # fmt: skip
@@ -161,7 +161,7 @@ def beta_name(b1: float, b2: float) -> str:
 
 
 def schedules_figure(curves: dict[tuple[str, str], dict[str, Any]]) -> Any:
-    """Entropy of ID, DID and OD minus GRPO's, over the run."""
+    """Entropy of ID, DID and OD minus that of GRPO, over the steps."""
     result, axes = figures.figure(8.6, 3.0, 1, 2, sharey=True)
     panels = (
         ("ID 0.5", "ID, static", "DID 0.5", "DID, static"),
@@ -181,7 +181,7 @@ def schedules_figure(curves: dict[tuple[str, str], dict[str, Any]]) -> Any:
 
 
 def prediction_figure(lines: list[Row]) -> Any:
-    """A panel per method of the full stack: measured over predicted change, a point per rollout step of every run."""
+    """One panel per full-stack method: measured over predicted change, one point per rollout step of every run."""
     methods: dict[str, list[list[tuple[float, float]]]] = {}
     for line in lines:
         methods.setdefault(line["method"], []).append([(x, y) for x, y in line["changes"]])
@@ -199,13 +199,13 @@ def prediction_figure(lines: list[Row]) -> Any:
 
 
 def full_stack_figure(lines: list[Row]) -> Any:
-    """The full-stack runs over the steps: entropy and clipped tokens, and both against the baseline of the same seeds.
+    """Full-stack runs over the steps: entropy, entropy and reward minus the baseline of the same seeds, clipped tokens.
 
-    Means with 95 % bands over seeds; rewards are smoothed over five steps.
+    Means with 95 % bands over seeds. Rewards are smoothed over five steps.
     """
     methods: dict[str, dict[int, Row]] = {}
     for line in lines:
-        if "entropy" in line:  # the lines of older runs have the pairs of `prediction_figure` alone
+        if "entropy" in line:  # lines of older runs have only the pairs of `prediction_figure`
             methods.setdefault(line["method"], {})[line["seed"]] = line
     base = methods.get(BASELINE, {})
     result, axes = figures.figure(12.0, 3.0, 1, 4)
@@ -237,7 +237,7 @@ def _smooth(values: list[float], window: int) -> list[float]:
 
 
 def _band(ax: Any, runs: list[list[float]], style: dict[str, Any], label: str | None = None) -> None:
-    """Mean over runs, and its 95 % interval, at every step that all runs have."""
+    """Draw the mean over runs and its 95 % interval at every step that all runs have."""
     found = [interval(column) for column in zip(*runs, strict=False)]
     steps = range(1, len(found) + 1)
     ax.plot(steps, [f.mean for f in found], **style, markevery=10, markersize=4, label=label)

@@ -1,4 +1,4 @@
-"""What the figures of the studies share: a plain style that reads in grey, and inline SVG for the pages."""
+"""Shared style of the study figures, readable in greyscale, and inline SVG for the pages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STYLE: dict[str, Any] = {
     "legend.fontsize": 8,
     "lines.linewidth": 1.6,
 }
-# Told apart by lightness, dash and marker, so that neither colour vision nor a colour printer is needed.
+# Lines differ in lightness, dash and marker, so they can be distinguished without colour.
 LINES: list[dict[str, Any]] = [
     {"color": "#000000", "linestyle": "-", "marker": "o"},
     {"color": "#0b6fb8", "linestyle": "--", "marker": "s"},
@@ -40,21 +40,21 @@ LINES: list[dict[str, Any]] = [
 
 
 def figure(width: float, height: float, rows: int = 1, columns: int = 1, **subplots: Any) -> tuple[Figure, Any]:
-    """A figure of so many inches, and its axes as a 2-D array."""
+    """A figure of ``width`` x ``height`` inches, and its axes as a 2-D array."""
     with matplotlib.rc_context(STYLE):
         result = Figure(figsize=(width, height), layout="constrained")
         return result, result.subplots(rows, columns, squeeze=False, **subplots)
 
 
 def save(result: Figure, path: Path, dpi: int = 110) -> None:
-    """PNG at a size for a README; nothing in the file changes unless the picture does."""
+    """Save a PNG sized for a README. The file is byte-identical if the picture does not change."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         result.savefig(path, dpi=dpi, facecolor="white", metadata={"Software": None})
 
 
 def inline(result: Figure, label: str) -> str:
-    """The figure as an SVG element of a page, without any address in it."""
+    """The figure as an SVG element for a page, without any URL."""
     buffer = io.StringIO()
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": label}):
         result.savefig(buffer, format="svg", facecolor="white")

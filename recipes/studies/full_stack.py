@@ -1,7 +1,7 @@
-"""Level L3: studies whose runs are whole `recipes.train` runs, with the Megatron learner and real rollouts.
+"""Level L3: studies that run `recipes.train` itself, with the Megatron learner and real rollouts.
 
-Runs are made seed by seed over all methods, so that a study that is stopped early is still balanced. A finished run is
-only read, an unfinished one resumes. Each seed has its own warm start.
+All methods of a seed run before the next seed, so a study that is stopped early is still balanced. A finished run is
+only read, and an unfinished run resumes. Each seed has its own warm start.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EDGE = 5  # steps averaged at the end
 
 @dataclass(frozen=True, kw_only=True)
 class FullStudy:
-    """One results file; every run is ``recipes.train`` with ``words``, the method's own words and its seeds."""
+    """One results file. Every run is ``recipes.train`` with ``words``, the words of the method and the seed."""
 
     title: str
     question: str
@@ -33,7 +33,7 @@ class FullStudy:
     k: int
     setting: str
     method_words: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Further words of a method, by its name."""
+    """Method name -> additional words."""
 
 
 def _stale(steps: int, *words: str) -> tuple[str, ...]:
@@ -98,7 +98,7 @@ FULL_STUDIES: dict[str, FullStudy] = {
 }
 
 
-# The size of a test, on a CPU: to see that every method's run starts, trains, evaluates and is read.
+# Test size, for a CPU: checks that the run of every method starts, trains, evaluates and can be read.
 REHEARSAL = (
     "model.path=tiny",
     "model.warm_start.max_steps=1",
@@ -123,7 +123,7 @@ REHEARSAL = (
 
 
 def rehearsal(study: FullStudy) -> FullStudy:
-    """``study`` with all of its methods and the machinery of its runs, two steps each; its results mean nothing."""
+    """``study`` with all of its methods, two steps each, to test that it runs. The results have no meaning."""
     words = (*study.words, *REHEARSAL)
     return replace(study, words=words, seeds=1, eval_set="chain", setting=f"rehearsal of {study.setting}")
 
@@ -138,7 +138,7 @@ def run(
     minutes: float | None = None,
     report: Callable[[str], None] = print,
 ) -> list[results.Row]:
-    """Complete the study's results file, or as much of it as fits into ``minutes``; return all its rows."""
+    """Run what the study's results file lacks, for at most ``minutes``. Returns all rows of the file."""
     path = root / f"{name}.jsonl"
     done = {(row["method"], row["seed"]) for row in results.read(path)}
     todo = [(s, m) for s in range(study.seeds if seeds is None else seeds) for m in study.methods if (m, s) not in done]
@@ -173,7 +173,7 @@ def run(
 def _row(
     name: str, study: FullStudy, method: str, seed: int, run_dir: Path, words: list[str], failed: bool
 ) -> results.Row:
-    """A run's line. A run that ended with an error is a collapsed one, with what it has measured."""
+    """The results row of a run. A run that ended with an error counts as collapsed and keeps its measurements."""
     path = run_dir / "metrics.jsonl"
     metrics = results.read(path)
     row = {
@@ -194,9 +194,9 @@ def _row(
 
 
 def ages(metrics: list[results.Row]) -> results.Row:
-    """How old trained tokens were, in steps, and how many had been written when an update cut their response.
+    """Mean age of trained tokens in steps, and mean number of tokens generated before an update cut their response.
 
-    A trainer that begins cut responses anew throws the latter away. {} for a run that trained on new tokens only.
+    A trainer that restarts cut responses would discard the latter. {} for a run that trained only on new tokens.
     """
     found = {name: [row.get(f"rollout/{name}", 0.0) for row in metrics] for name in ("staleness", "cut_tokens")}
     means = {name: round(sum(values) / max(len(values), 1), 5) for name, values in found.items()}
@@ -204,7 +204,7 @@ def ages(metrics: list[results.Row]) -> results.Row:
 
 
 def summary(metrics: list[results.Row], eval_set: str, k: int, failed: bool = False) -> results.Row:
-    """What a run's ``metrics.jsonl`` says, under the names of the results files."""
+    """Summarise a run's ``metrics.jsonl`` under the column names of the results files."""
 
     def series(key: str) -> list[float]:
         return [row[key] for row in metrics if row.get(key) is not None]
@@ -243,7 +243,7 @@ CURVES = {
 
 
 def curve(method: str, seed: int, metrics: list[results.Row]) -> results.Row:
-    """A run's line of the curves file: a value per step, and pairs of predicted and measured change of entropy."""
+    """The curves row of a run: one value per step, and pairs of predicted and measured change of entropy."""
     pairs = prediction.changes(_series(metrics))
     line: results.Row = {"method": method, "seed": seed, "changes": [[_short(x) for x in pair] for pair in pairs]}
     return line | {name: [_short(row.get(key)) for row in metrics] for name, key in CURVES.items()}
@@ -259,7 +259,7 @@ def _series(metrics: list[results.Row]) -> dict[str, list[tuple[float, float]]]:
 
 
 def entropy_agreement(metrics: list[results.Row]) -> results.Row:
-    """Predicted against measured change of entropy over a run's steps; {} for a run too short for it."""
+    """Agreement of predicted and measured change of entropy over a run's steps; {} if the run is too short."""
     found = prediction.agreement(prediction.changes(_series(metrics)))
     if found is None:
         return {}

@@ -1,4 +1,4 @@
-"""The methods that are compared, by the name that results and figures use."""
+"""The methods of the studies, by the name used in results and figures."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _select(name: str, loss: Mapping[str, Any] | None = None, /, **params: Any) 
     return Method(loss=loss or _ppo(), selection={"name": name, **params})
 
 
-TARGET = 0.8  # nats, between the start (1.40) and where GRPO ends at 16 updates a batch (0.54)
+TARGET = 0.8  # nats, between the start (1.40) and the end of GRPO at 16 updates per batch (0.54)
 STATIC = {"alpha_high": 0.0, "b_high": 0.28, "alpha_low": 0.0, "b_low": 0.28}  # Flexible Entropy Control app. E.3
 
 LOSSES: dict[str, Method] = {
@@ -200,7 +200,7 @@ PREDICTION = {
 
 
 def overrides(method: Method) -> list[str]:
-    """The method as ``key=value`` words of `recipes.train`."""
+    """The method as ``key=value`` command-line words of `recipes.train`."""
     words = [] if method.advantage == "grpo" else [f"advantage.name={method.advantage}"]
     for group in ("loss", "selection", "schedule"):
         params = dict(getattr(method, group))

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: no script, no request, everything escaped."""
+"""Self-contained HTML pages without scripts or network requests. All text is escaped."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class Table:
     rows: list[Row] = field(default_factory=list)
     note: str = ""
     numbers: bool = True
-    """All columns but the first are right-aligned."""
+    """Right-align all columns except the first."""
 
 
 def write(
     path: Path, title: str, lead: Sequence[str], charts: Sequence[tuple[str, str]], tables: Sequence[Table]
 ) -> Path:
-    """``charts`` are (caption, inline SVG)."""
+    """Write a page to ``path`` and return the path. ``charts`` are (caption, inline SVG) pairs."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )

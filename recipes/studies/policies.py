@@ -1,7 +1,7 @@
 """Policies over the 313 contexts of the chain task: a table of free logits, and a small network with shared weights.
 
-Every parameter has a leading dimension S of seeds that never meet. A policy gives logits and takes the gradient of the
-objective with respect to them, so that everything between is the same for both.
+Every parameter has a leading dimension S of independent seeds. A policy returns logits and takes the gradient of the
+objective with respect to them, so the engine is the same for both.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from recipes.studies import chain
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    """Over the last, short dimension: four times as fast there as torch's."""
+    """Log-softmax over the last dimension. Four times as fast as torch's version for a short dimension."""
     shifted = logits - logits.amax(-1, keepdim=True)
     return shifted - shifted.exp().sum(-1, keepdim=True).log()
 
@@ -28,20 +28,20 @@ class Policy(Protocol):
     parameters: list[Tensor]  # each (S, ...)
 
     def table(self) -> Tensor:
-        """Logits of all contexts, (S, K, V), without gradient."""
+        """Logits (S, K, V) of all contexts, without gradient."""
         ...
 
     def rows(self, contexts: Tensor | None) -> Tensor:
-        """Logits (S, N, V) of contexts (S, N), or (S, K, V) of all, remembered for `backward`."""
+        """Logits (S, N, V) of contexts (S, N), or (S, K, V) of all contexts. `backward` refers to the last call."""
         ...
 
     def backward(self, gradient: Tensor) -> list[Tensor]:
-        """Gradients of the parameters from that of the last call's rows, (S, N, V)."""
+        """Gradients of the parameters, given the gradient (S, N, V) of the logits of the last `rows` call."""
         ...
 
 
 class Table:
-    """Logits are the parameters: tokens of different contexts do not touch each other."""
+    """The logits are the parameters: different contexts share no parameter."""
 
     def __init__(self, logits: Tensor) -> None:
         self.parameters = [logits.clone()]
@@ -62,7 +62,7 @@ class Table:
 
 
 def _features() -> Tensor:
-    """(K, 30) one-hot: operand x or none (11), kind of context (5), operand d or step or none (14)."""
+    """(K, 30) one-hot features: operand x or none (11), kind of context (5), operand d, step or none (14)."""
     onehot = torch.zeros(chain.CONTEXTS, 30)
     for context in range(chain.CONTEXTS):
         if context < chain.FACTS:
@@ -76,7 +76,7 @@ def _features() -> Tensor:
 
 
 class Network:
-    """Embeddings of x, the operator and d, added; two residual GELU layers; a readout. Weights serve all contexts."""
+    """Sum of embeddings of x, operator and d; two residual GELU layers; a readout. All contexts share the weights."""
 
     def __init__(self, seeds: list[int], *, width: int = 64) -> None:
         shapes = [(30, width), (width, 2 * width), (2 * width, width), (width, 2 * width), (2 * width, width)]
@@ -125,7 +125,7 @@ WARM_STEPS = 400
 
 
 def warm_started(seeds: list[int], *, lr: float = 5e-3) -> Network:
-    """A network fitted to each seed's start table by cross entropy over all contexts: where its training starts."""
+    """The network at the start of training: fitted to each seed's start table by cross entropy over all contexts."""
     network = Network(seeds)
     target = chain.start_logits(seeds).softmax(-1)
     optimizer = torch.optim.Adam(network.parameters, lr=lr, fused=True)

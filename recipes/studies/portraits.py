@@ -1,4 +1,4 @@
-"""Pictures of the losses, drawn from their own code: what each does with a token's gradient."""
+"""Figures of the gradient weight of every loss, drawn from the code of the loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from recipes.studies import figures
 
 @dataclass(frozen=True)
 class Portrait:
-    """A loss and the sentence that says what to look at."""
+    """A loss, an optional selection, and a sentence about what the figure shows."""
 
     title: str
     look: str
@@ -28,9 +28,7 @@ class Portrait:
 
 
 PORTRAITS: dict[str, Portrait] = {
-    "pg": Portrait(
-        "REINFORCE", "The weight is 1 everywhere: nothing stops a token that has moved already.", {"name": "pg"}
-    ),
+    "pg": Portrait("REINFORCE", "The weight is 1 everywhere: the loss has no bound on the ratio.", {"name": "pg"}),
     "ppo": Portrait(
         "PPO, GRPO (0.2 / 0.2)",
         "The weight drops to 0 above 1.2 for rewarded and below 0.8 for penalised tokens, and grows without limit on "
@@ -39,83 +37,83 @@ PORTRAITS: dict[str, Portrait] = {
     ),
     "dapo": Portrait(
         "clip-higher, DAPO (0.2 / 0.28)",
-        "Only the upper edge moves: rewarded tokens may grow a little further before they are dropped.",
+        "Only the upper bound differs: the ratio of rewarded tokens may grow a little further before they are clipped.",
         {"name": "ppo", "eps_high": 0.28},
     ),
     "clip_lower": Portrait(
         "Clip-Low (0.15 / off)",
-        "There is no upper edge, and penalised tokens are spared sooner: both raise entropy.",
+        "There is no upper bound, and penalised tokens are clipped sooner: both raise entropy.",
         {"name": "ppo", "eps_low": 0.15, "eps_high": math.inf},
     ),
     "ce_gppo": Portrait(
         "CE-GPPO (0.5, 1)",
-        "Beyond the edges the weight stays, at beta2 1.2 on the right and beta1 0.8 on the left, where PPO has 0.",
+        "Beyond the bounds the weight is beta2 1.2 on the right and beta1 0.8 on the left, where PPO has 0.",
         {"name": "ce_gppo", "beta1": 0.5, "beta2": 1.0},
     ),
     "cispo": Portrait(
         "CISPO",
-        "No token is dropped: the weight itself is held between the bounds, for both signs.",
+        "No token is dropped: the weight itself is clipped to the bounds, for both signs.",
         {"name": "cispo"},
     ),
     "gspo": Portrait(
         "GSPO",
-        "The edges are those of the whole sequence's mean ratio and lie close to 1: here every sequence has one token.",
+        "The bounds apply to the mean ratio of the sequence and are close to 1. Here every sequence has one token.",
         {"name": "gspo"},
     ),
-    "sapo": Portrait("SAPO", "The edges are smooth: far tokens fade instead of stopping.", {"name": "sapo"}),
+    "sapo": Portrait("SAPO", "The bounds are smooth: the weight decays to 0 instead of jumping.", {"name": "sapo"}),
     "dynamic_upper": Portrait(
         "dynamic upper bound",
-        "The upper edge bends: it lies at 1.5 for unlikely tokens and at 1.25 for likely ones.",
+        "The upper bound depends on p: it is 1.5 for unlikely tokens and 1.25 for likely ones.",
         {"name": "dynamic_clip", "strategy": "upper"},
     ),
     "dynamic_lower": Portrait(
         "dynamic lower bound",
-        "The lower edge bends: unlikely penalised tokens are pushed down to 0.7, likely ones only to 0.83.",
+        "The lower bound depends on p: it is 0.7 for unlikely penalised tokens and 0.83 for likely ones.",
         {"name": "dynamic_clip", "strategy": "lower"},
     ),
     "aspo": Portrait(
         "ASPO",
-        "For rewarded tokens the weight is turned over: it is largest where the token has become less likely.",
+        "For rewarded tokens the weight is inverted: it is largest where the token has become less likely.",
         {"name": "aspo"},
     ),
     "bapo": Portrait(
         "BAPO",
-        "PPO's edges at 0.6 and 1.2, where the search for bounds starts; while penalties dominate a mini-batch, both "
-        "move up, to 0.9 and 3 at most.",
+        "PPO's bounds at 0.6 and 1.2, where the search for bounds starts. While penalties dominate a mini-batch, both "
+        "bounds rise, to 0.9 and 3 at most.",
         {"name": "bapo"},
     ),
     "dcpo": Portrait(
         "DCPO",
-        "The edges move far out for tokens that were unlikely, and are narrow for likely ones.",
+        "The bounds are wide for tokens that were unlikely, and narrow for likely ones.",
         {"name": "dcpo"},
     ),
     "gmpo": Portrait(
         "GMPO",
-        "The edges lie at e^-0.4 and e^0.4; the weight is the whole sequence's: here every sequence has one token.",
+        "The bounds are e^-0.4 and e^0.4. Tokens of a sequence share one weight; here every sequence has one token.",
         {"name": "gmpo"},
     ),
     "entropic": Portrait(
         "EntroPIC (alpha -0.5)",
-        "PPO, but for tokens above p = 0.95: where entropy is below its target, rewarded ones count half, penalised "
-        "ones half as much again.",
+        "PPO, except for tokens above p = 0.95: while entropy is below its target, rewarded ones count half and "
+        "penalised ones 1.5 times.",
         {"name": "entropic", "control": -0.5},
     ),
     "entropy_shaped": Portrait(
         "entropy-shaped advantages",
-        "PPO with more weight for rewarded and less for penalised tokens, the more so the higher the entropy of their "
-        "state: here that of a choice between two tokens.",
+        "PPO with more weight for rewarded and less for penalised tokens. The effect grows with the entropy of their "
+        "state, here that of a choice between two tokens.",
         {"name": "entropy_shaped"},
     ),
     "repo_r": Portrait(
         "REPO-R (zeta 0.3)",
-        "PPO with more weight for rewarded and less for penalised tokens, the less likely they are. The paper's zeta "
-        "ends at 0.05; 0.3 shows the shape.",
+        "PPO with more weight for rewarded and less for penalised tokens. The effect grows as tokens get less likely. "
+        "The paper's zeta ends at 0.05; 0.3 shows the shape.",
         {"name": "repo_r", "zeta": 0.3, "adaptive": False},
     ),
     "entropy_ratio": Portrait(
         "PPO with Entropy Ratio Clipping",
-        "Tokens whose distribution has changed its entropy by more than 5 % have no gradient: here with two tokens to "
-        "choose from.",
+        "Tokens have no gradient if the entropy of their distribution has changed by more than 5 %. Here the "
+        "vocabulary has two tokens.",
         {"name": "ppo"},
         {"name": "entropy_ratio"},
     ),
@@ -123,7 +121,7 @@ PORTRAITS: dict[str, Portrait] = {
 
 
 def weight(loss: Loss, logp: Tensor, old_logp: Tensor, sign: int, selection: Selection | None = None) -> Tensor:
-    """F of every token, in the shape of ``logp``, for an advantage of ``sign``, in a vocabulary of two tokens."""
+    """F of every token, in the shape of ``logp``, for advantages equal to ``sign`` and a vocabulary of two tokens."""
     flat, old = logp.flatten().double(), old_logp.flatten().double()
     x = LossInputs(
         logp=flat,
@@ -143,7 +141,7 @@ def _binary_entropy(p: Tensor) -> Tensor:
 
 
 def portrait(of: Portrait) -> Any:
-    """F over the ratio for both signs of the advantage, and over (p_old, p_new) with the edges where F jumps."""
+    """F over the ratio for both signs of the advantage, and F over (p_old, p_new)."""
     loss, selection = build_loss(**of.params), build_selection(**of.selection)
     result, axes = figures.figure(10.5, 3.1, 1, 3)
     line, *maps = axes[0]
@@ -172,7 +170,7 @@ def portrait(of: Portrait) -> Any:
 
 
 def bounds() -> Any:
-    """Offsets of dynamic clipping over p, and of its schedules over training at p = 0.05 and p = 0.95."""
+    """Offsets of dynamic clipping over p, and offsets of its schedules over training at p = 0.05 and p = 0.95."""
     result, axes = figures.figure(10.5, 3.1, 1, 4)
     p = torch.linspace(0, 1, 101, dtype=torch.float64)
     both = DynamicClip(strategy="both")
@@ -204,7 +202,7 @@ def _scheduled(strategy: str, step: int) -> DynamicClip:
 
 
 def controller() -> Any:
-    """Where the closed loop puts CE-GPPO's betas as entropy leaves its target."""
+    """CE-GPPO's betas under the closed loop, as functions of the entropy error."""
     result, axes = figures.figure(4.6, 3.0)
     response = axes[0][0]
     loop = build_controller("ce_gppo", {"beta1": 0.5, "beta2": 0.75}, "entropy_target", curve="constant", start=1.0)

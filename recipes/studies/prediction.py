@@ -14,10 +14,10 @@ Series = Mapping[str, Sequence[tuple[float, float]]]
 def changes(series: Series) -> list[tuple[float, float]]:
     """(predicted, measured) change of mean entropy of every rollout step that has both, nats.
 
-    Predicted: ``theory/entropy_slope`` times the number of updates and the learning rate: first order, plain gradient
-    descent, every token with logits of its own. Under Adam and shared weights its sign and correlation mean something,
-    its size does not. Measured: on the same tokens where the run probed it (``train.entropy_probe_every``), else the
-    difference to the next step's batch, which has other tokens.
+    Predicted: ``theory/entropy_slope`` times the number of updates and the learning rate. This is first order, and
+    assumes plain gradient descent and separate logits for every token. With Adam and shared weights its sign and
+    correlation are meaningful, its size is not. Measured: on the same tokens where the run probed it
+    (``train.entropy_probe_every``), else the difference to the next step's batch, which has other tokens.
     """
     table = {key: dict(pairs) for key, pairs in series.items()}
     probed, entropy = table.get("theory/entropy_change_same_tokens", {}), table.get("actor/entropy", {})
@@ -34,7 +34,7 @@ def changes(series: Series) -> list[tuple[float, float]]:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of predicted and measured changes over the steps of one run; intervals of 95 % take the steps as independent."""
+    """Agreement of predicted and measured changes in one run. The 95 % intervals assume independent steps."""
 
     steps: int
     correlation: float
@@ -54,7 +54,10 @@ class Agreement:
 
 
 def agreement(pairs: Sequence[tuple[float, float]]) -> Agreement | None:
-    """None for fewer than 5 steps, or when one side does not vary. Fisher's interval of the correlation."""
+    """Agreement of (predicted, measured) pairs, with Fisher's interval of the correlation.
+
+    None for fewer than 5 steps, or if one side does not vary.
+    """
     n = len(pairs)
     if n < 5:
         return None

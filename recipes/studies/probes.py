@@ -1,4 +1,4 @@
-"""What a study may measure inside a rollout step, besides the curves: see `PROBES`."""
+"""Measurements inside a rollout step that a study can add to the curves: see `PROBES`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from recipes.studies.policies import Policy, entropy, log_softmax
 
 
 class Watched(Protocol):
-    """The parts of the engine's training that probes read."""
+    """The attributes of the engine's training that probes read."""
 
     policy: Policy
     setting: Any
@@ -24,30 +24,30 @@ class Watched(Protocol):
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer step of every seed, before it is taken. N tokens, K choices; S seeds come first everywhere."""
+    """One optimizer step of all seeds, before it is taken. Shapes: S seeds first, N tokens, K choices."""
 
     x: LossInputs
     pull: Tensor
     """(S, N): F A of the tokens that were kept."""
     p: Tensor
-    """(S, N, K), and its logarithm."""
+    """(S, N, K): probabilities of all choices; ``logp`` is its logarithm."""
     logp: Tensor
     gradients: list[Tensor]
-    """Per parameter, after clipping of the norm."""
+    """One per parameter, after the norm is clipped."""
 
 
 class Probe(Protocol):
     def __init__(self, training: Watched) -> None: ...
 
     def begin(self, context: Tensor) -> None:
-        """Before the first update on a batch of responses with these contexts, (S, B, 7)."""
+        """Called before the first update on a batch of responses. ``context``: (S, B, 7)."""
 
     def before_update(self, update: Update) -> None: ...
 
     def after_update(self) -> None: ...
 
     def end(self) -> dict[str, Tensor]:
-        """Curves' values of this rollout step, (S,) each."""
+        """Values of this rollout step for the curves, (S,) each."""
         ...
 
 
@@ -56,12 +56,13 @@ class EntropyChange:
 
     ``measured`` is the change of mean entropy. The predictions are first-order sums over the updates:
 
-    * ``predicted_token``: -eta E_B[F keep A (S - E_p[S])] over each update's tokens, as if every token had logits of
-      its own (Entropy Dynamics theorem 2 with the loss's own weight). Its scale is not that of the other three.
-    * ``predicted_gradient``: -eta <grad H, g>, g the norm-clipped gradient of the update, H the batch's entropy.
-    * ``predicted_adam``: the same with g / (sqrt(v) + eps), v Adam's second moment with this g (with SGD, equal to the
-      last): what Adam does without momentum.
-    * ``predicted_step``: <grad H, step>, with the step that the optimizer took, momentum included.
+    * ``predicted_token``: -eta E_B[F keep A (S - E_p[S])] over the tokens of each update, with separate logits for
+      every token (Entropy Dynamics theorem 2 with the loss's own weight). Its scale differs from the other three.
+    * ``predicted_gradient``: -eta <grad H, g>, where g is the norm-clipped gradient of the update and H the entropy of
+      the batch.
+    * ``predicted_adam``: the same with g / (sqrt(v) + eps), where v is Adam's second moment including this g: Adam
+      without momentum. With SGD it equals ``predicted_gradient``.
+    * ``predicted_step``: <grad H, step>, where step is the step of the optimizer, including momentum.
     """
 
     def __init__(self, training: Watched) -> None:
@@ -105,11 +106,11 @@ class EntropyChange:
 
 
 class Passes:
-    """What each pass over a batch does, ``_1`` for the first.
+    """Measurements per pass over a batch; the suffix ``_1`` is the first pass.
 
-    ``pass_gain``: change of accuracy on held-out prompts; ``pass_step``: length of the way that the parameters went;
-    ``pass_gradient``: mean norm of the gradient; ``pass_reward`` and ``pass_penalty``: means over tokens of F A where A
-    is positive and negative, what the clip leaves of both.
+    ``pass_gain``: change of accuracy on held-out prompts. ``pass_step``: norm of the change of the parameters.
+    ``pass_gradient``: mean norm of the gradient. ``pass_reward`` and ``pass_penalty``: mean over tokens of the positive
+    and negative part of F A after clipping.
     """
 
     def __init__(self, training: Watched) -> None:

@@ -1,4 +1,4 @@
-"""The page of a study, from its results files."""
+"""Write the page of a study from its results files."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ CURVE_TITLES = {
 
 
 def merge_curves(lines: Iterable[Row]) -> dict[tuple[str, str], dict[str, Any]]:
-    """(setting, method) -> steps and, per curve, (mean, half width of the 95 % interval), blocks of seeds joined."""
+    """Join the blocks of seeds: (setting, method) -> steps and, per curve, (means, standard deviations)."""
     merged: dict[tuple[str, str], dict[str, Any]] = {}
     for line in lines:
         key = line["setting"], line["method"]
         known = merged.get(key)
-        if known is None or known["digest"] != line["digest"]:  # a new definition replaces the old one's curves
+        if known is None or known["digest"] != line["digest"]:  # a new definition replaces the curves of the old one
             merged[key] = line
             continue
         n, m = known["n"], line["n"]
@@ -43,7 +43,7 @@ def merge_curves(lines: Iterable[Row]) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def _join(n: int, a: float | None, s: float | None, m: int, b: float | None, t: float | None) -> tuple[Any, Any]:
-    """Mean and sample standard deviation of two blocks together (Chan et al. 1983)."""
+    """Mean and sample standard deviation of two joined blocks (Chan et al. 1983)."""
     if a is None or b is None or s is None or t is None:
         return None, None
     mean = (n * a + m * b) / (n + m)
@@ -52,7 +52,7 @@ def _join(n: int, a: float | None, s: float | None, m: int, b: float | None, t: 
 
 
 def curve_figure(curves: dict[tuple[str, str], dict[str, Any]], setting: str, names: Sequence[str]) -> Any:
-    """Entropy, accuracy, pass@k and clip fractions of some methods, means with 95 % bands."""
+    """Entropy, accuracy, pass@k and clip fractions of the named methods: means with 95 % bands."""
     shown = [name for name in names if (setting, name) in curves][: len(figures.LINES)]
     result, axes = figures.figure(11.0, 6.0, 2, 3)
     for ax, (key, title) in zip(axes.flat, CURVE_TITLES.items(), strict=False):
@@ -128,13 +128,13 @@ def study_page(name: str, title: str, question: str, path: Path, root: Path = re
 
 
 def mean_of(rows: list[Row], key: str) -> Interval | None:
-    """Mean of a column over the runs that have it."""
+    """Mean and interval of a column over the runs that have it; None if no run has it."""
     found = [row[key] for row in rows if row.get(key) is not None]
     return interval(found) if found else None
 
 
 def prediction_table(title: str, methods: dict[str, list[Row]]) -> pages.Table:
-    """Correlation, slope and sign agreement of each predictor, mean and 95 % interval over runs."""
+    """Correlation, slope and sign agreement of each predictor: mean and 95 % interval over runs."""
     predictors = ("token", "gradient", "adam", "step")
     head = ["method", *(f"{what}, {p}" for p in predictors for what in ("corr.", "slope", "sign"))]
     rows = []

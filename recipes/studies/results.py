@@ -1,8 +1,8 @@
-"""The results of a study on disk: a line per run, and a line of mean curves per block of seeds.
+"""The results files of a study: one line per run, and one line of mean curves per block of seeds.
 
-``benchmarks/results/studies/<study>.jsonl`` has one JSON object a run; ``curves/<study>.jsonl`` beside it has, per
-method and block of seeds, means and standard deviations over the block. Lines are only ever appended. Where a seed
-starts (``start_entropy``, ``start_avg_at_k``) is in the baseline's lines alone: all methods start there.
+``benchmarks/results/studies/<study>.jsonl`` has one JSON object per run. ``curves/<study>.jsonl`` has means and
+standard deviations per method and block of seeds. The files are append-only. Only lines of the baseline have the start
+of a seed (``start_entropy``, ``start_avg_at_k``), because it is the same for all methods.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ Row = dict[str, Any]
 
 
 def digest(setting: Setting, method: Method) -> str:
-    """Changes when anything about the run's definition does: such results are not continued.
+    """A hash of the definition of a run. Results with another digest are not continued.
 
-    Fields of a setting without repr count only when they are not at their default.
+    Fields of a setting with repr=False count only when they differ from their default.
     """
     later = [f for f in fields(setting) if not f.repr and getattr(setting, f.name) != f.default]
     plain = [repr(setting), *(f"{f.name}={getattr(setting, f.name)!r}" for f in later)]
@@ -48,7 +48,10 @@ def machine() -> str:
 
 
 def read(path: Path) -> list[Row]:
-    """The objects of a JSON-lines file, without a torn last line (a run killed while writing). [] without a file."""
+    """The objects of a JSON-lines file; [] if there is no file.
+
+    A torn last line, from a run that was killed while writing, is skipped.
+    """
     rows: list[Row] = []
     lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
     for number, line in enumerate(lines, 1):
@@ -63,7 +66,7 @@ def read(path: Path) -> list[Row]:
 
 
 def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add a line per object, in one write; a torn last line is cut off first."""
+    """Append one line per object, in one write. A torn last line is removed first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
     with path.open("a+b") as file:
@@ -79,7 +82,7 @@ def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def rows_of(
     study: str, label: str, setting: Setting, name: str, method: Method, seeds: list[int], curves: Curves
 ) -> list[Row]:
-    """One result per seed."""
+    """One results row per seed."""
     starts = {"entropy": curves["entropy"][:, 0], "avg_at_k": curves["avg"][:, 0]} if name == BASELINE else {}
     mean = {key: curves[key].double().nanmean(1) for key in ("entropy", "clip_low", "clip_high", "kl")}
     rows = []
@@ -111,9 +114,9 @@ def rows_of(
 
 
 def collapsed(avg: Tensor, reward: str) -> bool:
-    """Held-out accuracy ends below where it began, or below half of its best, or is not finite.
+    """Whether held-out accuracy ends below its start, ends below half of its best, or is not finite.
 
-    Without a learning signal (random rewards) only the last counts.
+    Without a learning signal (random rewards) only the last condition counts.
     """
     finite = bool(avg.isfinite().all())
     if reward == "random":
@@ -122,7 +125,10 @@ def collapsed(avg: Tensor, reward: str) -> bool:
 
 
 def at_equal_reward(setting: Setting, curves: Curves, i: int) -> Row:
-    """Entropy and pass@k where accuracy first reaches `EQUAL_REWARD`, interpolated between evaluations; {} if never."""
+    """Entropy and pass@k where accuracy first reaches `EQUAL_REWARD`; {} if it never does.
+
+    Values are interpolated between evaluations.
+    """
     steps = evaluation_steps(setting)
     avg, entropies, passes = (curves[name][i, steps].double() for name in ("avg", "entropy", "pass"))
     reached = (avg >= EQUAL_REWARD).nonzero()
@@ -135,7 +141,7 @@ def at_equal_reward(setting: Setting, curves: Curves, i: int) -> Row:
 
 
 def per_pass(series: Mapping[str, Tensor]) -> Row:
-    """Means over a run's steps of what `probes.Passes` measured: a list per quantity, a number per pass."""
+    """Means over the steps of a run of the values of `probes.Passes`: quantity -> one number per pass."""
     row: Row = {}
     for key in sorted(series):
         name, number = key.rsplit("_", 1)
@@ -145,7 +151,7 @@ def per_pass(series: Mapping[str, Tensor]) -> Row:
 
 
 def agreement(series: Mapping[str, Tensor]) -> Row:
-    """Of each predictor against ``measured`` over a run's steps: correlation, slope through the origin, signs."""
+    """Correlation, slope through the origin and sign agreement of each predictor with ``measured`` over a run."""
     row: Row = {}
     kept = series["measured"].isfinite()
     y = series["measured"][kept].double()
@@ -173,7 +179,7 @@ def tracking_error(method: Method, setting: Setting, entropy: Tensor) -> float:
 
 
 def curves_of(label: str, setting: Setting, name: str, method: Method, seeds: list[int], curves: Curves) -> Row:
-    """Means and standard deviations over the seeds at the steps of evaluation."""
+    """Means and standard deviations over the seeds at the evaluation steps."""
     steps = evaluation_steps(setting)
     row: Row = {"setting": label, "method": name, "digest": digest(setting, method), "seeds": [seeds[0], seeds[-1]]}
     row |= {"n": len(seeds), "steps": steps}
@@ -185,6 +191,6 @@ def curves_of(label: str, setting: Setting, name: str, method: Method, seeds: li
 
 
 def _round(value: Tensor | float, digits: int = 4) -> float:
-    """JSON has no NaN: what is not finite becomes null."""
+    """Round for JSON. Non-finite values become None, because JSON has no NaN."""
     number = float(value)
     return round(number, digits) if math.isfinite(number) else None  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""Runs what a study still lacks, over as many processes as wanted, with progress and the time left."""
+"""Run the missing part of a study in one or more processes, and report progress and the time left."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from recipes.studies.engine import PASS_K, Method, Setting, train
 
 @dataclass(frozen=True)
 class Item:
-    """One method in one setting for some seeds: the unit of work, all of which is written or nothing."""
+    """The unit of work: one method in one setting for some seeds. Its results are written all at once."""
 
     study: str
     label: str
@@ -31,7 +31,7 @@ class Item:
 
     @property
     def cost(self) -> float:
-        """Relative; used for the time left only."""
+        """Relative cost, used only to estimate the time left."""
         s = self.setting
         per_update = 1.0 if s.level == "L1" else 8.0
         return s.steps * s.epochs * s.mini_batches * len(self.seeds) * per_update * (3.0 if self.probe else 1.0)
@@ -46,7 +46,7 @@ def missing(
     only: str | None = None,
     methods: Collection[str] | None = None,
 ) -> Iterator[Item]:
-    """What ``rows`` lack. ``seeds``, ``level``, ``only`` (a setting's name) and ``methods`` narrow the study."""
+    """Yield the work that ``rows`` lack. ``seeds``, ``level``, ``only`` (setting) and ``methods`` narrow the study."""
     done: dict[tuple[str, str, str], set[int]] = {}
     for row in rows:
         done.setdefault((row["setting"], row["method"], row["digest"]), set()).add(row["seed"])
@@ -70,7 +70,7 @@ def _run(item: Item) -> tuple[list[results.Row], results.Row]:
 
 
 def _finished(items: list[Item], jobs: int) -> Iterator[tuple[Item, list[results.Row], results.Row]]:
-    """Items as they finish, over ``jobs`` processes."""
+    """Run the items in ``jobs`` processes and yield each when it finishes."""
     if jobs <= 1:
         yield from ((item, *_run(item)) for item in items)
         return
@@ -93,7 +93,7 @@ def run(
     methods: Collection[str] | None = None,
     report: Callable[[str], None] = print,
 ) -> list[results.Row]:
-    """Complete the study's results file and return all its rows. Stop it at any time and start it again."""
+    """Complete the study's results file and return all its rows. It can be stopped and restarted at any time."""
     path = root / f"{name}.jsonl"
     items = list(missing(name, study, results.read(path), seeds, level, only, methods))
     if not items:

@@ -1,4 +1,4 @@
-"""What one small step of every loss and selection does to the entropy: measured on a tabular softmax, and predicted.
+"""Measured and predicted change of entropy after one small step of every loss and selection, on a tabular softmax.
 
 Measured: the entropy after a step up and a step down the gradient of the whole objective, by finite difference.
 Predicted: ``theory/entropy_slope``, from the sampled tokens alone. Float64.
@@ -21,12 +21,12 @@ from megatron_ext.rl.selection import Selection, SelectionInputs, build_selectio
 from megatron_ext.rl.types import LossInputs, TokenStats
 
 F64 = torch.float64
-ACTIONS = (0, 0, 0, 0, 1, 1, 2, 3)  # every action as often as its probability under pi_old says, exactly
+ACTIONS = (0, 0, 0, 0, 1, 1, 2, 3)  # each action exactly in proportion to its probability under pi_old
 P_OLD = (4 / 8, 2 / 8, 1 / 8, 1 / 8)
 
 
 def statistics(z_TV: Tensor, actions_T: Tensor) -> TokenStats:
-    """Of logits (T, V); log p and H carry gradient."""
+    """Token statistics of logits (T, V). log p and H are differentiable."""
     logp_TV = z_TV.log_softmax(-1)
     p_TV = logp_TV.exp()
     logp = logp_TV.gather(-1, actions_T[:, None]).squeeze(-1)
@@ -36,7 +36,7 @@ def statistics(z_TV: Tensor, actions_T: Tensor) -> TokenStats:
 
 @dataclass
 class TabularBatch:
-    """Eight tokens in each of many states, two states per response; one response in six is masked."""
+    """A batch with eight tokens per state and two states per response. One response in six is masked."""
 
     z_old_TV: Tensor
     z_TV: Tensor
@@ -52,7 +52,7 @@ class TabularBatch:
         return x, stats
 
     def objective(self, z_TV: Tensor, loss: Loss, selection: Selection) -> tuple[Objective, LossInputs, TokenStats]:
-        """Of the policy with these logits, the selection decided under the old ones."""
+        """The objective of the policy with these logits. The selection uses the old logits."""
         positions = torch.arange(len(self.actions))
         old = statistics(self.z_old_TV, self.actions)
         chosen = selection.select(
@@ -65,9 +65,11 @@ class TabularBatch:
 
 
 def tabular_batch(seed: int = 0, states: int = 60, drift: float = 0.5, calibration: float = 0.0) -> TabularBatch:
-    """Advantages are random per response; ``calibration`` adds so much per nat of log p_old, less the mean.
+    """A batch with a random advantage per response.
 
-    ``drift``: standard deviation of the change of the logits since the batch was sampled.
+    Args:
+        drift: standard deviation of the change of the logits since the batch was sampled.
+        calibration: added to the advantages per nat of centred log p_old.
     """
     g = torch.Generator().manual_seed(seed)
     actions = torch.tensor(ACTIONS).repeat(states)
@@ -98,7 +100,7 @@ def slopes(batch: TabularBatch, loss: Loss, selection: Selection) -> tuple[float
 
 LOSS_PARAMS: dict[str, dict[str, Any]] = {
     "dynamic_clip": {"strategy": "both"},
-    "gspo": {"eps_low": 0.05, "eps_high": 0.05},  # so that some sequences are clipped, and some are not
+    "gspo": {"eps_low": 0.05, "eps_high": 0.05},  # some sequences are clipped, some are not
     "entropic": {"likely": 0.4, "control": -0.5},
     "repo_r": {"zeta": 0.05},
 }
@@ -113,7 +115,7 @@ SELECTIONS: Mapping[str, dict[str, Any]] = {
 
 
 def table(states: int = 400) -> str:
-    """Markdown: a row per loss, a column per selection, each cell "measured / predicted"."""
+    """A Markdown table: one row per loss, one column per selection, cells "measured / predicted"."""
     batch = tabular_batch(states=states, calibration=0.5)
     losses = {name: {"name": name, **LOSS_PARAMS.get(name, {})} for name in LOSSES}
     losses |= {

@@ -1,4 +1,4 @@
-"""Means with t intervals, paired differences with Holm's correction, over seeds."""
+"""Statistics over seeds: means with t intervals, paired differences, Holm's correction."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean over ``n`` seeds and the half width of its 95 % t interval (nan for fewer than two seeds)."""
+    """A mean over ``n`` seeds and the half width of its 95 % t interval (nan for one seed)."""
 
     mean: float
     half: float
@@ -55,7 +55,7 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     """Mean and t interval.
 
     Raises:
-        ValueError: no value, or one that is not finite: a run that gave none is counted elsewhere, not averaged.
+        ValueError: no value, or a value that is not finite. Runs without a value are counted elsewhere, not averaged.
     """
     if not values or not all(map(math.isfinite, values)):
         raise ValueError(f"an interval needs finite values, got {list(values)[:5]}")
@@ -68,7 +68,7 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
 
 
 def paired(values: dict[int, float], baseline: dict[int, float]) -> tuple[Interval, float]:
-    """(interval of the differences over the seeds that both have, two-sided p-value of the paired t test)."""
+    """Interval of the differences over common seeds, and the two-sided p-value of the paired t test."""
     both = sorted(values.keys() & baseline.keys())
     differences = [values[seed] - baseline[seed] for seed in both]
     result = interval(differences)
@@ -81,7 +81,7 @@ def paired(values: dict[int, float], baseline: dict[int, float]) -> tuple[Interv
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values of a family of tests; nan stays nan and does not count."""
+    """Holm's adjusted p-values of a family of tests. nan stays nan and is not counted as a test."""
     order = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
     adjusted, running = list(p_values), 0.0
     for rank, (p, i) in enumerate(order):
@@ -91,7 +91,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def wilson(count: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share, Wilson's."""
+    """Wilson's 95 % interval of a share."""
     z = 1.959964
     centre, spread = count + z * z / 2, z * math.sqrt(count * (n - count) / n + z * z / 4)
     return (centre - spread) / (n + z * z), (centre + spread) / (n + z * z)

@@ -1,4 +1,4 @@
-"""From the rows of a results file to tables: means, intervals, paired differences, verdicts."""
+"""Summarise the rows of a results file: means, intervals, paired differences, verdicts."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Summary:
     seeds: int
     collapsed: int
     means: dict[str, Interval]
-    """Of the metrics above, ``clip_low`` and ``clip_high``; only what has values."""
+    """Means of `METRICS`, ``clip_low`` and ``clip_high``, where there are values."""
     differences: dict[str, tuple[Interval, float]]
     """Metric -> (method minus baseline over the same seeds, p-value after Holm's correction over the setting)."""
 
     @property
     def verdict(self) -> str:
-        """Entropy and accuracy against the baseline at the 5 % level, all methods of the setting counted."""
+        """Entropy and accuracy against the baseline at the 5 % level, corrected for all methods of the setting."""
         if not self.differences:
             return "baseline"
         words = []
@@ -47,12 +47,12 @@ def direction(difference: Interval, p: float) -> str:
 
 
 def values(rows: Iterable[Row], metric: str) -> dict[int, float]:
-    """Seed -> value; runs without one (not measured, not finite) are missing."""
+    """Seed -> value, without the runs that have no value (not measured, not finite)."""
     return {row["seed"]: row[metric] for row in rows if row.get(metric) is not None}
 
 
 def by_setting(rows: Iterable[Row]) -> dict[str, dict[str, list[Row]]]:
-    """setting -> method -> rows, in file order."""
+    """Setting -> method -> rows, in file order."""
     table: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
         table.setdefault(row["setting"], {}).setdefault(row["method"], []).append(row)
@@ -60,7 +60,7 @@ def by_setting(rows: Iterable[Row]) -> dict[str, dict[str, list[Row]]]:
 
 
 def summarise(methods: dict[str, list[Row]], baseline: str = BASELINE) -> list[Summary]:
-    """The methods of one setting, in the order given."""
+    """A summary of each method of one setting, in the given order."""
     base = methods.get(baseline, [])
     raw: dict[str, dict[str, tuple[Interval, float]]] = {}
     for name, rows in methods.items():

@@ -8,9 +8,9 @@ Notation: ``S_v = p_v (H + log p_v)`` is the discriminant of Entropy Dynamics (C
 one of the token taken, ``D = S - E_p[S]``, and ``r = pi_theta / pi_old``. `megatron_ext.rl.diagnostics` has the same
 for a batch of tokens.
 
-Where the papers slip, and what is done here:
-* Clip-Low/High theorems 1 and 2 hold with p_k, q_k and E under ``a ~ pi_k``; X_k and Y_k are defined by actions
-  from ``pi_old``, and reading the expectations so gives wrong values, now and then of the wrong sign. Their 1/T is
+Errors in the papers, and the reading used here:
+* Clip-Low/High theorems 1 and 2 hold with p_k, q_k and E under ``a ~ pi_k``. The paper defines X_k and Y_k by actions
+  from ``pi_old``; expectations under ``pi_old`` give wrong values, sometimes with the wrong sign. The factor 1/T is
   dropped: one state is one token.
 * CE-GPPO eq. 7 needs advantages centred under pi; its eq. 23, E[pi A] = E[A], is false, and is not needed for eq. 7.
 * Entropy Dynamics theorem 2: the proof's expression for delta p_i has a wrong sign; the theorem is right.
@@ -31,7 +31,7 @@ from torch import Tensor
 
 
 class FirstOrder(NamedTuple):
-    """A claim: the logits move by ``eta * direction``, and the entropy by ``eta * slope + O(eta^2)``."""
+    """A claim: a step ``eta * direction`` of the logits changes the entropy by ``eta * slope + O(eta^2)``."""
 
     direction: Tensor  # (V,)
     slope: Tensor  # scalar
@@ -58,7 +58,7 @@ def centred_discriminants(z_V: Tensor) -> Tensor:
 
 
 def residual_order(z_V: Tensor, claim: FirstOrder, eta: float) -> Tensor:
-    """log2 of the error of the claim at ``eta`` over the error at ``eta / 2``, measured by taking both steps."""
+    """log2 of (error of the claim at ``eta`` / error at ``eta / 2``), measured by taking both steps."""
 
     def error(step: float) -> Tensor:
         return (entropy(z_V + step * claim.direction) - entropy(z_V) - step * claim.slope).abs()

@@ -1,13 +1,13 @@
-"""Every theorem, corollary and approximation of the papers as a check that takes the step and measures.
+"""Every theorem, corollary and approximation of the papers as a numerical check.
 
 Float64, tabular softmax, random policies drawn from fixed seeds. Three kinds:
 
-* first order: a step is taken along a direction, the change of entropy is compared with the predicted slope. Right: the
-  error is O(eta^2), so halving eta quarters it (order 2). Wrong: the error is O(eta) (order 1).
-* identity: two sides that must be equal, to rounding.
+* first order: take a step along a direction and compare the change of entropy with the predicted slope. If the claim is
+  right, the error is O(eta^2), so halving eta quarters it (order 2). If it is wrong, the error is O(eta) (order 1).
+* identity: two sides must be equal up to rounding.
 * share: how often a rule of thumb or a condition holds.
 
-Each check names what must come out, so that a result can contradict it.
+Each check states its expected verdict, so a result can contradict it.
 """
 
 from __future__ import annotations

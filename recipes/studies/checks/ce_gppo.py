@@ -1,4 +1,4 @@
-"""CE-GPPO: the covariance formula, the loss's gradient, a step of the proof."""
+"""Checks of CE-GPPO: the covariance formula, the gradient of the loss, a step of the proof."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clip-Low/Clip-High: theorems 1 and 2, and how often their conditions hold."""
+"""Checks of Clip-Low/Clip-High: theorems 1 and 2, and how often their conditions hold."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PAPER = "Clip-Low/Clip-High, 2509.26114"
 
 
 def randomly_rewarded(seed: int, scale: float) -> tuple[Tensor, Tensor]:
-    """(current, old) over 30 actions: 16 clipped updates of 4 tokens from the old policy, each rewarded at random."""
+    """(current, old) logits over 30 actions, after 16 clipped updates of 4 randomly rewarded tokens."""
     old = logits(seed, 30, scale=scale)
     generator = torch.Generator().manual_seed(seed + 7000)
     actions = torch.multinomial(old.softmax(-1), 64, replacement=True, generator=generator)
@@ -41,7 +41,7 @@ def _clipped(natural: bool, eps_low: float, eps_high: float) -> Callable[[int], 
 
 
 def _under_old(seed: int) -> tuple[Tensor, t.FirstOrder]:
-    """Theorem 1 with p_k, q_k and E under pi_old, as X_k and Y_k are defined."""
+    """Theorem 1 with p_k, q_k and E under pi_old, following the definition of X_k and Y_k."""
     z, old = drifted(seed)
     low, high = t.clip_events(z, old, eps_low=0.2, eps_high=0.2)
     p_old, q = old.softmax(-1), t.discriminants(z)
@@ -51,7 +51,7 @@ def _under_old(seed: int) -> tuple[Tensor, t.FirstOrder]:
 
 
 def _condition(side: str, natural: bool, scale: float = 3.0) -> Callable[[], tuple[float, str]]:
-    """Share of policies, drifted by random rewards, in which the condition of theorem 1 (eq. 7) or 2 (eq. 8) holds."""
+    """Share of randomly rewarded policies for which the condition of theorem 1 (eq. 7) or 2 (eq. 8) holds."""
 
     def count() -> tuple[float, str]:
         held = total = 0

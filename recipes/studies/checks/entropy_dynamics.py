@@ -1,4 +1,4 @@
-"""Entropy Dynamics: lemma 1, theorems 1 and 2, corollaries 1 to 4.1."""
+"""Checks of Entropy Dynamics: lemma 1, theorems 1 and 2, corollaries 1 to 4.1."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _mean_factor(off_policy: bool) -> Callable[[int], float]:
 
 
 def _expected_change(off_policy: bool) -> Callable[[int], tuple[Tensor, t.FirstOrder]]:
-    """Cor. 3 and 3.1 as one step: the expectation over actions of the first-order change is that of the mean step."""
+    """Cor. 3 and 3.1 as one step: the expected first-order change over actions equals that of the mean step."""
 
     def make(seed: int) -> tuple[Tensor, t.FirstOrder]:
         z, advantages = logits(seed, 6), logits(seed + 100, 6)
@@ -53,7 +53,7 @@ def _expected_change(off_policy: bool) -> Callable[[int], tuple[Tensor, t.FirstO
 
 
 def _batch(off_policy: bool, what: str) -> Callable[[int], float]:
-    """Cor. 2, 2.1, 4, 4.1 over all 3^3 batches of three tokens, each with a policy and advantages of its own."""
+    """Cor. 2, 2.1, 4 and 4.1 over all 3^3 batches of three tokens. Each token has its own policy and advantages."""
 
     def error(seed: int) -> float:
         n = v = 3
@@ -76,7 +76,7 @@ def _batch(off_policy: bool, what: str) -> Callable[[int], float]:
 
 
 def _single_batch(seed: int) -> float:
-    """Cor. 4 read literally, for one batch of three tokens and not in expectation."""
+    """Cor. 4 taken literally: for one batch of three tokens, not in expectation."""
     z, advantages = logits(seed, 3, 3), logits(seed + 100, 3, 3)
     rows, actions = torch.arange(3), torch.arange(3)
     d, a = t.centred_discriminants(z)[rows, actions], advantages[rows, actions]

@@ -1,4 +1,4 @@
-"""Flexible Entropy Control: the gradient of entropy, its rule of thumb, E1 to E4, moving bounds."""
+"""Checks of Flexible Entropy Control: the gradient of entropy, its rule of thumb, E1 to E4, dynamic bounds."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _sign_rule() -> tuple[float, str]:
 
 
 def _region(region: str) -> Callable[[], tuple[float, str]]:
-    """Share of E1..E4 tokens, by sampling probability, whose own step moves entropy as the paper says."""
+    """Share of tokens of a region, weighted by probability, whose step changes entropy as the paper says."""
     up, likely = region in ("e1", "e2"), region in ("e1", "e3")
     rises = region in ("e2", "e3")
 
@@ -58,7 +58,7 @@ def _region(region: str) -> Callable[[], tuple[float, str]]:
 
 
 def _bound_is_a_ratio_bound(seed: int) -> float:
-    """Eq. 8: pi <= (1 + b) / (1 - a pi_old) pi_old if and only if r <= 1 + a pi + b; share of points that disagree."""
+    """Share of points that contradict eq. 8: pi <= (1 + b) / (1 - a pi_old) pi_old iff r <= 1 + a pi + b."""
     generator = torch.Generator().manual_seed(seed)
     p, old = torch.rand(2, 20_000, generator=generator, dtype=torch.float64).clamp(1e-6, 1 - 1e-6)
     alpha, b = -0.25, 0.5

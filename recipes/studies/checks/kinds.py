@@ -1,4 +1,4 @@
-"""The three kinds of checks, and the random policies that they are run on."""
+"""The three kinds of checks, and the random policies they use."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ POLICIES = 20
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a check found."""
+    """The result of a check."""
 
     verdict: str
     """holds | holds in expectation | approximate | fails"""
     measured: str
-    """In numbers, for a reader."""
+    """The measurement as text for the reader."""
     order: float | None = None
     """Median residual order of a first-order check."""
     breaks_at: float | None = None
-    """Step size at which the relative error of the prediction passes 10 % (median over policies)."""
+    """Step size at which the relative error of the prediction exceeds 10 % (median over policies)."""
     pairs: list[tuple[float, float]] = field(default_factory=list)
     """(predicted, measured) change of entropy at `ETA`."""
     errors: list[tuple[float, float]] = field(default_factory=list)
@@ -38,12 +38,12 @@ class Check:
     label: str
     statement: str
     expected: str
-    """The verdict that the paper, read as `theorems` reads it, lets one expect."""
+    """The verdict to expect from the paper, as `theorems` reads it."""
     run: Callable[[], Outcome]
 
 
 def checks_of(paper: str, *rows: tuple[str, str, str, Callable[[], Outcome]]) -> list[Check]:
-    """The checks of a paper; a row is (label, statement, expected, run)."""
+    """The checks of a paper. A row is (label, statement, expected, run)."""
     return [Check(paper=paper, label=x, statement=s, expected=e, run=r) for x, s, e, r in rows]
 
 
@@ -52,13 +52,13 @@ def logits(seed: int, *shape: int, scale: float = 1.5) -> Tensor:
 
 
 def drifted(seed: int, size: int = 8) -> tuple[Tensor, Tensor]:
-    """(current, old) logits: the current policy is a few updates away from the one that sampled."""
+    """(current, old) logits: the current policy is a few updates away from the sampling policy."""
     old = logits(seed, size)
     return old + logits(seed + 5000, size, scale=0.6), old
 
 
 def first_order(make: Callable[[int], tuple[Tensor, t.FirstOrder]], *, order: int = 2) -> Callable[[], Outcome]:
-    """``make(seed)`` gives logits and a claim; ``order`` is what must come out (1 for a claim known to be wrong)."""
+    """``make(seed)`` returns logits and a claim. ``order`` is the expected order (1 for a claim known to be wrong)."""
 
     def run() -> Outcome:
         orders, pairs, etas, breaks = [], [], [10.0**e for e in range(-5, 2)], []
@@ -92,7 +92,7 @@ def _change(z: Tensor, claim: t.FirstOrder) -> Callable[[float], float]:
 
 
 def _breaking_step(change: Callable[[float], float], slope: float) -> float:
-    """The first of the steps 1e-4 x 1.5^n whose prediction is off by more than 10 %."""
+    """The first step size 1e-4 x 1.5^n at which the error of the prediction exceeds 10 %."""
     eta = 1e-4
     while eta < 1e3 and abs(change(eta) - eta * slope) <= 0.1 * abs(eta * slope):
         eta *= 1.5
@@ -102,7 +102,7 @@ def _breaking_step(change: Callable[[float], float], slope: float) -> float:
 def identity(
     error: Callable[[int], float], *, tolerance: float = 1e-12, verdict: str = "holds"
 ) -> Callable[[], Outcome]:
-    """``error(seed)``: largest difference of the two sides."""
+    """``error(seed)`` returns the largest difference of the two sides."""
 
     def run() -> Outcome:
         worst = max(error(seed) for seed in range(POLICIES))
@@ -115,7 +115,7 @@ def identity(
 def share(
     count: Callable[[], tuple[float, str]], low: float, high: float, verdict: str = "approximate"
 ) -> Callable[[], Outcome]:
-    """``count()``: a share in [0, 1] and what it is a share of; the verdict is for shares within [low, high]."""
+    """``count()`` returns a share in [0, 1] and its description. A share in [low, high] gets ``verdict``."""
 
     def run() -> Outcome:
         value, text = count()

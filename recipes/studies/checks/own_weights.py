@@ -1,4 +1,4 @@
-"""Every loss with the gradient weight that its own code has."""
+"""Checks of every loss with the gradient weight from its own code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from recipes.studies.methods import BASELINE, FLEXIBLE, LOSSES
 
 
 def with_own_weight(params: dict[str, Any]) -> Callable[[int], tuple[Tensor, t.FirstOrder]]:
-    """The full-batch step of a loss over actions from pi_old with advantages of their own, F taken from its code.
+    """The full-batch step of a loss over actions from pi_old, one advantage per action, with F from the code.
 
     Predicted: -sum_a pi_old(a) F_a A_a D_a. The direction is sum_a pi_old(a) F_a A_a (e_a - p).
     """
@@ -43,7 +43,7 @@ def with_own_weight(params: dict[str, Any]) -> Callable[[int], tuple[Tensor, t.F
 
 
 def direction_is_autograd(params: dict[str, Any]) -> Callable[[int], float]:
-    """The direction of `with_own_weight` against autograd of the textbook objective of PPO with offsets of p."""
+    """Difference of the direction of `with_own_weight` from autograd of PPO's objective with offsets of p."""
 
     def error(seed: int) -> float:
         z, claim = with_own_weight(params)(seed)
