@@ -1,7 +1,7 @@
-"""What looking for NaN costs when a checkpoint is loaded: `python -m benchmarks.checkpoint_load [--json OUT]`.
+"""Cost of the NaN check when a checkpoint is loaded: `python -m benchmarks.checkpoint_load [--json OUT]`.
 
 One process, bfloat16 weights with Adam's float32 state, 14 bytes a parameter. Loads with and without
-`megatron_ext.learner.finite` take turns; CPU seconds of this process, medians, and their ratio. Files are in the page
+`megatron_ext.learner.finite` alternate; CPU seconds of this process, medians, and their ratio. Files are in the page
 cache, so nothing but the processor is measured.
 """
 

@@ -1,15 +1,15 @@
-"""Memory that saving and loading a checkpoint take on one rank, beside Megatron's own way of writing the same files.
+"""Memory that saving and loading a checkpoint take on one rank, compared with Megatron's own way of writing the files.
 
     python -m benchmarks.checkpoint_memory [--ranks 2 4 8] [--out FILE.json]
 
 Data-parallel ranks with the distributed optimizer in bfloat16: 18 bytes a parameter in all, of which 12 (master weights
-and moments) are divided among the ranks. Measured is what the allocator hands out at its peak beyond what was there
-(torch's profiler on a CPU, `torch.cuda.max_memory_allocated` on a GPU), in bytes a parameter, on the rank that needs
+and moments) are divided among the ranks. The figure is the allocator's peak above its level at the start (torch's
+profiler on a CPU, `torch.cuda.max_memory_allocated` on a GPU), in bytes a parameter, on the rank that needs the
 most. ``megatron`` is Megatron-Core's ``fully_reshardable`` state, gathered on every rank.
 
 Without gathering, ``save`` and ``load`` hold one piece at a time (the largest weight of a rank, or 256 MiB of optimizer
-state), whatever the size of the model and the number of ranks: read them beside ``largest weight``. The last lines say
-what the rest means for a model of ``--params`` parameters.
+state), whatever the size of the model and the number of ranks: compare them with ``largest weight``. The last lines
+give the other figures for a model of ``--params`` parameters.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SIZES = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, 
 
 
 def measure(model_dir: Path, place: Path) -> dict[str, float]:
-    """Bytes a parameter on this rank, by what was done; inside one of torchrun's processes."""
+    """Bytes per parameter on this rank, by operation. Runs inside one of torchrun's processes."""
     from configs.schema import Config, ModelConfig, OptimConfig
     from megatron_ext.learner import checkpoint
     from megatron_ext.learner.learner import Learner
@@ -71,7 +71,7 @@ def measure(model_dir: Path, place: Path) -> dict[str, float]:
 
 
 def _forget_pieces(part: Any) -> None:
-    """Back to Megatron's own methods, with the step count that they look for among torch's Adam's tensors."""
+    """Restore Megatron's own methods, and add the step count that they expect among the tensors of torch's Adam."""
     for name in ("sharded_param_state_fully_reshardable", "load_parameter_state_from_fully_reshardable"):
         vars(part).pop(name, None)
     set_states: Callable[..., None] = type(part)._set_main_param_and_optimizer_states

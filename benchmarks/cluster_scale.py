@@ -1,10 +1,11 @@
-"""What one step costs rank 0 at cluster scale: 128 servers and 64 ranks, played by two processes on one machine.
+"""Cost of one step on rank 0 at cluster scale: 128 servers and 64 ranks, simulated by two processes on one machine.
 
     python -m benchmarks.cluster_scale [--servers 128] [--ranks 64] [--prompts 1024] [--tokens 512] [--json OUT]
 
-The real pool asks 128 servers (one process on 128 ports that answers at once with what vLLM sends), the real journal
-writes and reads the record, and a real gloo group of 64 ranks (threads) broadcasts it. CPU seconds are rank 0's own,
-which do not depend on what else the machine does; the broadcast's are those of all ranks together, divided by them.
+The real pool sends requests to 128 servers (one process on 128 ports that answers at once with what vLLM sends), the
+real journal writes and reads the record, and a real gloo group of 64 ranks (threads) broadcasts it. CPU seconds are
+rank 0's own, which do not depend on the machine's other load; the broadcast's are those of all ranks together, divided
+by them.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 
 
 def serve(pipe: Any, servers: int, tokens: int) -> None:
-    """All stand-ins: the weight-update routes say yes, each request gets an answer made beforehand."""
+    """Run all stand-ins: the weight-update routes succeed, and each request gets a prepared answer."""
     from aiohttp import web
 
     label: dict[int, str] = {}
@@ -68,7 +69,7 @@ def serve(pipe: Any, servers: int, tokens: int) -> None:
 
 
 def broadcast_s(ranks: int, size: int) -> float:
-    """CPU seconds per rank of one broadcast of ``size`` bytes in a gloo group of so many threads."""
+    """CPU seconds per rank of one broadcast of ``size`` bytes in a gloo group of ``ranks`` threads."""
     import torch
     import torch.distributed as dist
 

@@ -1,11 +1,11 @@
-"""Conversion of a checkpoint of random weights beside what else one can do with the same bytes.
+"""Conversion of a checkpoint of random weights, compared with other ways to process the same bytes.
 
     python -m benchmarks.conversion --shape 0.5b --repeats 5 --dir DIR --json OUT
 
-Every measurement is a fresh process (unless `--one-process`); the candidates take turns, so that a busy machine is busy
-for all of them. Time is from the first byte read to the last byte on disk (fsync included), without imports; the ratio
-is the median over turns of a candidate's time to that of safetensors in the same turn. Memory is the peak resident set
-above what the process held after its imports; mapped file pages count.
+Every measurement is a fresh process (unless `--one-process`); the candidates alternate, so that other load on the
+machine affects all of them. Time is from the first byte read to the last byte on disk (fsync included), without
+imports; the ratio is the median over turns of a candidate's time to that of safetensors in the same turn. Memory is the
+peak resident set above what the process held after its imports; mapped file pages count.
 
     cp            read and write in 1 MiB pieces, no interpretation: the floor
     safetensors   load_file and save_file of every file: the usual way to touch every tensor
@@ -160,7 +160,7 @@ THREADED = ("safetensors", "import", "export", "verify")
 
 
 def import_all(name: str) -> None:
-    """What a candidate imports, before the clock starts."""
+    """Import a candidate's modules before the timer starts."""
     if name in ("import", "export", "verify"):
         import conversion.hf_to_megatron
         import conversion.megatron_to_hf
@@ -195,7 +195,7 @@ def child(name: str, directory: Path, threads: int) -> None:
 
 def measure(name: str, directory: Path, threads: int) -> dict[str, float]:
     shutil.rmtree(directory / "out", ignore_errors=True)
-    os.sync()  # no candidate waits for another one's bytes
+    os.sync()  # no candidate waits for the writes of another one
     command = [
         sys.executable,
         "-m",

@@ -1,4 +1,4 @@
-"""What converting 70B, 235B and 671B would take: plans at full size, and times from a measured rate.
+"""Cost of converting 70B, 235B and 671B models: plans at full size, and times from a measured rate.
 
     python -m benchmarks.conversion_scale [--rates benchmarks/results/conversion_0.5b_2cores.json] [--disk GB/S]
 

@@ -1,13 +1,13 @@
 """The first hour on a GPU: `python -m benchmarks.gpu_day [--minutes 25] [--out DIR] [--only PART ...]`.
 
-Runs what is worth knowing about this machine, most valuable first: the doctor, the quick start with the local engine,
-the head kernels beside their peers, the learner in bfloat16 (Transformer Engine, local layers, FP8 recipes), checkpoint
-memory, utilisation at a 1.5B model and at a 7B model's shape with fewer layers, the memory plan against measurements, a
-trace of one step, a short study. Every part is a process of its own with its own limit. Its result is written when it
-ends (``DIR/PART.json``), and ``DIR/day.json`` names all of them with card, driver, versions and date; so whatever
-interrupts the hour, what was measured stays. A part that fails or takes too long costs only itself.
+Runs the measurements that describe this machine, the most valuable first: the doctor, the quick start with the local
+engine, the head kernels against their peers, the learner in bfloat16 (Transformer Engine, local layers, FP8 recipes),
+checkpoint memory, utilisation at a 1.5B model and at a 7B model's shape with fewer layers, the memory plan against
+measurements, a trace of one step, a short study. Every part is a process of its own with its own limit. Its result is
+written when it ends (``DIR/PART.json``), and ``DIR/day.json`` names all of them with card, driver, versions and date;
+so an interruption loses no finished result. A part that fails or takes too long does not affect the others.
 
-Without a GPU the same parts run with tiny sizes: that is the test of this program, and its figures mean nothing.
+Without a GPU the same parts run with tiny sizes. This tests the program; the figures mean nothing.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-TAIL = 4000  # characters of a part's output that are kept
+TAIL = 4000  # characters kept of a part's output
 PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "vllm", "transformers", "liger-kernel", "verl")
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One measurement. ``words`` follow `python -m`; ``{out}`` in them is the directory of results."""
+    """One measurement. ``words`` are the arguments of `python -m`; ``{out}`` in them is the directory of results."""
 
     name: str
     question: str
     words: tuple[str, ...]
     minutes: float  # limit
-    tiny: tuple[str, ...]  # the same on a CPU, in seconds
-    needs: str = ""  # a package without which it is skipped
+    tiny: tuple[str, ...]  # the arguments for a CPU, where the part takes seconds
+    needs: str = ""  # the part is skipped when this package is missing
 
 
 _TINY_RUN = (
@@ -125,7 +125,7 @@ PARTS = (
 
 
 def about() -> dict[str, Any]:
-    """Card, driver, versions, date: without them a figure means nothing."""
+    """Card, driver, versions and date, which every figure needs."""
     found: dict[str, Any] = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     if nvidia_smi := shutil.which("nvidia-smi"):
         query = [nvidia_smi, "--query-gpu=name,driver_version,memory.total,power.limit", "--format=csv,noheader"]
@@ -153,11 +153,11 @@ def _version(name: str) -> str | None:
 
 
 def run_part(part: Part, words: Sequence[str], limit_s: float, log: Path) -> dict[str, Any]:
-    """Run one part, at most so many seconds; what it printed as JSON lines, its last words and how it ended."""
+    """Run one part for at most ``limit_s`` seconds; return its JSON lines, the end of its output and its exit."""
     command = [sys.executable, "-m", *words]
     start = time.monotonic()
     with log.open("w", encoding="utf-8") as file:
-        # A session of its own, so that nothing of it outlives its limit.
+        # A session of its own, so that none of its processes outlives the limit.
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True, stdin=subprocess.DEVNULL
         )
@@ -181,7 +181,7 @@ def run_part(part: Part, words: Sequence[str], limit_s: float, log: Path) -> dic
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Stop a part and what it has started."""
+    """Stop a part and the processes that it started."""
     for number, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
         try:
             os.killpg(process.pid, number)
@@ -213,7 +213,7 @@ def _last_metrics(run: Path) -> list[Any]:
 
 
 def day(parts: Sequence[Part], out: Path, minutes: float, *, tiny: bool) -> dict[str, Any]:
-    """All parts, in order, within the time; returns and writes the summary."""
+    """Run all parts in order, within the time; write and return the summary."""
     out.mkdir(parents=True, exist_ok=True)
     summary = {**about(), "minutes": minutes, "tiny": tiny, "parts": []}
     deadline = time.monotonic() + 60 * minutes

@@ -1,11 +1,12 @@
-"""Head kernels beside their peers: `python -m benchmarks.gpu_head [--shapes 8192x3584x152064] [--tiny] [--out FILE]`.
+"""Head kernels against their peers: `python -m benchmarks.gpu_head [--shapes 8192x3584x152064] [--tiny] [--out FILE]`.
 
 Forward and backward from hidden states (TOKENSxHIDDENxVOCAB, bfloat16) to both gradients, interleaved, the best of the
-repeats. ``products``: the three bare matrix products that nobody can avoid, and a fourth where the logits are made
-twice: the floor. ``ours``: four statistics with gradients through log p and entropy, logits made twice; ``ours, kept``:
-logits kept; ``ours, no entropy``: kept, gradient through log p only; ``ours, torch``: without the Triton kernels.
-Peers, where installed: Liger's fused linear cross entropy (log p only), verl's linear cross entropy (and entropy).
-None of them returns sum p^2 and sum p^2 log p. Values are compared with float32 before anything is timed.
+repeats. ``products``: the three bare matrix products that every method needs, and a fourth where the logits are
+computed twice: the lower bound. ``ours``: four statistics with gradients through log p and entropy, logits computed
+twice; ``ours, kept``: logits kept; ``ours, no entropy``: kept, gradient through log p only; ``ours, torch``: without
+the Triton kernels. Peers, where installed: Liger's fused linear cross entropy (log p only), verl's linear cross entropy
+(and entropy). None of them returns sum p^2 and sum p^2 log p. Values are compared with float32 before anything is
+timed.
 
 One JSON line a shape: milliseconds, peak memory beyond the input, both relative to the first. With ``--tune`` also the
 times of the sums' kernel at other launches than the fixed one.
@@ -41,7 +42,7 @@ def ours(hidden: Tensor, weight: Tensor, targets: Tensor, *, keep: int = 0, entr
 def without_triton(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     with mock.patch.object(linear_statistics, "_fused", lambda _: None):
         loss = ours(hidden, weight, targets)
-        gradients = torch.autograd.grad(loss, [hidden, weight])  # in here too
+        gradients = torch.autograd.grad(loss, [hidden, weight])  # backward inside the patch too
     return sum((g.detach() * x).sum() for g, x in zip(gradients, (hidden, weight), strict=True))  # type: ignore[return-value]
 
 
@@ -81,7 +82,7 @@ def contenders(device: torch.device) -> dict[str, Head]:
                 x = torch.zeros(128, 128, device=device, dtype=torch.bfloat16, requires_grad=True)
                 peer(x, x, torch.zeros(128, dtype=torch.int64, device=device)).backward()
                 found[name] = peer
-            except Exception as error:  # a peer that does not run here is named, not measured
+            except Exception as error:  # a peer that does not run here is listed, not measured
                 print(f"{name} is left out: {type(error).__name__}: {error}", file=sys.stderr)
     return found
 
@@ -115,7 +116,7 @@ def measure(tokens: int, hidden: int, vocab: int, device: torch.device, repeats:
 
 
 def tune(tokens: int, vocab: int, device: torch.device) -> dict[str, float]:
-    """Milliseconds of the sums' kernel on a block of logits, by launch."""
+    """Milliseconds of the sums' kernel on a block of logits, by launch configuration."""
     import triton
 
     from megatron_ext.kernels import triton_head

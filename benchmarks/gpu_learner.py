@@ -5,7 +5,7 @@ pass and one CE-GPPO optimizer step over packed sequences. Writes
 benchmarks/results/gpu_learner_<card>_<date>.json: tokens/s, TFLOP/s and its share of the card's dense bfloat16 peak
 (MFU, also for FP8, so that figures compare), and peak memory. FLOPs are counted as in `megatron_ext.flops`.
 `--trace FILE.json.gz` records one optimizer step with torch's profiler (open it in Perfetto) and prints the kernels
-that took longest. `--tiny` tries the program out, also on a CPU. Not yet run on a GPU.
+that took longest. `--tiny` tests the program, also on a CPU. Not yet run on a GPU.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _synchronize() -> None:
 
 
 def traced(call: Callable[[], object], path: Path, most: int = 25) -> list[dict[str, Any]]:
-    """Write a trace of one call; the operations that took longest themselves, in ms, on the GPU if there is one."""
+    """Write a trace of one call; return the operations with the longest self time in ms, on the GPU if there is one."""
     from torch.profiler import ProfilerActivity, profile
 
     gpu = torch.cuda.is_available()

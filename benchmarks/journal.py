@@ -2,7 +2,7 @@
 
     python -m benchmarks.journal [--tokens 67108864] [--length 8192] [--json OUT]
 
-Responses are tensors, as the rollout pool delivers them. CPU seconds stand beside wall seconds: the difference is the
+Responses are tensors, as the rollout pool delivers them. Both CPU and wall seconds are printed: the difference is the
 disk. The same step as the JSON lines of the first version is measured on 1/64 of the tokens, and scaled.
 """
 
@@ -37,7 +37,7 @@ def main() -> None:
     logprobs, prompt = -torch.rand(options.length), ids[:200].clone()
     groups: list[journal.Group] = []
     for start in range(0, count, options.n):
-        # Memory of their own, as in life
+        # Each tensor owns its memory, as in a real run
         members = [
             Sample(
                 Rollout(
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def _as_json(groups: Any) -> bytes:
-    """As the first version wrote it, and read it on every rank."""
+    """The format of the first version, which every rank read."""
     rows = [
         {"ids": s.rollout.response_ids.tolist(), "logprobs": s.rollout.logprobs.tolist()}
         | {"versions": s.rollout.weight_versions.tolist()}

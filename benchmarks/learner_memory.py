@@ -1,9 +1,9 @@
-"""Memory of one optimizer step beside what `recipes.plan` says, part by part.
+"""Memory of one optimizer step compared with the estimate of `recipes.plan`, part by part.
 
     python -m benchmarks.learner_memory [--settings base recompute ...] [--out FILE.jsonl]
 
 The model is random, of a size whose activations dominate; every micro-batch is full of response tokens, as the plan
-assumes. Measured are tensors: what the CPU allocator hands out between the start of an update and its peak (torch's
+assumes. Only tensors are measured: the CPU allocator's growth between the start of an update and its peak (torch's
 profiler), or on a GPU `torch.cuda.max_memory_allocated`; and the storages of weights, gradients and optimizer state.
 The rank that needs most counts, as in the plan. Code, libraries and the allocator's own waste come on top.
 """
@@ -27,8 +27,8 @@ from benchmarks.vocab_statistics import peak_bytes
 SIZES = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 8}
 SIZES |= {"vocab_size": 16384}
 TOKENS = 1024  # of a micro-batch
-LIVE = "activations and loss"  # what is there during backward only
-SAMPLE = (2, 127)  # prompt and response tokens; 128 are fed
+LIVE = "activations and loss"  # in memory during backward only
+SAMPLE = (2, 127)  # prompt and response tokens; the model reads 128
 # name: overrides of the base, processes
 SETTINGS: dict[str, tuple[str, int]] = {
     "base": ("", 1),
@@ -61,7 +61,7 @@ def make_model(directory: Path, **sizes: int) -> None:
 
 
 def make_experts(directory: Path) -> None:
-    """Qwen3-MoE's shape: a token visits two of eight experts; norms of queries and keys."""
+    """Qwen3-MoE's shape: a token is routed to two of eight experts; norms of queries and keys."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     config = Qwen3MoeConfig(
@@ -74,7 +74,7 @@ def make_experts(directory: Path) -> None:
 
 
 def measure(words: list[str]) -> dict[str, float]:
-    """Bytes of this rank by part; inside the process group's processes."""
+    """Bytes of this rank by part. Runs inside the process group's processes."""
     from megatron_ext.learner.learner import Learner
     from megatron_ext.learner.model import distributed
     from megatron_ext.learner.offload import model_tensors, optimizer_tensors
@@ -98,7 +98,7 @@ def measure(words: list[str]) -> dict[str, float]:
         def update() -> None:
             learner.update(batch, range(each), weights_B, build_loss("ce_gppo"))
 
-        update()  # makes the optimizer's state
+        update()  # allocates the optimizer's state
         beyond = peak_bytes(update, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         buffers = [b.grad_data for chunk in learner.chunks for b in chunk.buffers + chunk.expert_parallel_buffers]
         return {
@@ -123,7 +123,7 @@ def _bytes(tensors: Any) -> int:
 
 
 def planned(words: list[str]) -> dict[str, float]:
-    """What the plan says about the same."""
+    """The plan's estimate of the same parts."""
     import conversion
     from recipes.checks.settings import load_checked
     from recipes.planning.memory import learner_memory
@@ -147,7 +147,7 @@ def words_of(name: str, directory: Path) -> list[str]:
 
 
 def measure_all(directory: Path, names: list[str]) -> None:
-    """The settings one after the other, in this process of their group; writes what it measured."""
+    """Measure the settings one after the other in this process of their group; write the results."""
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if world > 1:
         torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
@@ -157,7 +157,7 @@ def measure_all(directory: Path, names: list[str]) -> None:
 
 
 def run(processes: int, names: list[str], directory: Path) -> None:
-    """Settings of that many processes, in fresh ones."""
+    """Measure the settings that need ``processes`` processes, in new processes."""
     command = ["-m", "benchmarks.learner_memory", "--inside", str(directory), "--settings", *names]
     if processes > 1:
         command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *command]

@@ -1,10 +1,10 @@
-"""What a policy loss costs: forward and backward on a million tokens, one thread, beside a peer's in the same process.
+"""Cost of a policy loss: forward and backward on a million tokens, one thread, and a peer's in the same process.
 
     python -m benchmarks.losses                    # ours, with all metrics
     .venv-verl/bin/python -m benchmarks.losses     # and verl's (`make test-integrations` makes that environment)
     .venv-trl/bin/python -m benchmarks.losses      # and TRL's: `GRPOTrainer._compute_loss` with the model taken out
 
-CPU milliseconds, the fewest of ``ROUNDS`` interleaved rounds: on a busy machine compare the quotients.
+CPU milliseconds, the fewest of ``ROUNDS`` interleaved rounds: on a busy machine compare the ratios.
 """
 
 from __future__ import annotations

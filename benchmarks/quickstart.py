@@ -1,6 +1,6 @@
 """The quick start over several seeds: `python -m benchmarks.quickstart [--seeds 0 1 2] [--out DIR] [key=value ...]`.
 
-Each seed has its own warm start. Runs that are finished already are only read. Prints one JSON line per seed: accuracy
+Each seed has its own warm start. Finished runs are only read. Prints one JSON line per seed: accuracy
 on held-out problems before and after (95 % interval), entropy, seconds per step, tokens/s, memory.
 """
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.rollout_client [--tokens 9 256 4096] [--seconds 5] [--json OUT]
 
-The stand-ins send what vLLM 0.32 sends, log-probability entries in full. Reported is the share of a core that this
-process, the event loop's thread included, needs at 10,000 tokens/s, and the most it can take in.
+The stand-ins send what vLLM 0.32 sends, log-probability entries in full. The report has the share of a core that
+this process, the event loop's thread included, needs at 10,000 tokens/s, and its maximum throughput.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 
 def serve(pipe: Any, tokens: int) -> None:
-    """One stand-in: the weight-update routes say yes, and each request gets an answer made beforehand."""
+    """Run one stand-in: the weight-update routes succeed, and each request gets a prepared answer."""
     from aiohttp import web
 
     label, held, made = "", {"version": None, "checksum": None}, {}

@@ -2,8 +2,8 @@
 
     python -m benchmarks.rollout_pool --model cache/SmolLM2-135M-Instruct --servers 2 [--json OUT]
 
-Both pools are up at the same time and take turns, so that a busy machine is busy for both; a pool that waits uses no
-core. Time is that of `generate`, retries and token decoding included. Responses have ``--tokens`` at most.
+Both pools run at the same time and alternate, so that other load on the machine affects both; a pool that waits uses
+no core. Time is that of `generate`, retries and token decoding included. Responses have ``--tokens`` at most.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Vocabulary statistics beside log_softmax and F.cross_entropy: time and peak memory, same process, as ratios.
+"""Vocabulary statistics against log_softmax and F.cross_entropy: time and peak memory, same process, as ratios.
 
     python -m benchmarks.vocab_statistics [--device cpu] [--dtype bfloat16] [--shapes 8192x64 1024x151936x896]
 
 Every contender runs forward and backward on the same input, interleaved; the best of the repeats counts. From logits
 (TOKENSxVOCAB): ``ours`` gives four statistics with gradients through log p and H; ``log_softmax`` gives the same by the
-textbook, in float32; ``cross_entropy`` gives log p alone, in float32 (the least that a loss without entropy needs).
-From hidden states (TOKENSxVOCABxHIDDEN): ``ours`` makes the logits block by block, twice or kept in between,
+textbook formulas, in float32; ``cross_entropy`` gives log p alone, in float32 (the least that a loss without entropy
+needs). From hidden states (TOKENSxVOCABxHIDDEN): ``ours`` computes the logits block by block, twice or kept in between,
 ``whole_logits`` and ``log_softmax`` are the two above behind a matrix product. Peak memory is what is allocated beyond
 the input, gradients included. Results of ours: benchmarks/results/vocab_statistics_*.jsonl.
 """
@@ -80,7 +80,7 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Most bytes that live at once during a call, beyond what lived before."""
+    """Peak bytes allocated during a call, beyond those allocated before it."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -122,7 +122,7 @@ def compare(
 def measure(
     tokens: int, vocab: int, hidden: int | None, dtype: torch.dtype, device: torch.device, repeats: int
 ) -> dict[str, object]:
-    """One shape, from logits, or with ``hidden`` from hidden states of that size and an output layer."""
+    """Measure one shape, from logits, or with ``hidden`` from hidden states of that size and an output layer."""
     generator = torch.Generator(device=device).manual_seed(0)
     targets = torch.randint(vocab, (tokens,), generator=generator, device=device)
 

@@ -3,9 +3,9 @@
     python -m benchmarks.weight_sync [--shape smollm2-135m qwen2.5-0.5b] [--dtype float32] [--receivers 1] [--json OUT]
     python -m benchmarks.weight_sync --server DIR     a running vLLM server of that model is refreshed instead
 
-Each row stands beside two measurements of the same bytes in the same run, taken between the updates: one copy in memory
-into pages that exist (memcpy), and one transfer through a loopback TCP connection to another process (network). Copies
-per byte are counted in the code, on the host: `docs/rollout.md` has the table.
+Each row is compared with two measurements of the same bytes in the same run, taken between the updates: one copy in
+memory into mapped pages (memcpy), and one transfer through a loopback TCP connection to another process (network).
+Copies per byte are counted in the code, on the host: `docs/rollout.md` has the table.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def weights(shape: str, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def receiver(pipe: Any, sizes: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
-    """A worker that copies what it received and checked into parameters it has."""
+    """A worker that copies received and verified weights into its parameters."""
     from megatron_ext.sync.base import Clock, WeightDigest
     from megatron_ext.sync.broadcast import Entry, Rendezvous, join_group
     from megatron_ext.sync.receive import Update, read_verified, receive_buckets, verify
@@ -148,7 +148,7 @@ def measure(shape: str, dtype: torch.dtype, receivers: int, turns: int) -> Itera
             copy.copy_(flat)
             references = {"memcpy": time.perf_counter() - begin, "network": network(pipes[0], flat)}
             row = update(sync, pipes, turn, tensors)
-            if turn:  # the first one takes memory
+            if turn:  # the first one allocates memory
                 rows.append(row | references)
         sync.close()
         best = {key: round(statistics.median(row[key] for row in rows), 3) for key in rows[0]}
@@ -170,7 +170,7 @@ def measure(shape: str, dtype: torch.dtype, receivers: int, turns: int) -> Itera
 
 
 def refresh(directory: Path, turns: int) -> Iterator[dict[str, Any]]:
-    """A real server, by the pool."""
+    """Update a real server through the pool."""
     from safetensors.torch import load_file
 
     from configs.schema import RolloutConfig

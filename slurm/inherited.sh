@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # sbatch hands on the environment of its caller. From inside another job (salloc, an interactive srun) that includes the
-# other job's SLURM_* variables, and srun takes many of them for options: a binding to cores that this job does not
+# other job's SLURM_* variables, and srun reads many of them as options: a binding to cores that this job does not
 # have, memory per CPU beside --mem, GPUs on a CPU node. Sourced by lib.sh before site.env, which may set some.
 unset "${!SLURM_CPU_BIND@}" "${!SLURM_MEM_@}" "${!SLURM_HET_@}" "${!SLURM_NTASKS_PER_@}" \
 	SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK SLURM_CORE_SPEC SLURM_DISTRIBUTION SLURM_DIST_PLANESIZE SLURM_EXACT \

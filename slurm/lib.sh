@@ -1,16 +1,16 @@
 # shellcheck shell=bash
-# What all templates share: source this, set the variables below, `main "$@"`. slurm/README.md has the picture.
+# Code that all templates share: source this, set the variables below, `main "$@"`. slurm/README.md has the picture.
 #
 #   RECIPE, ARGS         the run; arguments of sbatch come after ARGS, and recipe=NAME there replaces both
 #   LEARNER_NODES        nodes with learner ranks, the first ones of the allocation
 #   ROLLOUT_NODES        nodes with vLLM servers; 0: servers share the learner's nodes
 #   GPUS_PER_NODE        0: CPU nodes
 #   RANKS_PER_NODE       learner ranks (one GPU each) on a learner node
-#   SERVERS_PER_NODE     servers, of SERVER_GPUS each, on a rollout node (or beside the ranks, on the next GPUs)
+#   SERVERS_PER_NODE     servers, of SERVER_GPUS each, on a rollout node (or on the ranks' node, on its next GPUs)
 #   VLLM_ARGS            array: further arguments of vLLM
 #   PROGRAM              module that the learner's ranks run; default recipes.train
 #   GRES                 0: the site has no GPU GRES (site.env)
-#   STOP_GRACE_S         patience for a step boundary once the time limit is near; less than the lead of --signal
+#   STOP_GRACE_S         seconds to wait for a step boundary once the time limit is near; less than the lead of --signal
 
 set -uo pipefail
 # shellcheck source=slurm/inherited.sh
@@ -18,7 +18,7 @@ source "${BASH_SOURCE[0]%/*}/inherited.sh"
 ROOT=${SLURM_SUBMIT_DIR:-$PWD}
 refuse() { echo "error: $*" >&2; exit 2; }
 [[ -f $ROOT/slurm/lib.sh ]] || refuse "submit from the repository's root directory"; cd "$ROOT" || exit 2
-RUNTIME=venv PYTHON=$ROOT/.venv/bin/python IMAGE='' MOUNTS='' # what site.env may change
+RUNTIME=venv PYTHON=$ROOT/.venv/bin/python IMAGE='' MOUNTS='' # site.env may change these
 ARGS=() VLLM_ARGS=() PROGRAM=${PROGRAM:-recipes.train}
 # shellcheck disable=SC2329 # site.env may have its own
 prepare_node() { :; }
@@ -86,12 +86,12 @@ layout() { # RUN_ARGS, RANKS, SERVERS from the template's variables and sbatch's
 		"change one, or sbatch --nodes=$NODES"
 }
 preflight_step() { step preflight "$NODES" 0 1 -- preflight; }
-server_step() { # a lost node or server must not end the others
+server_step() { # losing a node or server must not end the others
 	step servers "$SERVER_NODES" $((ROLLOUT_NODES ? LEARNER_NODES : 0)) "$SERVERS_PER_NODE" \
 		--no-kill --kill-on-bad-exit=0 --wait=0 --open-mode=append --output="$ATTEMPT_DIR/server-%t.log" \
 		-- server "${VLLM_ARGS[@]}"
 }
-learner_step() { # without one rank the others can only wait
+learner_step() { # one missing rank blocks the others
 	step learner "$LEARNER_NODES" 0 "$RANKS_PER_NODE" --kill-on-bad-exit=1 --open-mode=append \
 		--output="$ATTEMPT_DIR/learner-rank%t.log" -- learner "${RUN_ARGS[@]}" "$@"
 }
@@ -112,22 +112,22 @@ on_usr1() { # the time limit is near: checkpoint at the next step boundary; requ
 	[[ -z $ATTEMPT_DIR ]] || : >"$ATTEMPT_DIR/stop"
 }
 on_term() { CANCELLED=1; [[ -z $ATTEMPT_DIR ]] || event job cancelled; say "cancelled"; }
-tick() { # servers and status watch the file; signals interrupt `wait`
+tick() { # servers and recipes.status watch the file; signals interrupt `wait`
 	printf '%(%s)T\n' -1 >"$ATTEMPT_DIR/heartbeat"; sleep 1 & wait $!
 }
 signal_step() { # NAME SIGNAL: TERM to srun itself would SIGKILL its tasks
 	squeue -h -s -j "$SLURM_JOB_ID" -o '%i %j' | awk -v n="$1" '$2 == n {print $1}' |
-		xargs -r scancel --signal="$2" 2>/dev/null # it may end meanwhile
+		xargs -r scancel --signal="$2" 2>/dev/null # it may have ended
 }
 requeue() { # without the nodes whose ranks hung, when the partition has others
 	local hung; hung=$(paste -sd, "$ATTEMPT_DIR/hung_nodes" 2>/dev/null)
 	scontrol requeue "$SLURM_JOB_ID" || return
 	[[ -n $hung ]] || return 0
-	sleep 1 # it is pending for a while, and its exclusions may be changed
+	sleep 1 # it stays pending for a while, and its exclusions can be changed
 	if exclude "$hung"; then say "next without $hung"; else say "no node to take the place of $hung"; fi
 }
 job_field() { scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *$1=\([^ ]*\).*/\1/p" | sed 's/^(null)$//'; }
-exclude() { # NODES: add them to the job's exclusions, unless they were asked for or the rest is too small
+exclude() { # NODES: add them to the job's exclusions, unless the user requested them or too few nodes would be left
 	local before spare; before=$(job_field ExcNodeList)
 	[[ -z $(job_field ReqNodeList) ]] || return 1
 	spare=$(sinfo -h -N -p "$SLURM_JOB_PARTITION" -t idle,mix,alloc -o %N | sort -u | wc -l)
@@ -142,7 +142,7 @@ begin() {
 	[[ $STATE != finished ]] || { say "$RUN_DIR is finished: nothing to do"; exit 0; }
 	say "attempt $ATTEMPT_DIR (job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}) on $SLURM_JOB_NODELIST"
 	MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)
-	VLLM_API_KEY=$(head -c 32 /dev/urandom | base64 | tr -d '+/=\n') # known to this attempt's processes alone
+	VLLM_API_KEY=$(head -c 32 /dev/urandom | base64 | tr -d '+/=\n') # only this attempt's processes know it
 	export MASTER_ADDR VLLM_API_KEY GPPO_ATTEMPT_DIR=$ATTEMPT_DIR
 	if [[ $SERVED == 0 ]]; then SERVERS=0; fi
 }
@@ -154,7 +154,7 @@ preflight() {
 		"${ended[@]}" <"$ATTEMPT_DIR/preflight.out" 2>&1 | tee "$ATTEMPT_DIR/preflight.log"
 	((PIPESTATUS[0] == 0)) || { cat "$ATTEMPT_DIR/preflight.err"; end refused 3; }
 }
-count_servers() { # READY and GONE: those that have given up will not be ready
+count_servers() { # READY and GONE: servers that have given up will not become ready
 	READY=$(find "$ATTEMPT_DIR" -name 'server-*.url' | wc -l)
 	GONE=$(grep -lsE '"event": "(gave up|ended)"' "$ATTEMPT_DIR"/server-*.events.jsonl | wc -l)
 }
@@ -174,7 +174,7 @@ serve() { # start the servers and wait until each has produced a token
 	say "servers ready: $URLS"
 }
 watch() { "${HOST_PY[@]}" -m recipes.cluster.watch "$ATTEMPT_DIR" --ranks "$RANKS" & WATCHING=$!; }
-learn() { # the learner's exit status; requeue by force when a checkpoint was asked for and does not come
+learn() { # the learner's exit status; requeue by force when a requested checkpoint is not written in time
 	local serving=()
 	[[ -z $URLS ]] || serving+=("rollout.urls=[$URLS]" "rollout.weight_sync=$WEIGHT_SYNC")
 	[[ -z $SYNC_DIR ]] || ((SERVER_NODES == 1 && ROLLOUT_NODES == 0)) || serving+=("rollout.sync_dir=$SYNC_DIR")
@@ -183,7 +183,7 @@ learn() { # the learner's exit status; requeue by force when a checkpoint was as
 	while kill -0 "$LEARNER" 2>/dev/null; do
 		[[ -n $CANCELLED ]] && return 1
 		if ! kill -0 "$WATCHING" 2>/dev/null; then
-			wait "$WATCHING"; (($? != 4)) || return 4 # a rank hangs: it is named and recorded
+			wait "$WATCHING"; (($? != 4)) || return 4 # a rank hangs: the watcher has recorded it
 			watch
 		fi
 		[[ -z $STOPPING ]] || ((SECONDS < STOPPING)) || { say "no step boundary in time"; return 0; }
@@ -191,17 +191,17 @@ learn() { # the learner's exit status; requeue by force when a checkpoint was as
 	done
 	wait "$LEARNER"
 }
-remove_weights() { # staged for servers by a learner that was killed; those of a living one are locked
+remove_weights() { # staged for servers by a learner that was killed; those of a running learner are locked
 	local staged prefix=megatron-gppo-weights-
 	for staged in "${SYNC_DIR:-/dev/shm}/$prefix"*/ "/dev/shm/$prefix"*/ "/tmp/$prefix"*/; do
 		[[ ! -O $staged || ! -e $staged/lock ]] || flock -n "$staged/lock" rm -rf "$staged"
 	done
 }
-lost_nodes() { # what Slurm knows of nodes that are down, for who reads the first error
+lost_nodes() { # Slurm's view of nodes that are down, for the reader of the first error
 	local down; down=$(sinfo -h -N -n "$SLURM_JOB_NODELIST" -t down,fail,no_respond -o %N | sort -u | paste -sd,)
 	[[ -z $down ]] || event nodes lost ", \"down\": \"$down\""
 }
-end() { # OUTCOME STATUS: stop what runs, say how it went, requeue if that helps
+end() { # OUTCOME STATUS: stop all steps, report the outcome, requeue if that helps
 	[[ -n $CANCELLED ]] || event job "$1"
 	[[ $1 != failed ]] || lost_nodes
 	signal_step servers TERM
@@ -212,7 +212,7 @@ end() { # OUTCOME STATUS: stop what runs, say how it went, requeue if that helps
 	"${HOST_PY[@]}" -m recipes.status "$RUN_DIR"
 	[[ $1 == stopped || $1 == failed ]] && [[ -z $CANCELLED ]] || exit "$2"
 	"${HOST_PY[@]}" -m recipes.cluster.requeue "$RUN_DIR" || exit "$2"
-	local told=''; trap 'told=1' TERM # requeueing ends this script by TERM, and whatever ignores that only after KillWait
+	local told=''; trap 'told=1' TERM # requeueing ends this script by TERM; processes that ignore TERM end after KillWait
 	event job requeued
 	for ((i = 0; i < 5; i++)); do
 		if (trap '' TERM; requeue); then
@@ -233,7 +233,7 @@ main() {
 	[[ -n $CANCELLED ]] && end cancelled 143
 	((code == 0)) && [[ -f $RUN_DIR/finished.json || $PROGRAM != recipes.train ]] && end finished 0
 	grep -qs '"code": 2}' "$ATTEMPT_DIR"/learner-rank*.events.jsonl && end "user error" 2
-	grep -qs '"code": 5}' "$ATTEMPT_DIR"/learner-rank*.events.jsonl && end "not finite" 5 # nor would a repetition help
+	grep -qs '"code": 5}' "$ATTEMPT_DIR"/learner-rank*.events.jsonl && end "not finite" 5 # a retry would not help
 	((code == 0)) && end stopped 1
 	end failed "$code"
 }

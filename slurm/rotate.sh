@@ -1,5 +1,5 @@
 #!/bin/bash
-# Keep the log of one task below a limit: rotate.sh LOG MIB [SECONDS BETWEEN LOOKS]; task.sh runs it beside the task.
+# Keep the log of one task below a limit: rotate.sh LOG MIB [SECONDS BETWEEN LOOKS]; task.sh starts it with the task.
 #
 #   LOG.first   the first MiB: versions, settings, the first error; written once
 #   LOG.1       the last quarter of the limit, of what the log held before it was emptied
@@ -14,7 +14,7 @@ trap 'kill $! 2>/dev/null; exit 0' TERM
 while kill -0 $PPID 2>/dev/null; do
 	if (($(stat -c %s "$log" 2>/dev/null || echo 0) > limit)); then
 		[[ -e $log.first ]] || head -c 1M "$log" >"$log.first"
-		# A full disk: leave the log alone, it is all there is.
+		# A full disk: leave the log alone, it is the only copy.
 		if tail -c $((limit / 4)) "$log" >"$log.part" && mv "$log.part" "$log.1"; then
 			truncate -s 0 "$log" && tail -c 64K "$log.1" >>"$log"
 		fi

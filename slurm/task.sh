@@ -1,19 +1,19 @@
 #!/bin/bash
 # One task of a job step, started by lib.sh: task.sh preflight | server [VLLM ARGUMENTS] | learner [RUN ARGUMENTS]
-{ # read as a whole before it runs: editing this file does not disturb running jobs
+{ # read as a whole before it runs: editing this file does not affect running jobs
 cd "$ROOT" || exit 3
 # shellcheck source=slurm/lib.sh
 source slurm/lib.sh
 prepare_node # modules and limits come before anything else
 role=$1; shift
 
-own_gpus() { # FIRST COUNT: that many of the step's GPUs; a step sees those of its whole node
+own_gpus() { # FIRST COUNT: use COUNT of the step's GPUs; a step sees all GPUs of its node
 	((GPUS_PER_NODE > 0)) || return 0
-	[[ ${GRES:-1} != 0 ]] || unset CUDA_VISIBLE_DEVICES # Slurm did not set it: it is the submitting shell's
+	[[ ${GRES:-1} != 0 ]] || unset CUDA_VISIBLE_DEVICES # Slurm did not set it: it comes from the submitting shell
 	local all; IFS=, read -ra all <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((GPUS_PER_NODE - 1)))}"
 	CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${all[*]:$1:$2}"); export CUDA_VISIBLE_DEVICES
 }
-limit_log() { # NAME: beside the task, until this script ends
+limit_log() { # NAME: runs next to the task until this script ends
 	((${LOG_MIB:=512} > 0)) || return 0
 	bash slurm/rotate.sh "$ATTEMPT_DIR/$1.log" "$LOG_MIB" </dev/null >/dev/null 2>&1 &
 	rotating=$!
@@ -41,7 +41,7 @@ private_network() { # gloo's ports have no authentication: bind them to one priv
 	[[ -z $interface || $interface == lo ]] || export GLOO_SOCKET_IFNAME=$interface
 	[[ -z ${GLOO_SOCKET_IFNAME:-} ]] || export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$GLOO_SOCKET_IFNAME}
 }
-local_caches() { # what Triton and torch compile: hundreds of processes on a shared file system wait for each other
+local_caches() { # for compiled Triton and torch code: on a shared file system hundreds of processes wait for each other
 	local root=${CACHE_ROOT:-${TMPDIR:-/tmp}/gppo-cache-$(id -u)}
 	export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$root/triton} VLLM_CACHE_ROOT=${VLLM_CACHE_ROOT:-$root/vllm}
 	export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$root/inductor}
@@ -66,7 +66,7 @@ profiler() { # RUN_ARGS: PROFILER becomes the command that records this rank (ru
 }
 
 private_network; local_caches
-trap : TERM USR1 USR2 # the program decides when to end, and its status is still to be recorded
+trap : TERM USR1 USR2 # the program decides when to end, and its status must still be recorded
 case $role in
 	preflight) exec "${TASK_PY[@]}" -m recipes.cluster.preflight node "$ATTEMPT_DIR" ;;
 	server)

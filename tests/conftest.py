@@ -1,4 +1,4 @@
-"""What all tests share: markers by folder, one thread per process, skips where the hardware is missing."""
+"""Shared by all tests: markers by folder, one thread per process, skips where the hardware is missing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# A busy machine is not a defect: no property test has a deadline.
+# Property tests have no deadline: a busy machine is not a defect.
 hypothesis.settings.register_profile("developer", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)  # the same examples in each run
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "developer")

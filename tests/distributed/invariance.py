@@ -1,4 +1,4 @@
-"""What the invariance matrix measures in every layout, in spawned processes. See `test_invariance_matrix`."""
+"""The measurements of the invariance matrix in every layout, in spawned processes. See `test_invariance_matrix`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ Results = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Variant:
-    """A layout, how the batch is cut in it, and which of the models it trains."""
+    """A layout, how it cuts the batch, and which of the models it trains."""
 
     layout: Layout
     moe: bool = False
@@ -64,13 +64,13 @@ class Variant:
 
     @property
     def objectives(self) -> list[str]:
-        """CE-GPPO and two others, in turn over the layouts of each model; references train all."""
+        """CE-GPPO and two others, which rotate over the layouts of each model; references train all."""
         if self.name == self.reference:
             return list(OBJECTIVES)
         alike = [v for v in VARIANTS if v.model == self.model and (v is self or not v.layout.distributed_optimizer)]
         others = list(OBJECTIVES)[1:]
         if self.model != "dense":
-            others = [name for name in others if name in REPLAYED]  # few layouts, and these replay routing
+            others = [name for name in others if name in REPLAYED]  # few layouts, which replay routing
         pairs = list(itertools.combinations(others, 2))
         return ["ce_gppo", *pairs[alike.index(self) % len(pairs)]]
 
@@ -154,7 +154,7 @@ def run(rank: int, root: Path) -> None:
 
 
 def _measure(variant: Variant, model_dir: Path) -> Results:
-    """Everything about one layout; per-token results in the order of the recorded batch."""
+    """All measurements of one layout; per-token results are in the order of the recorded batch."""
     from megatron_ext.learner import weights
 
     sharded, reference = variant.layout.distributed_optimizer, variant.name == variant.reference
@@ -173,7 +173,7 @@ def _measure(variant: Variant, model_dir: Path) -> Results:
             out |= {f"{objective}/{k}": v for k, v in _trained(variant, learner, objective, stats).items()}
             weights.import_hf(learner.hf, model_dir, learner.chunks)
         out |= {f"{name}/selected": _selected(variant, stats, name) for name in SELECTIONS}
-        # The gradients themselves, and what clipping by their norm leaves of them.
+        # The gradients, before and after clipping by their norm.
         for name, limit in (("gradient", FAR), ("clipped", CLIP)):
             learner.optimizer.config.clip_grad = limit
             norm, moved = _step(variant, learner, stats)
@@ -204,7 +204,7 @@ def _exported(learner: Learner) -> Results:
 
 
 def _trained(variant: Variant, learner: Learner, objective: str, stats: TokenStats) -> Results:
-    """Three steps; ``stats`` are those of the weights before them."""
+    """Train three steps; ``stats`` belong to the initial weights."""
     from megatron_ext.rl.selection import build_selection
     from megatron_ext.rl.trace import TokenTrace
 
@@ -245,7 +245,7 @@ def _selected(variant: Variant, stats: TokenStats, name: str) -> Tensor:
 
 
 def _step(variant: Variant, learner: Learner, stats: TokenStats) -> tuple[Tensor, Results]:
-    """One step of SGD on the whole batch, taken back: the reported norm, and the gradient that the step applied."""
+    """Take and undo one step of SGD on the whole batch; return the reported norm and the applied gradient."""
     from megatron_ext.learner import weights
 
     batch, order = cases.make_batch(learner.dtype, list(variant.order)), list(variant.order)
@@ -260,7 +260,7 @@ def _step(variant: Variant, learner: Learner, stats: TokenStats) -> tuple[Tensor
 
 
 def _select(batch: TrainBatch, stats: Any, params: dict[str, Any]) -> None:
-    """As the training loop selects."""
+    """Select tokens as the training loop does."""
     from configs.schema import Config
     from megatron_ext.rl.selection import build_selection
     from recipes.loop.metrics import StepMetrics
@@ -270,7 +270,7 @@ def _select(batch: TrainBatch, stats: Any, params: dict[str, Any]) -> None:
 
 
 def _recorded_order(name: str, values: Tensor, order: list[int]) -> Tensor:
-    """Per-token values of a batch in another order, back in the recorded one."""
+    """Return the per-token values of a reordered batch to the recorded order."""
     if not name.startswith(("statistics", "selected")):
         return values
     starts = torch.tensor([0, *(cases.LENGTHS[i] for i in order)]).cumsum(0)

@@ -44,7 +44,7 @@ def make_model(directory: Path, *, layers: int = 2) -> Path:
 
 
 def make_moe_model(directory: Path) -> Path:
-    """Random Qwen3-MoE: four experts of which a token visits two, norms on queries and keys, heads wider than
+    """Random Qwen3-MoE: four experts, two for each token, norms on queries and keys, heads wider than
     hidden / heads, an output layer of its own."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -54,7 +54,7 @@ def make_moe_model(directory: Path) -> Path:
 
 
 def make_olmo2_model(directory: Path) -> Path:
-    """Random OLMo-2: norms behind attention and MLP, and over all heads of queries and of keys."""
+    """Random OLMo-2: norms after attention and MLP, and over all heads of queries and of keys."""
     from transformers import Olmo2Config, Olmo2ForCausalLM
 
     config = Olmo2Config(**_SHAPE, num_hidden_layers=2, tie_word_embeddings=False)
@@ -62,7 +62,7 @@ def make_olmo2_model(directory: Path) -> Path:
 
 
 def make_shared_expert_model(directory: Path) -> Path:
-    """Random Qwen2-MoE: a layer without experts, and one with four and a gated one that every token passes."""
+    """Random Qwen2-MoE: a layer without experts, and one with four and a gated shared expert."""
     from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -100,7 +100,7 @@ def _save(model_class: Any, config: Any, directory: Path) -> Path:
         torch.manual_seed(0)
         model = model_class(config)
         for parameter in model.parameters():
-            if parameter.ndim == 1:  # biases start at 0 and norms at 1, where mistakes cannot be seen
+            if parameter.ndim == 1:  # biases are initialised to 0 and norms to 1, which hides errors
                 parameter.add_(torch.randn_like(parameter) * 0.2)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
@@ -120,7 +120,7 @@ def make_config(layout: Layout, dtype: str, optim: OptimConfig, *, micro_batch_t
 
 
 def make_batch(dtype: torch.dtype, order: Sequence[int] | None = None) -> TrainBatch:
-    """The recorded batch, its samples in the given order. Every per-token tensor does something.
+    """The recorded batch, its samples in the given order. Every per-token tensor affects the result.
 
     ``old_logp`` is a placeholder for noise that is added to the statistics of the first weights, so that ratios leave
     the clipping interval on both sides.
@@ -143,7 +143,7 @@ def make_batch(dtype: torch.dtype, order: Sequence[int] | None = None) -> TrainB
                 "is": 0.5 + torch.rand(length, generator=generator, dtype=torch.float64),
             }
         )
-        rows[-1]["noise"] = rows[-1]["noise"][1:] + rows[-1]["noise"][0]  # a part in common, for sequence ratios
+        rows[-1]["noise"] = rows[-1]["noise"][1:] + rows[-1]["noise"][0]  # a common offset, for sequence ratios
     rows = [rows[i] for i in order]
 
     def flat(name: str) -> Tensor:
@@ -151,7 +151,7 @@ def make_batch(dtype: torch.dtype, order: Sequence[int] | None = None) -> TrainB
         return values.to(dtype) if values.is_floating_point() else values
 
     mask = torch.cat([torch.full((len(row["response"]),), True) for row in rows])
-    filtered = list(order).index(5)  # one sample that is not trained
+    filtered = list(order).index(5)  # one sample is not trained
     batch = TrainBatch(
         prompts=[row["prompt"] for row in rows],
         responses=[row["response"] for row in rows],
@@ -168,7 +168,7 @@ def make_batch(dtype: torch.dtype, order: Sequence[int] | None = None) -> TrainB
 
 
 def make_experts(order: Sequence[int], layers: int, count: int = 4, top_k: int = 2) -> list[Tensor]:
-    """Routing for the samples of `make_batch`: (fed tokens, layers, top_k) uint8 each, any experts at all."""
+    """Routing for the samples of `make_batch`: (fed tokens, layers, top_k) uint8 each, random experts."""
     batch = make_batch(torch.float32)
     chosen = []
     for sample, (prompt, response) in enumerate(zip(batch.prompts, batch.responses, strict=True)):

@@ -1,7 +1,7 @@
-"""Two learners on the same tokens, compared: statistics, gradients, and the importance ratio at learning rate 0.
+"""Comparison of two learners on the same tokens: statistics, gradients, and the importance ratio at learning rate 0.
 
 Used on a GPU to compare Transformer Engine with Megatron's own layers and FP8 with bfloat16 (tests/gpu), and on a CPU
-with the stand-in, which shows that this code itself works.
+with the stand-in, which tests this code.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one learner makes of the recorded batch. Per-token tensors are (T,) float64, on the CPU."""
+    """One learner's results on the recorded batch. Per-token tensors are (T,) float64, on the CPU."""
 
     logp: Tensor
     entropy: Tensor
@@ -34,7 +34,7 @@ class Measured:
 
 
 def random_model(directory: Path, architecture: str, **sizes: int) -> Path:
-    """A random model of "qwen2", "qwen3" or "qwen3_moe"; its norms and biases are away from their initial values."""
+    """A random model of "qwen2", "qwen3" or "qwen3_moe"; its norms and biases differ from their initial values."""
     from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config, Qwen3MoeConfig
 
     config_class = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "qwen3_moe": Qwen3MoeConfig}[architecture]
@@ -60,7 +60,7 @@ def settings(dtype: str, impl: str, *, micro_batch_tokens: int = 256, **model: A
 
 
 def measure(config: Config, model_dir: Path) -> Measured:
-    """Inside `megatron_ext.learner.model.distributed`, on one process."""
+    """Measure one learner, inside `megatron_ext.learner.model.distributed`, in one process."""
     from megatron_ext.learner.learner import Learner
     from megatron_ext.rl.losses import build_loss
 
@@ -80,7 +80,7 @@ def measure(config: Config, model_dir: Path) -> Measured:
 
 
 def gradients(learner: Learner) -> dict[str, Tensor]:
-    """Of the update just made."""
+    """The gradients of the latest update."""
     import conversion
     from megatron_ext.learner.weights import named_parameters
 
@@ -89,7 +89,7 @@ def gradients(learner: Learner) -> dict[str, Tensor]:
 
 
 def differences(a: Measured, b: Measured) -> dict[str, float]:
-    """How far ``a`` is from ``b``. Probabilities are those of the sampled tokens; gradients are compared as a whole."""
+    """Differences of ``a`` from ``b``: probabilities of the sampled tokens, and gradients as a whole."""
     assert a.gradients.keys() == b.gradients.keys()
     dot = sum(float((a.gradients[name] * b.gradients[name]).sum()) for name in a.gradients)
     norm_a, norm_b = (sum(float(g.square().sum()) for g in m.gradients.values()) ** 0.5 for m in (a, b))

@@ -1,4 +1,4 @@
-"""What each part may import, seen in a fresh interpreter (one for all: starting torch is what takes the time)."""
+"""Allowed imports of each part, checked in a new interpreter (one for all: importing torch takes most of the time)."""
 
 from __future__ import annotations
 

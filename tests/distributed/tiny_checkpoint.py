@@ -36,5 +36,5 @@ def write_random(directory: Path, raw: Mapping[str, Any] = LLAMA, dtype: torch.d
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """Every file below a directory."""
+    """The contents of every file below a directory."""
     return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}

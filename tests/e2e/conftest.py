@@ -11,10 +11,10 @@ EOS, PAD = "<eos>", "<pad>"
 
 
 def make_qwen2(path: Path, *, vocab_size: int = 96) -> Path:
-    """Write a loadable Hugging Face directory: 2 layers, hidden 64 = 2 heads of 32, tied embeddings, float32.
+    """Write a Hugging Face model directory: 2 layers, hidden 64 = 2 heads of 32, tied embeddings, float32.
 
     The initial weights are large enough that the next-token distribution is far from uniform, so that a stale or
-    mixed weight shows in the log-probabilities at once.
+    mixed weight changes the log-probabilities.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -56,7 +56,7 @@ def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The quick start's model, not trained."""
+    """The quick start's untrained model."""
     from recipes.models.prepare import make_tiny_model
 
     return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model", seed=0)
@@ -64,7 +64,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def no_report() -> Iterator[None]:
-    """No report.html: reports take most of the time of a short run, and have tests of their own."""
+    """Disable report.html: reports take most of the time of a short run, and have their own tests."""
     from recipes.loop.run_dir import RunDir
 
     with pytest.MonkeyPatch.context() as patch:

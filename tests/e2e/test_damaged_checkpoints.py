@@ -1,4 +1,4 @@
-"""A damaged newest checkpoint is refused with the name of the newest intact one, and passed over when asked for."""
+"""A damaged newest checkpoint is refused with the name of the newest intact one, and skipped on request."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def truncate(directory: Path) -> None:
 
 
 def diverge(directory: Path) -> None:
-    """What a run writes whose weights have become NaN: the manifest vouches for it."""
+    """Write a checkpoint with NaN weights and a valid manifest, as a diverged run would."""
     file, path = largest(directory), directory / "manifest.json"
     manifest = json.loads(path.read_text())
     segments = manifest["files"][file.relative_to(directory).as_posix()]["segments"]
@@ -94,8 +94,8 @@ def test_it_is_refused_and_passed_over_on_request(
 
 
 def test_an_older_checkpoint_is_continued_without_losing_what_is_written_next(model: Path, tmp_path: Path) -> None:
-    """The user points at an older one. What is written from there is newer than what was written before, whatever the
-    numbers say: pruned is the old history."""
+    """The user names an older checkpoint. Checkpoints written from there count as newer than the previous ones,
+    whatever their step numbers: the old history is pruned."""
     one = ("eval.every=0", "train.entropy_probe_every=0", "train.save_every=1", "train.keep_checkpoints=2")
     run = run_here(model, tmp_path / "run", *one)
     (run / "checkpoints" / "latest").write_text("step_000003\n")
@@ -112,7 +112,7 @@ def test_an_older_checkpoint_is_continued_without_losing_what_is_written_next(mo
 def test_a_diverged_run_is_not_written(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With one checkpoint kept, writing it would remove the last good one."""
+    """When only one checkpoint is kept, writing it would remove the last good one."""
     run, one = tmp_path / "run", (*SETTINGS[:3], "train.keep_checkpoints=1")
     original, calls = Learner.update, iter(range(100))
 

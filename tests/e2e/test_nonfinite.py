@@ -1,4 +1,4 @@
-"""Numbers that are not finite: the weights stay, the samples are named, and what was passed over stays passed over."""
+"""Numbers that are not finite: weights are unchanged, samples are named, and skipped updates stay skipped."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_default_stops_with_the_samples(
     assert said.startswith("error: step 2, update 2: not finite: ") and row["samples"][0] in said
     assert "train.nonfinite=skip goes on without this batch" in said
     assert (run / "checkpoints" / "latest").read_text() == "step_000001\n", "nothing after it is saved"
-    run_here(model, run, *SETTINGS)  # repaired: goes on
+    run_here(model, run, *SETTINGS)  # repaired: continues
     assert len(metrics(run)) == 4
 
 
@@ -79,7 +79,7 @@ def test_skipping_leaves_the_weights_and_is_repeated_without_computing(
     assert metrics(run)[1]["actor/updates"] == 1
     again.mkdir()
     shutil.copyfile(run / "quarantine.jsonl", again / "quarantine.jsonl")
-    run_here(model, again, *skip, f"rollout.replay={run}")  # now it would be finite
+    run_here(model, again, *skip, f"rollout.replay={run}")  # it would be finite now
     assert_same_run(run, again)
     with monkeypatch.context() as patch:
         poison(patch, "loss", lambda number: True)

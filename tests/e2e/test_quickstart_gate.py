@@ -1,4 +1,4 @@
-"""The gate: a short quick start, warm start included, keeps learning, and rollout and learner keep agreeing.
+"""The gate: a short quick start, warm start included, still learns, and rollout and learner still agree.
 
 Six steps of four passes over a batch. In runs of the study ``full_stack`` the mean reward of steps 5 and 6 is 0.16 to
 0.21 above that of steps 1 and 2, and sampling moves that difference by about 0.04: a bound of 0.05 raises a false alarm

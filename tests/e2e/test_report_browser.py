@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium: apt instal
 
 
 class Tab:
-    """One page: commands of the DevTools protocol, and what it said on its console and asked of the network."""
+    """One page: commands of the DevTools protocol, its console messages and its network requests."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._socket, self._id = socket, 0

@@ -18,13 +18,13 @@ import pytest
 from training import arguments, assert_same_run, journal, metrics, start
 
 STEPS = 10
-# The learning-rate schedule, the controller and the random token picks all have a state to lose.
+# The learning-rate schedule, the controller and the random token selection all have state that must be restored.
 SETTINGS = (
     *(f"train.steps={STEPS}", "train.save_every=2", "eval.every=4", "loss=ce_gppo", "schedule=entropy_target"),
     *("optim.warmup_steps=4", "optim.decay=linear", "selection=clip_cov", "selection.frac=0.1"),
     *("selection.cov_low=-1", "selection.cov_high=5", "train.tis_cap=2"),
 )
-TIMEOUT_S = 240.0  # of one start, on a machine busy with other things
+TIMEOUT_S = 240.0  # of one start, on a busy machine
 
 
 # --- faults, called in the child before the run ---------------------------------------------------------------------
@@ -134,10 +134,10 @@ def _replay(model: Path, run: Path, to: Path) -> Path:
 
 def test_killed_at_any_moment(model: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "run.log"
-    words = arguments(model, run, *SETTINGS, "rollout.max_staleness=2")  # batches in flight are lost with the process
+    words = arguments(model, run, *SETTINGS, "rollout.max_staleness=2")  # a kill loses the batches in flight
     rng = random.Random(5)
     faults: list[Any] = [
-        partial(torn_journal, 2),  # before any checkpoint: the evaluation is there, the first rollouts are torn
+        partial(torn_journal, 2),  # before any checkpoint: the evaluation is complete, the first rollouts are torn
         partial(torn_metrics, 1),
         partial(during_save, "unfinished", 2),  # step 4; step 2 is saved
         None,
@@ -161,7 +161,7 @@ def test_killed_at_any_moment(model: Path, tmp_path: Path) -> None:
     assert not list((run / "checkpoints").glob(".*"))
     assert_same_run(run, _replay(model, run, tmp_path / "replay"))
 
-    # A replay that is interrupted is whole in the end, and so is the journal it leaves to further replays.
+    # An interrupted replay ends complete, and so does the journal that it writes for further replays.
     again = tmp_path / "again"
     words = arguments(model, again, *SETTINGS, f"rollout.replay={run}")
     for fault in (partial(torn_journal, 5), partial(during_save, "unpointed", 3)):
@@ -220,7 +220,7 @@ def at_a_call(number: int) -> None:
 
 @pytest.mark.slow
 def test_killed_at_twenty_places_of_a_save(model: Path, tmp_path: Path) -> None:
-    """Each start goes on from the newest checkpoint and dies within the next save, or a little behind it."""
+    """Each start continues from the newest checkpoint and dies during the next save, or shortly after it."""
     run, log = tmp_path / "run", tmp_path / "run.log"
     words = arguments(model, run, *SETTINGS, "train.save_every=1", "train.keep_checkpoints=1", "train.steps=24")
     trials = 0

@@ -1,4 +1,4 @@
-"""The real math verifier in real workers against real bombs, and its accuracy on a file of cases where there is one."""
+"""The real math verifier in real workers against inputs that exhaust resources, and its accuracy on a file of cases."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def pool():
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_are_survived_and_scored_zero(pool: RewardPool, name: str, tmp_path: Path) -> None:
     marker = tmp_path / "owned"
-    pool.score([RewardItem(r"\boxed{1}", "1")])  # a warm worker, so that only the bomb is on the clock
+    pool.score([RewardItem(r"\boxed{1}", "1")])  # a warm worker, so that only the bomb is timed
     started = time.monotonic()
     bomb, good = pool.score(
         [RewardItem(BOMBS[name].replace("{marker}", str(marker)), "7"), RewardItem(r"\boxed{\frac{14}{2}}", "7")]
@@ -90,7 +90,7 @@ def test_workers_do_not_outlive_a_killed_trainer() -> None:
         "pool = RewardPool('math', timeout_s=2.0)\n"
         "pool.score([RewardItem(r'\\boxed{1}', '1')])\n"
         "print(pool._slots[0]._process.pid, flush=True)\n"
-        "pool._timeout_s = 1000.0\n"  # the trainer would wait; the worker knows better
+        "pool._timeout_s = 1000.0\n"  # the trainer would wait; the worker's own limit is shorter
         "pool.score([RewardItem(r'\\boxed{9^{9^{9^{9}}}}', '7')])\n"
     )
     process = subprocess.Popen([sys.executable, "-c", trainer], stdout=subprocess.PIPE, text=True, cwd=ROOT)

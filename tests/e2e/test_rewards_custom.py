@@ -1,4 +1,4 @@
-"""Reward functions of the user's own, in the real sandbox, and weighted sums of verifiers."""
+"""User-defined reward functions in the real sandbox, and weighted sums of verifiers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ value = 3
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "victim").write_text("precious")
     (tmp_path / "my_rewards.py").write_text(MODULE.replace("{victim}", str(tmp_path / "victim")))
-    monkeypatch.chdir(tmp_path)  # where the trainer starts is where the module is looked for
+    monkeypatch.chdir(tmp_path)  # the module is looked up in the trainer's working directory
     return "my_rewards"
 
 

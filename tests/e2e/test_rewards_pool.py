@@ -1,4 +1,4 @@
-"""The worker pool, with stub verifiers that hang, die, print and lie. The real verifier's bombs are in tests/e2e."""
+"""The worker pool, with stub verifiers that hang, die, print and cheat. The real verifier's bombs are in tests/e2e."""
 
 import ctypes
 import os
@@ -23,7 +23,7 @@ def landlock_abi() -> int:
 
 needs_landlock = pytest.mark.skipif(landlock_abi() < 6, reason="this kernel's Landlock does not cover all of it")
 
-# A verifier that does what the text says, served by the real worker loop.
+# A verifier that follows instructions in the text, served by the real worker loop.
 STUB = """
 import os, socket, subprocess, sys, time
 from recipes.rewards.types import RewardResult
@@ -103,7 +103,7 @@ def test_hung_and_crashed_workers_are_replaced_and_counted(pool: RewardPool) -> 
 
 
 def test_a_response_that_spins_costs_a_fork_and_not_a_worker(pool: RewardPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recipes.rewards.pool.CLOCK_FACTOR", 200.0)  # however busy the machine
+    monkeypatch.setattr("recipes.rewards.pool.CLOCK_FACTOR", 200.0)  # even on a busy machine
     pool._slots = pool._slots[:1]
     scores(pool, "good")
     worker = pool._slots[0]

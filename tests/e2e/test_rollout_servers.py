@@ -1,4 +1,4 @@
-"""Server processes: nothing of them is left behind, and what keeps one from starting is said."""
+"""Server processes: none is left behind, and the reason for a failed start is reported."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ input()
 
 
 def test_servers_die_with_a_killed_parent(qwen2: Path, tmp_path: Path) -> None:
-    """At any moment, so also while vLLM is still importing and its engine has not started."""
+    """At any time, also while vLLM is still importing and its engine has not started."""
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, str(qwen2), str(tmp_path)],
         stdin=subprocess.PIPE,

@@ -66,7 +66,7 @@ def weights(qwen2: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def settings(pool: VLLMPool, **changed: Any) -> Iterator[None]:
-    """The same servers under other options: starting servers takes most of these tests' time."""
+    """The same servers with other options: starting servers takes most of these tests' time."""
     rollout, sync, updater = pool._rollout, pool._sync, pool._updater
     pool._rollout = replace(rollout, **changed)
     if pool._rollout.weight_sync == "gloo":
@@ -111,7 +111,7 @@ def generate(pool: VLLMPool, n: int = 4, max_tokens: int = 16) -> list[Rollout]:
 
 
 def lists(rollouts: list[Rollout]) -> list[Rollout]:
-    """With lists in place of tensors."""
+    """The responses with lists in place of tensors."""
     return [
         Rollout(*map(as_list, (r.prompt_ids, r.response_ids, r.logprobs, r.weight_versions)), r.finish_reason)
         for r in rollouts
@@ -173,7 +173,7 @@ def test_layers_that_did_not_change_are_kept(pool: VLLMPool, qwen2: Path, weight
 def test_staging_in_place_leaves_the_served_weights_alone(
     pool: VLLMPool, qwen2: Path, weights: dict[str, Tensor]
 ) -> None:
-    """The files of the version before are written again while the servers generate: nothing of them may be in use."""
+    """The previous version's files are overwritten while the servers generate: none of them may be in use."""
     served = changed(weights, 30)
     pool.push(pool.version + 1, served.items())
     files = sorted(Path(pool._sync.info["directory"]).iterdir())  # type: ignore[index]
@@ -201,7 +201,7 @@ def test_bad_update_is_refused(
     transport: str,
     fault: str,
 ) -> None:
-    """Refused within seconds; nothing is served after it until a good update, and then only that."""
+    """Refused within seconds; the servers then serve nothing until a good update, and then only its weights."""
     new = changed(weights, 9)
     before = pool.version
     name = "model.layers.1.mlp.up_proj.weight"
@@ -243,7 +243,7 @@ def test_bad_update_is_refused(
 
 
 def tamper(sync: Any, name: str, fault: str) -> None:
-    """Damage what is staged."""
+    """Damage the staged files."""
     if isinstance(sync, BroadcastSync):
         sync._buckets[0][5] += 1
         return
@@ -262,9 +262,9 @@ def tamper(sync: Any, name: str, fault: str) -> None:
 def test_responses_that_an_update_cuts_through(
     pool: VLLMPool, weights: dict[str, Tensor], qwen2: Path, mode: str
 ) -> None:
-    """Every token is labelled with the weights that wrote it, which its logprob proves.
+    """Every token is labelled with the weights that generated it, as its logprob proves.
 
-    In both modes the new weights read the whole context anew: no keys and values of the old ones are left.
+    In both modes the new weights recompute the whole context: no keys and values of the old ones are left.
     """
     before, new = pool.version, changed(weights, 17)
     pool.push(before, weights.items())
@@ -294,7 +294,7 @@ def asleep(pool: VLLMPool) -> list[bool]:
 
 
 def test_learner_and_servers_take_turns(pool: VLLMPool, qwen2: Path, weights: dict[str, Tensor]) -> None:
-    """Colocated mode's turns with real servers. On a CPU vLLM's sleep frees nothing, but it stops the scheduler."""
+    """Colocated mode with real servers. On a CPU vLLM's sleep frees nothing, but it stops the scheduler."""
 
     class Model:
         calls: list[str] = []
@@ -352,7 +352,7 @@ def test_every_post_without_the_token_is_401(pool: VLLMPool) -> None:
 
 
 def test_a_server_stopped_and_one_killed_while_generating(pool: VLLMPool, weights: dict[str, Tensor]) -> None:
-    """Their requests are done by the other; a stopped server is restarted and serves the present weights, no others."""
+    """Their requests go to the other server; a stopped server is restarted and serves only the current weights."""
     pool.push(pool.version + 1, changed(weights, 23).items())
     before = pool.counters
     first, second = pool.servers

@@ -1,4 +1,4 @@
-"""A run with several ranks in a terminal: Ctrl-C saves and ends, a second one leaves at once, and nothing is left."""
+"""A run with several ranks in a terminal: Ctrl-C saves and ends, a second one ends at once, and no process is left."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def wait_for(what: Callable[[], object]) -> None:
 
 
 def start(words: list[str], log: Path, folder: Path = REPOSITORY) -> subprocess.Popen[bytes]:
-    """In a process group of its own, as a shell starts a command; its own modules are looked for in ``folder``."""
+    """Start in a separate process group, as a shell does; custom modules are imported from ``folder``."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(REPOSITORY)])}
     return subprocess.Popen(
         [sys.executable, "-m", "recipes.train", *words],
@@ -58,7 +58,7 @@ def test_ctrl_c_saves_and_a_second_one_leaves_at_once(model: Path, tmp_path: Pat
         if trainer.poll() is None:
             os.killpg(trainer.pid, signal.SIGKILL)
 
-    # A step that would go on for minutes.
+    # A step that would take minutes.
     run_dir, log = tmp_path / "slow", tmp_path / "slow-log"
     (tmp_path / "slow_reward.py").write_text("import time\ndef sleep(text): time.sleep(600)\n")
     slow = ("reward.name=slow_reward:sleep", "reward.timeout_s=500")

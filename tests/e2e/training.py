@@ -31,7 +31,7 @@ SETTINGS = (
 
 
 def arguments(model: Path, run_dir: Path, *extra: str) -> list[str]:
-    """A command line; ``extra`` has the last word."""
+    """A command line; ``extra`` overrides the defaults."""
     return [f"model.path={model}", f"run.dir={run_dir}", *SETTINGS, *extra]
 
 
@@ -50,7 +50,7 @@ def launch_here(words: list[str]) -> int:
 
 
 def _leave_groups() -> None:
-    """What a process that ends with an error leaves to the operating system."""
+    """Destroy process groups that a failed run has left open."""
     import torch.distributed as dist
     from megatron.core import parallel_state
 
@@ -61,13 +61,13 @@ def _leave_groups() -> None:
 
 
 def run_here(model: Path, run_dir: Path, *extra: str) -> Path:
-    """A run that must succeed; its directory."""
+    """Run a command that must succeed; return its directory."""
     assert launch_here(arguments(model, run_dir, *extra)) == 0
     return run_dir
 
 
 def start(words: list[str], log: Path, fault: Callable[[], None] | None = None) -> Any:
-    """The command line in a process of its own, forked from one that has imported everything already.
+    """Run the command line in a new process, forked from one with all imports done.
 
     ``fault`` is called first there, to patch something; a module-level function, or a partial of one.
     """
@@ -89,14 +89,14 @@ def _child(words: list[str], log: Path, fault: Callable[[], None] | None) -> Non
 
 
 def no_report() -> None:
-    """Reports take most of the time of a short run, and have tests of their own."""
+    """Disable reports: they take most of the time of a short run, and have their own tests."""
     from recipes.loop import run_dir
 
     run_dir.RunDir._report = lambda self: self.path / "report.html"  # type: ignore[method-assign]
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what depends on the machine's speed."""
+    """The lines of metrics.jsonl without fields that depend on the machine's speed."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith(("timing_s/", "perf/"))} for row in rows]
 

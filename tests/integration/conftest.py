@@ -1,4 +1,4 @@
-"""Fixtures of the rollout pool's tests."""
+"""Fixtures for the rollout pool's tests."""
 
 from __future__ import annotations
 

@@ -49,8 +49,8 @@ class StandIn:
         self.busy = self.most_busy = 0
         self.tokens_s = 0.01  # for one response
         self.paused = ""
-        self.experts: tuple[int, int] | None = None  # layers, and experts of a token: (place, 0, ...) of each it read
-        self.close_kept = False  # end a connection at its second generation, before the answer
+        self.experts: tuple[int, int] | None = None  # layers, experts per token: (position, 0, ...) for each one
+        self.close_kept = False  # close a connection at its second generation, before the answer
         self.closed = 0
         self._used: set[asyncio.BaseTransport] = set()
         self._resumed, self._cut_off = asyncio.Event(), asyncio.Event()

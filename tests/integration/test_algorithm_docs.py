@@ -1,4 +1,4 @@
-"""Every config line of docs/algorithms.md is a configuration that would start, and every method has a line."""
+"""Every config line of docs/algorithms.md is a valid configuration, and every method has a line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_config_line_loads_and_is_what_it_says(line: str) -> None:
             assert str(got) == value or float(got) == float(value)
 
 
-METHODS = {  # of the five papers and their baselines; a loss of one's own needs no row
+METHODS = {  # the five papers and their baselines; a user-defined loss needs no row
     "loss": {"pg", "grpo", "ppo", "dapo", "clip_lower", "ce_gppo", "cispo", "gspo", "sapo", "dynamic_clip"}
     | {"aspo", "bapo", "dcpo", "gmpo", "archer", "entropic", "entropy_shaped", "repo_r"},
     "selection": {"clip_b", "clip_v", "clip_cov", "kl_cov", "forking", "region", "entropy_bonus", "unlikely"}
@@ -48,7 +48,7 @@ def test_every_method_is_in_the_tables() -> None:
 
 
 def test_the_table_of_entropy_changes_is_what_the_command_prints() -> None:
-    """To the last digit but one: rounding may differ between machines."""
+    """Equal except for the last digit: rounding may differ between machines."""
     for line in slopes.table().splitlines()[2:-2]:
         name, *cells = [cell.strip() for cell in line.strip("|").split("|")]
         (row,) = [other for other in TEXT.splitlines() if other.startswith(f"| {name} | ") and " / " in other]

@@ -1,7 +1,7 @@
-"""Bad input, one line each: the settings, the model's files, and what the other commands are pointed at.
+"""Bad input, one line each: settings, the model's files, and the paths given to the other commands.
 
-Every line must be refused in one sentence that holds the words behind the bar: key, value and, where there is one, the
-way out. `tests/integration/test_config.py` has the settings that contradict each other.
+Every line must be refused in one sentence that contains the words behind the bar: key, value and, where there is one,
+the fix. `tests/integration/test_config.py` has the settings that contradict each other.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def test_settings(arguments: str, said: list[str], tmp_path: Path) -> None:
 
 
 def test_every_range_is_of_a_key() -> None:
-    """Of the schema, also where the default is null or an empty list."""
+    """Every range names a key of the schema, also where the default is null or an empty list."""
     known = {line.split("=")[0].strip() for name in keys.SECTIONS for line in keys.section_help(name).splitlines()}
     assert set(ranges.RANGES) - known <= {"seed"}
 
@@ -224,7 +224,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """What `recipes.train` says before it trains."""
+    """The error of `recipes.train` before training."""
     capsys.readouterr()
     assert launch(lambda config, directory: pytest.fail("trained"), list(words)) == 2
     error = capsys.readouterr().err
@@ -339,7 +339,7 @@ def test_a_full_disk_is_one_sentence(error: Exception, tiny: Path, capsys: pytes
 
 GOOD = '{"step": 1, "actor/entropy": 0.5, "timing_s/step": 1.0, "critic/rewards/mean": 0.1, "perf/throughput": 3}\n'
 CONFIG = "train: {steps: 3}\n"
-# (files of a run directory, what `report` says, what `status` says; None: it works)
+# (files of a run directory, error of `report`, error of `status`; None: no error)
 RUNS: list[tuple[dict[str, str | bytes], str | None, str | None]] = [
     ({}, "holds no metrics.jsonl", "holds neither config.yaml nor logs"),
     ({"config.yaml": CONFIG}, "holds no metrics.jsonl", None),
@@ -422,7 +422,7 @@ def test_help_of_the_commands_with_overrides() -> None:
 
 
 def test_help_comes_from_the_schema_and_the_dataclasses() -> None:
-    """Defaults, choices, ranges and remarks are not written down a second time."""
+    """Defaults, choices, ranges and remarks have a single source."""
     text = keys.section_help("optim")
     assert "optim.decay=constant  (constant | linear | cosine)" in text and "optim.eps=1e-08  (number, above 0)" in text
     assert "to `min_lr` at the last step" in text

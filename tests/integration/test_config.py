@@ -21,7 +21,7 @@ def test_every_group_entry_composes_and_validates(group: str) -> None:
 def test_defaults_are_the_quick_start() -> None:
     config = load_checked([])
     assert config.run.name == "quickstart" and config.model.path == "tiny" and config.loss["name"] == "ce_gppo"
-    assert config.run.dir == "runs/quickstart"  # the interpolation is resolved
+    assert config.run.dir == "runs/quickstart"  # the interpolation was resolved
 
 
 def test_command_line_has_the_last_word() -> None:
@@ -64,12 +64,12 @@ def test_a_loss_chosen_by_hand_leaves_the_recipes_loss_parameters_behind(paper: 
     """`dynamic_clip/did` sets `loss.strategy`, which `dapo` does not have."""
     config = load_checked(["recipe=dynamic_clip/did", "loss=dapo", "loss.eps_low=0.1", *paper])
     assert config.loss == {"name": "ppo", "eps_low": 0.1, "eps_high": 0.28, "dual_clip": None}
-    assert config.train.steps == 400  # the rest of the recipe stays
+    assert config.train.steps == 400  # the rest of the recipe is kept
 
 
 @pytest.fixture
 def paper(tmp_path: Path) -> list[str]:
-    """What a paper recipe asks the user for."""
+    """The settings that a paper recipe requires from the user."""
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "data.jsonl").write_text("{}\n")
     return [f"model.path={tmp_path}", f"data.path={tmp_path / 'data.jsonl'}"]
@@ -165,7 +165,7 @@ def test_paper_recipes_ask_for_the_model_and_data_they_name(paper: list[str]) ->
 
 
 def test_an_unknown_key_in_a_recipe_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The YAML files are composed without the schema; merging into it must still find what is misspelled there."""
+    """The YAML files are composed without the schema; merging into it must still detect misspelled keys."""
     monkeypatch.setattr(load, "compose", lambda *_, **__: load.OmegaConf.create({"optim": {"learning_rate": 1.0}}))
     with pytest.raises(ValueError, match=r"optim\.learning_rate: Key 'learning_rate' not in 'OptimConfig'"):
         load_checked([])

@@ -1,4 +1,4 @@
-"""The evaluation command on a tiny random model: what is evaluated, counted, resumed and refused."""
+"""The evaluation command on a tiny random model: evaluation, counts, resume and refusals."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write_problems(path: Path, count: int, *extra: dict[str, Any]) -> Path:
 
 
 def run(tiny: Path, out: Path, *words: str) -> dict[str, Any]:
-    """Evaluate; results.json."""
+    """Run the evaluation and return results.json."""
     common = [f"model.path={tiny}", f"run.dir={out}", "rollout.engine=local", "eval.n=2", "eval.k=[1,2]"]
     assert main([*common, "rollout.max_tokens=6", *words]) == 0
     document: dict[str, Any] = json.loads((out / "results.json").read_text())
@@ -89,7 +89,7 @@ def test_a_killed_evaluation_continues_and_gives_the_same(
     log = tmp_path / "out" / "completions" / "some.jsonl"
     lines = log.read_bytes().splitlines(keepends=True)
     assert len(lines) == 10
-    log.write_bytes(b"".join(lines[:5]) + lines[5][:40])  # killed while it wrote the fifth problem
+    log.write_bytes(b"".join(lines[:5]) + lines[5][:40])  # killed while writing the fifth problem
     again = run(tiny, tmp_path / "out", *words)
     assert "4 problems are done already" in capsys.readouterr().out
     for document in (whole, again):
@@ -181,7 +181,7 @@ def test_pages_escape_everything_and_say_what_was_counted(result: SetResult, tmp
 
 
 def test_equal_results_of_all_problems_come_with_an_exact_interval(result: SetResult) -> None:
-    """0 of N says no more than a true value below 1 - 0.025 ** (1 / N), and the tables say so."""
+    """0 of N only bounds the true value by 1 - 0.025 ** (1 / N), and the tables print this bound."""
     rows = [{**row, "samples": [{**row["samples"][0], "correct": False}] * 2} for row in result.rows]
     found = make_result(result.evaluated, rows, seconds=1.0)
     assert found.estimates["avg@2"].high == pytest.approx(1 - 0.025**0.5)

@@ -1,4 +1,4 @@
-"""The first hour on a GPU, without one: parts that succeed, fail, take too long or lack a package; the rest by hand.
+"""The first hour on a GPU, without one: parts that succeed, fail, take too long or lack a package.
 
 `python -m pytest -m slow tests/integration/test_gpu_day.py` runs every real part with tiny sizes (4 minutes).
 """

@@ -1,4 +1,4 @@
-"""``--help`` of every command: it exits with 0, says how the command is called, and explains every option."""
+"""``--help`` of every command: it exits with 0, prints the usage, and explains every option."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# Started by other programs, by path or under torchrun, with arguments that nobody types.
+# Started by other programs, by path or under torchrun, not by users.
 INTERNAL = {
     "megatron_ext.learner.logits",
     "megatron_ext.sync.process_guard",
@@ -29,7 +29,7 @@ def _modules() -> list[str]:
 
 
 def _help(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> tuple[object, str, str]:
-    """Exit status, output and errors of ``python -m name --help``, in this process."""
+    """Run ``python -m name --help`` in this process; return its exit status, output and errors."""
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit) as left:
         runpy.run_module(name, run_name="__main__", alter_sys=True)
@@ -46,7 +46,7 @@ def test_help(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     assert code == 0 and err == "", err
     assert lines[0].startswith("usage: ") and name.rsplit(".")[-1] in lines[0], lines[0]
     assert len(lines) >= 6 and max(map(len, lines)) <= 120
-    # argparse: an option without words of its own stands alone on its line, and the next line is another one
+    # argparse: an option without help text is alone on its line, and the next line has another option
     listed = out[out.index("options:") :].splitlines() if "\noptions:" in out else []
     pairs = pairwise([*listed, ""])
     alone = [(a, b) for a, b in pairs if re.match(r"  -\S", a) and not re.search(r"\S  +\S", a.strip())]

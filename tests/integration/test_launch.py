@@ -1,4 +1,4 @@
-"""From a command line to a call of `train`: help, refusals as one sentence, relaunch, where models live."""
+"""From a command line to a call of `train`: help, refusals as one sentence, relaunch, model paths."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_errors_of_the_run(model: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr().err == "error: seed=x: choose a number\n"
     assert fails_with(KeyboardInterrupt()) == 130
     assert "start again with the same run.dir" in capsys.readouterr().err
-    with pytest.raises(RuntimeError):  # not the user's: the traceback is wanted
+    with pytest.raises(RuntimeError):  # not a user error: keep the traceback
         fails_with(RuntimeError("a bug"))
 
 
@@ -134,7 +134,7 @@ def test_dry_run_trains_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 
 def test_several_processes_are_started_by_torchrun(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Replaced(BaseException):
-        """os.execv does not return."""
+        """Raised by the patched os.execv, which does not return."""
 
     seen: list[list[str]] = []
 

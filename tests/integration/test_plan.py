@@ -23,7 +23,7 @@ QWEN2_5_7B = {
     **{"max_position_embeddings": 131072, "tie_word_embeddings": False},
 }
 SMOLLM2_PARAMETERS = 134_515_008
-# Written out, so that tuning the quick start changes no expected number here.
+# Explicit, so that tuning the quick start does not change the expected numbers.
 SETTINGS = (
     "model.dtype=float32 data.max_prompt_tokens=512 rollout.prompts_per_step=32 rollout.n=8 rollout.max_tokens=24 "
     "rollout.max_model_len=128 train.steps=120 train.mini_batch_prompts=2 train.epochs=1 train.micro_batch_tokens=4096"
@@ -129,7 +129,7 @@ def test_plan_is_printed_without_a_model(capsys: pytest.CaptureFixture[str], tmp
         assert words in " ".join(out.split()), out
     head, _, yaml = out.partition("Configuration\n")
     assert len(head.splitlines()) < 45 and "eps_high: 0.28" in yaml
-    assert not list(tmp_path.iterdir())  # nothing was made
+    assert not list(tmp_path.iterdir())  # nothing was created
 
 
 @pytest.mark.parametrize(

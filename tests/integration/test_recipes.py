@@ -1,4 +1,4 @@
-"""The paper recipes: all compose and validate, fit the models they name, and carry the papers' numbers."""
+"""The paper recipes: all compose and validate, fit their models, and have the papers' numbers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def sizes(family: str, hidden: int, ffn: int, layers: int, heads: int, kv: int, 
     }
 
 
-# config.json of the models that the recipes name, as far as a layout depends on it.
+# The fields of config.json that a layout depends on, for the recipes' models.
 MODELS = {
     "DeepSeek-R1-Distill-Qwen-1.5B": sizes("Qwen2", 1536, 8960, 28, 12, 2, 151936, 131072),
     "DeepSeek-R1-Distill-Qwen-7B": sizes("Qwen2", 3584, 18944, 28, 28, 4, 152064, 131072),
@@ -69,7 +69,7 @@ MODELS = {
 
 @pytest.fixture(scope="module")
 def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
-    """A recipe with the model and the data file it asks for; composed once."""
+    """A recipe with its model and data file; composed once."""
     folder = tmp_path_factory.mktemp("inputs")
     (folder / "data.jsonl").write_text("{}\n")
     for model, config in MODELS.items():
@@ -86,7 +86,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
 
 
 def asked(recipe: str) -> str:
-    """The model that a recipe asks for: the last one named on the way through its bases (far quicker than Hydra)."""
+    """The model that a recipe requires: the last one named in its chain of bases (much faster than Hydra)."""
     file = FOLDER / f"{recipe}.yaml"
     content = yaml.safe_load(file.read_text(encoding="utf-8"))
     found = (content.get("model") or {}).get("path", "")
@@ -102,9 +102,9 @@ def test_recipe_validates_and_fits_the_model_it_names(
     config = load(recipe)
     assert config.run.name == recipe
     directory = Path(config.model.path)
-    plan.print_plan(replace(config, data=replace(config.data, path="<somewhere>")))  # no data is needed for that
+    plan.print_plan(replace(config, data=replace(config.data, path="<somewhere>")))  # this needs no data
     planned = " ".join(capsys.readouterr().out.split())
-    if directory.name == "Qwen2.5-Math-7B":  # said in the recipes' base, with both ways out
+    if directory.name == "Qwen2.5-Math-7B":  # documented in the recipes' base, with both fixes
         with pytest.raises(ValueError, match=r"max_model_len=5120 exceeds .* 4096 positions: set .* or raise max_pos"):
             check_model(config, directory)
         assert "Will not start: rollout.max_model_len=5120 exceeds" in planned
@@ -112,8 +112,8 @@ def test_recipe_validates_and_fits_the_model_it_names(
         check_model(config, directory)
         assert "Will not start" not in planned
     needed = plan.learner_memory(config, conversion.read_config(directory)).total
-    assert needed < 0.8 * 80 * 2**30  # the GPUs that base/paper.yaml speaks of, with room for what is not counted
-    # A prompt of the greatest length, and the longest response behind it, fit the servers' context.
+    assert needed < 0.8 * 80 * 2**30  # the GPUs of base/paper.yaml, with a margin for memory that is not counted
+    # A prompt of maximum length and a response of maximum length fit the servers' context.
     longest = max(config.rollout.max_tokens, config.eval.max_tokens or 0)
     assert config.data.max_prompt_tokens + longest <= config.rollout.max_model_len
     assert plan.batch_plan(config).longest <= config.train.micro_batch_tokens
@@ -322,7 +322,7 @@ def test_the_scripts_dynamic_sampling(every: int, asked: list[tuple[int, int]], 
     collector = DynamicSampling(load("ce_gppo/ce_gppo_script"), every)
     record = collector._collect(step=3, start=1000)
     assert collector.asked == asked and len(record["groups"]) == trained
-    assert record["position"] == asked[-1][0] + 256  # problems that were dropped do not come again
+    assert record["position"] == asked[-1][0] + 256  # dropped problems are not used again
 
 
 def test_evaluation_has_its_own_length(load: Load) -> None:

@@ -1,4 +1,4 @@
-"""More requests at a time than this process may open files: none is lost, and no server is taken for dead."""
+"""More concurrent requests than the limit of open files: none is lost, and no server is considered dead."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ pool.close()
 
 @pytest.mark.parametrize("hard", [1024, pytest.param(16384, marks=pytest.mark.slow)])
 def test_thousands_of_requests_under_a_limit_of_1024_files(hard: int, tmp_path: Path) -> None:
-    """The soft limit is 1024 (`ulimit -Sn 1024`). It is raised where the hard one allows, and kept to where not."""
+    """The soft limit is 1024 (`ulimit -Sn 1024`). It is raised if the hard limit allows it, and respected otherwise."""
     if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < 16384:
         pytest.skip("the hard limit of open files is below 16384")
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)  # of the servers

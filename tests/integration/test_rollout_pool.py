@@ -54,7 +54,7 @@ def test_more_samples_than_a_server_decodes(stand_ins: list[StandIn], model_dir:
 def test_requests_of_a_failing_server_go_elsewhere_and_it_comes_back(
     pool: VLLMPool, stand_ins: list[StandIn], fault: str
 ) -> None:
-    """A hanging server is found by asking its engine, long before the requests' own time limit."""
+    """A hanging server is detected by a request to its engine, long before the requests' own time limit."""
     stand_ins[0].fault["*" if fault == "hang" else "/inference/v1/generate"] = fault
     start = time.perf_counter()
     rollouts = pool.generate(prompts(6), n=2, sampling=Sampling(5), seeds=range(6))
@@ -62,7 +62,7 @@ def test_requests_of_a_failing_server_go_elsewhere_and_it_comes_back(
     assert pool.counters["retries"] == 3 and pool.counters["server_failures"] == 1 and pool.counters["revived"] == 0
     assert not pool.servers[0].usable
     stand_ins[0].fault.clear()
-    stand_ins[0].label = "default"  # restarted behind our back
+    stand_ins[0].label = "default"  # restarted without the pool's knowledge
     wait_until(lambda: pool.servers[0].usable, "it must come back")
     assert pool.counters["revived"] == 1
     stand_ins[0].bodies.clear()
@@ -71,7 +71,7 @@ def test_requests_of_a_failing_server_go_elsewhere_and_it_comes_back(
 
 
 def test_a_server_with_other_weights_is_found_by_its_answer(pool: VLLMPool, stand_ins: list[StandIn]) -> None:
-    """Restarted between two requests, at the same address, and alive at once: only the label tells."""
+    """A server restarted between two requests, at the same address: only the version label reveals it."""
     stand_ins[0].label = "default"
     rollouts = pool.generate(prompts(6), n=2, sampling=Sampling(5), seeds=range(6))
     assert len(rollouts) == 12 and pool.counters["server_failures"] == 1
@@ -85,7 +85,7 @@ def test_a_prompt_that_fails_everywhere_is_named(stand_ins: list[StandIn], model
     for server in stand_ins:
         server.fault["/inference/v1/generate"] = "500"
 
-    def recover() -> None:  # the probe of a revival must succeed, the request fail again
+    def recover() -> None:  # the probe of a revival must succeed, and the request must fail again
         for server in stand_ins:
             server.fault.clear()
             server.fault["poison"] = "500"
@@ -97,7 +97,7 @@ def test_a_prompt_that_fails_everywhere_is_named(stand_ins: list[StandIn], model
 
 
 def test_nobody_left(pool: VLLMPool, stand_ins: list[StandIn]) -> None:
-    """Waits for a revival as long as it may, then says so in one sentence."""
+    """The pool waits for a revival until its time limit, then fails with one sentence."""
     for server in stand_ins:
         server.fault["*"] = "500"
     start = time.perf_counter()
@@ -120,7 +120,7 @@ def test_a_pause_of_all_servers_is_survived(pool: VLLMPool, stand_ins: list[Stan
 def test_first_come_first_served_over_several_batches(
     pool: VLLMPool, stand_ins: list[StandIn], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Requests of the batch that is needed first are not overtaken by those of one that was begun later."""
+    """Requests of the batch that is needed first run before those of a later batch."""
     sent: list[str] = []
     generate = pool._generate_unless_failed
 
@@ -208,7 +208,7 @@ def test_parse_choice_labels_every_token_and_refuses_torn_answers() -> None:
 def test_experts_of_a_mixture_come_with_the_responses(
     stand_ins: list[StandIn], model_dir: Path, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    """Of every token read, once, also where an update cut the response in two; evaluation does not ask for them."""
+    """Experts of every token read, once, also when an update splits the response; evaluation does not request them."""
     (model_dir / "config.json").write_text(json.dumps(MIXTURE))
     for server in stand_ins:
         server.experts, server.tokens_s = (4, 2), 0.5
@@ -243,7 +243,7 @@ def test_a_server_without_experts_is_named_where_they_are_required(
 
 
 def test_a_connection_that_the_server_has_closed_is_no_fault(pool: VLLMPool, stand_ins: list[StandIn]) -> None:
-    """Connections are used again, and a server may close one at the moment at which it is used."""
+    """Connections are reused, and a server may close one just as it is used."""
     for server in stand_ins:
         server.close_kept = True
     for _ in range(20):  # a busy machine may let connections grow too old
@@ -261,7 +261,7 @@ def test_request_seeds_of_neighbours_are_far_apart() -> None:
 
 
 def test_open_requests_go_on_between_calls(pool: VLLMPool, stand_ins: list[StandIn]) -> None:
-    """What is not waited for is generated all the same, and asked for once only; a failure is raised when asked."""
+    """Requests that nobody awaits are still generated, and sent only once; a failure is raised when awaited."""
     fast, slow = [Request([10 + i, 3, 4], 1, i) for i in range(2)], Request([77, 3, 4], 1, 9)
     with closing(pool.complete([slow, *fast], sampling=Sampling(5))) as parts:
         first = [request for request in next(parts)]

@@ -1,4 +1,4 @@
-"""What a vLLM server is started with."""
+"""Arguments and environment of a vLLM server."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_server_of_several_gpus(model_dir: Path) -> None:
 
 
 def test_servers_of_a_mixture_return_experts_where_vllm_can(model_dir: Path) -> None:
-    """Beside a GPU, unless arguments rule it out; what is asked for and cannot be had is refused."""
+    """On a GPU, unless arguments exclude it; a request that cannot be met is refused."""
     flag, on_gpu, on_cpu = (
         "--enable-return-routed-experts",
         Place(model_dir, model_dir, "cuda"),

@@ -92,7 +92,7 @@ def test_lanes_see_what_the_others_see(monkeypatch: pytest.MonkeyPatch) -> None:
         flipped = data.clone()
         flipped[bit // 32] ^= torch.tensor(1).bitwise_left_shift(torch.tensor(bit % 32)).int()
         changes.append(flipped)
-    two = data.clone()  # the highest bit of two words
+    two = data.clone()  # the most significant bit of two words
     two[3] ^= -(2**31)
     two[7] ^= -(2**31)
     found = {of(change) for change in [*changes, two]}
@@ -117,7 +117,7 @@ def sync(tmp_path: Path) -> Iterator[DiskSync]:
 
 
 def read(sync: DiskSync) -> dict[str, Tensor]:
-    """What a worker finds."""
+    """Read the weights as a worker does."""
     assert sync.info is not None
     directory = Path(sync.info["directory"])
     assert {stat.S_IMODE(path.stat().st_mode) for path in (directory, directory.parent)} == {0o700}
@@ -142,7 +142,7 @@ def test_disk_holds_one_version_privately(sync: DiskSync, monkeypatch: pytest.Mo
 
 
 def test_files_in_memory_are_written_again_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh pages cost more than the copy. A version of another shape, or of fewer tensors, leaves nothing behind."""
+    """New pages cost more than the copy. A version with other shapes, or fewer tensors, leaves no old data."""
     monkeypatch.setattr(disk, "SHARD_BYTES", 40)
     sync = DiskSync()
     try:
@@ -214,7 +214,7 @@ def test_leftovers_of_killed_runs_are_removed_those_of_living_ones_kept(tmp_path
 
 
 def receiver(body: dict[str, Any], buckets: list[list[dict[str, Any]]], rounds: int) -> dict[str, Tensor]:
-    """What a worker does, without vLLM: join, and take in the buckets."""
+    """A worker without vLLM: join the group and receive the buckets."""
     group = join_group(Rendezvous(**body), body["rank"])
     found: dict[str, Tensor] = {}
     for _ in range(rounds):
@@ -259,7 +259,7 @@ def test_broadcast_reaches_all_and_tells_when_somebody_is_missing(
 
 
 def test_a_group_that_never_comes_together_ends_in_time() -> None:
-    """NCCL connects within the first collective, and would wait there for ever for a peer that is gone."""
+    """NCCL connects within the first collective, and would wait there forever for a peer that is gone."""
     given_up, released = [], threading.Event()
 
     class Stuck:
@@ -324,7 +324,7 @@ def test_only_the_token_opens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # ---- process guard -------------------------------------------------------------------------------------------------
 
-# A stand-in for vLLM: ignores SIGTERM, and has a grandchild in a session of its own that nobody waits for.
+# A stand-in for vLLM: ignores SIGTERM, and has a grandchild in its own session that no process waits for.
 FAMILY = "trap '' TERM; setsid sh -c 'trap \"\" TERM; sleep 60 & echo up; wait' & wait"
 
 
@@ -379,7 +379,7 @@ def test_guard_notices_that_its_parent_was_killed() -> None:
     assert not alive
 
 
-# ---- what a worker reads -------------------------------------------------------------------------------------------
+# ---- reading by a worker -------------------------------------------------------------------------------------------
 
 
 def update_of(sync: DiskSync, version: int, weights: dict[str, Tensor]) -> Update:
@@ -416,7 +416,7 @@ def test_processes_of_a_node_check_a_file_once(sync: DiskSync, hashed: list[str]
     assert len(hashed) == 2 * len(WEIGHTS), "the same bytes as another version are checked again"
     directory = node.stamp_directory(Path(info.directory))
     assert directory is not None and stat.S_IMODE(directory.stat().st_mode) == 0o700
-    directory.chmod(0o755)  # somebody else's, or opened to others: nobody's word is taken
+    directory.chmod(0o755)  # another user's, or accessible to others: its stamps are ignored
     read_verified(Update(**sync.info), base.Clock({}))  # type: ignore[arg-type]
     assert len(hashed) == 3 * len(WEIGHTS)
 
@@ -444,7 +444,7 @@ def test_damage_is_refused_by_every_process(sync: DiskSync, hashed: list[str]) -
 
 
 def test_a_process_waits_for_the_one_that_checks(sync: DiskSync, hashed: list[str]) -> None:
-    """And checks by itself when that one is killed, or fails."""
+    """It checks the file itself when that process is killed or fails."""
     info = update_of(sync, 1, WEIGHTS)
     checks = node.Checks(Path(info.directory), "1-x")
     inside, go_on = threading.Event(), threading.Event()

@@ -33,7 +33,7 @@ PHASES = ["/pause", "/start_weight_update", "/update_weights", "/finish_weight_u
 
 
 def break_update(server: StandIn, phase: str) -> None:
-    if phase == "stale":  # the server says yes and keeps the old weights
+    if phase == "stale":  # the server reports success and keeps the old weights
         server.fault["/update_weights"] = "ignore"
     elif phase == "cache":
         server.cache_reset = False
@@ -101,7 +101,7 @@ def test_servers_given_by_url_serve_only_what_they_were_sent(model_dir: Path, mo
 def test_a_broadcast_that_breaks_off_is_repeated_without_the_silent(
     stand_ins: list[StandIn], model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three servers; one hangs in mid-transfer, comes back, and gets the version from a group of its own."""
+    """Three servers; one hangs during the transfer, recovers, and gets the version from a new group."""
     monkeypatch.setattr(vllm_update, "GROUP_TIMEOUT_S", 1.0)
     monkeypatch.setattr(vllm_update, "GRACE_S", 0.5)
     servers = [*stand_ins, StandIn()]
@@ -134,7 +134,7 @@ def test_a_broadcast_that_breaks_off_is_repeated_without_the_silent(
 def test_a_server_that_dies_while_the_group_is_made_is_left_out(
     stand_ins: list[StandIn], model_dir: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    """It has said how many workers it has, and never joins: the others are not kept waiting for longer than a limit."""
+    """It has reported its number of workers and never joins: the others wait no longer than a limit."""
     monkeypatch.setattr(vllm_update, "GROUP_TIMEOUT_S", 1.0)
     monkeypatch.setattr(vllm_update, "GRACE_S", 0.5)
     stand_ins[1].fault["/init_weight_transfer_engine"] = fault
@@ -155,13 +155,13 @@ def test_a_server_that_dies_while_the_group_is_made_is_left_out(
     [
         ("wait", {((10, 3), (0, 0))}),
         ("keep", {((10, 3), (0, 1))}),
-        ("abort", {((10, 10, 4), (0, 1, 1))}),  # one token, then prompt and token are sent again
+        ("abort", {((10, 10, 4), (0, 1, 1))}),  # one token, then prompt and token are resent
     ],
 )
 def test_requests_in_flight_at_an_update(
     stand_ins: list[StandIn], model_dir: Path, monkeypatch: Any, mode: str, responses: Any
 ) -> None:
-    """Four samples are being written and four wait their turn; those come under the new weights in every mode."""
+    """Four samples are running and four are queued; the queued ones use the new weights in every mode."""
     pool = make_pool(stand_ins[:1], model_dir, monkeypatch, max_num_seqs=2, in_flight=mode)
     stand_ins[0].tokens_s = 0.5
     with ThreadPoolExecutor(1) as executor:
@@ -202,7 +202,7 @@ def test_a_sleeping_server_is_not_probed_and_a_lost_one_cannot_be_put_to_sleep(
 ) -> None:
     pool.sleep()
     stand_ins[0].fault["/is_paused"] = "500"
-    time.sleep(0.3)  # three probes would have come
+    time.sleep(0.3)  # enough time for three probes
     assert [server.state for server in pool.servers] == ["stale", "stale"]
     stand_ins[0].fault.clear()
     pool.wake("weights")

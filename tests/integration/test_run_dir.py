@@ -1,4 +1,4 @@
-"""The run directory: lock, logs cut back on resume, refusal of another run's settings."""
+"""The run directory: lock, truncation of logs on resume, refusal of another run's settings."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_directory_belongs_to_one_run(model: Path, tmp_path: Path, change: str
         RunDir(config(model, tmp_path, change)).__enter__()
     assert (tmp_path / "config.yaml").read_text() == saved
     with RunDir(config(model, tmp_path, "train.steps=20")):
-        pass  # a longer one is the same run
+        pass  # a longer run is the same run
 
 
 def test_changes_need_consent_and_are_shown(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,7 +166,7 @@ def test_other_ranks_write_nothing(model: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_run_that_stops_itself_is_not_done(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Equal rewards in every step (`log` makes such): warned, then stopped, and `status` says so."""
+    """Equal rewards in every step (produced by `log`): a warning, then a stop, which `status` reports."""
     with pytest.raises(
         ValueError, match=r"stopped at step 4: no learning signal in 4 steps in a row: all rewards are 0"
     ):
@@ -197,7 +197,7 @@ def test_a_requested_stop_is_shown_with_its_step(
 
 @pytest.fixture
 def handlers() -> Iterator[None]:
-    """Signal handlers that a test may change."""
+    """Restore signal handlers after the test."""
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = {number: signal.getsignal(number) for number in numbers}
     yield

@@ -12,7 +12,7 @@ from recipes.studies.methods import overrides
 
 
 def test_methods_and_studies_are_configurations() -> None:
-    """Every method of a full-stack study is words that `recipes.train` understands; every study has GRPO."""
+    """Every method of a full-stack study is a valid command line of `recipes.train`; every study has GRPO."""
     for study in FULL_STUDIES.values():
         for method in study.methods.values():
             config = load_config([*study.words, *overrides(method)])
@@ -23,7 +23,7 @@ def test_methods_and_studies_are_configurations() -> None:
 
 
 def test_the_tables_of_the_evidence_are_those_of_the_results() -> None:
-    """docs/evidence.md is what `make study STUDY=evidence` writes from the committed results."""
+    """docs/evidence.md equals the output of `make study STUDY=evidence` on the committed results."""
     text = evidence.DOCUMENT.read_text(encoding="utf-8")
     assert evidence.fill(text, evidence.reader()) == text
     for name in re.findall(r"figures/(\w+)\.png", text):

@@ -1,4 +1,4 @@
-"""Trackers get the lines of metrics.jsonl, each step once however often a run is resumed, and never hold up the loop.
+"""Trackers get the lines of metrics.jsonl, each step once even if a run is resumed, and never block the loop.
 
 The real packages are used where they are installed, as TensorBoard's is; docs/tracking.md says how to test the others.
 """
@@ -38,7 +38,7 @@ def line(step: int) -> dict[str, Any]:
 
 
 def session(name: str, run: Path, steps: range, said: list[str], *, closed: bool = True) -> Sink:
-    """One start of a run: log some steps, as `RunDir` does."""
+    """One start of a run: log several steps, as `RunDir` does."""
     run.mkdir(exist_ok=True)
     sink = Sink(config(name, run), run, said.append)
     file = run / "metrics.jsonl"
@@ -133,7 +133,7 @@ def test_steps_arrive_once_over_interruptions(name: str, tmp_path: Path, monkeyp
     pytest.importorskip(name)
     monkeypatch.setattr(trackers, "CLOSE_S", 120.0)
     session(name, run, range(1, 6), said)
-    session(name, run, range(4, 9), said)  # from the checkpoint of step 3: 4 and 5 are done again
+    session(name, run, range(4, 9), said)  # from the checkpoint of step 3: steps 4 and 5 are repeated
     assert said == []
     steps = sorted(READERS[name](run))
     assert [step for step, _ in steps] == list(range(1, 9))

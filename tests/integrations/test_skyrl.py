@@ -38,7 +38,7 @@ def tensors() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("tis", [False, True])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_where_both_have_the_loss_they_agree(reduction: str, tis: bool) -> None:
-    """Value, gradient and clip fraction of PPO with dual clip; also after the pickling that takes it to a worker."""
+    """Value, gradient and clip fraction of PPO with dual clip; also after the pickling for a worker."""
     name = f"ours/{reduction}/{tis}"
     register(name, build_loss("ppo", eps_low=0.2, eps_high=0.28, dual_clip=3.0))
     ours = cloudpickle.loads(cloudpickle.dumps(PolicyLossRegistry.get(name)))
@@ -51,7 +51,7 @@ def test_where_both_have_the_loss_they_agree(reduction: str, tis: bool) -> None:
         results.append((total.detach(), leaf.grad, torch.tensor(clipped)))
     for theirs, got in zip(*(r[:2] for r in results), strict=True):
         torch.testing.assert_close(got, theirs)
-    assert 0 < results[0][2] <= results[1][2]  # ours counts the dual clip too
+    assert 0 < results[0][2] <= results[1][2]  # our metric counts the dual clip too
 
 
 @pytest.mark.parametrize("name", ["ce_gppo", "gspo", "repo_r"])

@@ -83,7 +83,7 @@ def logged(run: Any, name: str) -> list[float]:
     ids=["ce_gppo", "ppo-clip_b-entropy_bonus", "gspo-kl_cov"],
 )  # fmt: skip
 def test_a_tiny_model_learns(tmp_path: Path, loss: Loss, selection: Selection | None) -> None:
-    """Two updates per generation, so ratios move and bounds act; what is logged is ours."""
+    """Two updates per generation, so that ratios change and bounds take effect; the logged metrics are ours."""
     run = trainer(tmp_path, loss, selection)
     run.train()
     rewards = logged(run, "reward")

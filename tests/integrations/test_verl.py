@@ -31,7 +31,7 @@ B, P, L = 12, 4, 9
 
 
 def batch(seed: int = 0) -> DataProto:
-    """As verl's driver has it: left-padded prompts, right-padded responses of random lengths."""
+    """A batch of verl's driver: left-padded prompts, right-padded responses of random lengths."""
     g = torch.Generator().manual_seed(seed)
     prompt = torch.arange(P) >= torch.randint(0, P - 1, (B, 1), generator=g)
     response = torch.arange(L) < torch.randint(2, L + 1, (B, 1), generator=g)
@@ -75,7 +75,7 @@ def gradient(data: DataProto, actor: ActorConfig, rows_per_micro_batch: int) -> 
         rows = slice(start, min(start + rows_per_micro_batch, B))
         td = left_right_2_no_padding(data[rows].to_tensordict())
         tu.assign_non_tensor(td, dp_size=1, batch_num_tokens=tokens, global_batch_size=B)
-        whole = torch.nn.functional.pad(logp[rows], (P - 1, 1))  # a position holds what it predicts
+        whole = torch.nn.functional.pad(logp[rows], (P - 1, 1))  # a position holds the token that it predicts
         attention = data.batch["attention_mask"][rows].bool()
         flat = [row[mask] for row, mask in zip(whole, attention, strict=True)]
         total, metrics = ppo_loss(actor, {"log_probs": torch.nested.as_nested_tensor(flat, layout=torch.jagged)}, td)
@@ -102,7 +102,7 @@ def test_the_worker_computes_our_gradient_whatever_the_micro_batch(
 
 
 def test_ppo_is_verls_own() -> None:
-    """The same bounds and dual clip: one gradient. So what differs elsewhere is the loss and not the plumbing."""
+    """The same bounds and dual clip give the same gradient. Other differences come from the loss, not the adapter."""
     register("ours_ppo", build_loss("ppo", eps_low=0.2, eps_high=0.2, dual_clip=3.0))
     torch.testing.assert_close(
         gradient(batch(), config("ours_ppo"), 12), gradient(batch(), config("vanilla"), 12), rtol=1e-5, atol=1e-8
@@ -110,7 +110,7 @@ def test_ppo_is_verls_own() -> None:
 
 
 def penalised(data: DataProto, rows: int, on: ActorConfig, off: ActorConfig) -> Tensor:
-    """Which tokens' gradient the penalty changes, (B, L) bool."""
+    """Mask of the tokens whose gradient the penalty changes, (B, L) bool."""
     return gradient(data, on, rows) != gradient(data, off, rows)
 
 
@@ -128,7 +128,7 @@ def test_kl_cov_picks_the_same_tokens_for_any_micro_batch() -> None:
 
 
 def test_verls_own_kl_cov_picks_others() -> None:
-    """The reason for `select`. When this fails, verl has repaired its issue 7829."""
+    """The reason for `select`. When this fails, verl has fixed its issue 7829."""
     on, off = (config("kl_cov", kl_cov_ratio=0.05, ppo_kl_coef=coef) for coef in (1.0, 0.0))
     whole, pieces = (penalised(batch(), rows, on, off) for rows in (12, 1))
     assert not torch.equal(whole, pieces)
@@ -156,7 +156,7 @@ def test_what_verl_lacks_is_refused() -> None:
 
 
 def test_the_drivers_update_sends_the_decision_to_the_workers() -> None:
-    """verl's real `_update_actor`, conversions included; the worker group records what it is given."""
+    """verl's real `_update_actor`, conversions included; the worker group records its input."""
     seen: list[Any] = []
 
     def update_actor(td: Any) -> Any:

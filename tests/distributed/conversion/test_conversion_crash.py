@@ -1,4 +1,4 @@
-"""Conversions that are killed: what is at the destination is complete, the old one or the new one.
+"""Conversions that are killed: the checkpoint at the destination is complete, either the old one or the new one.
 
 Real processes, real SIGKILL; no Megatron, no gloo.
 """
@@ -31,7 +31,7 @@ def hf_dir(tmp_path: Path) -> Path:
 
 
 def dies(target: Callable[..., None], *args: Any) -> None:
-    """Run in a process of its own, which must kill itself."""
+    """Run ``target`` in a new process, which must kill itself."""
     child = multiprocessing.get_context("fork").Process(target=target, args=args)
     child.start()
     child.join()

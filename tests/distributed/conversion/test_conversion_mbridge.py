@@ -1,4 +1,4 @@
-"""Tensor by tensor against mbridge (`pip install mbridge`), which nobody here wrote; skipped where it is absent."""
+"""Tensor by tensor against mbridge (`pip install mbridge`), an independent implementation; skipped if absent."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def make_bridge(config: Any) -> Any:
-    """mbridge's mapping without its constructor, which wants a GPU's process groups."""
+    """mbridge's mapping without its constructor, which needs process groups on a GPU."""
     import megatron_ext.learner  # noqa: F401  prepares Megatron, which mbridge imports, for the CPU
 
     from mbridge.core.bridge import _MODEL_REGISTRY  # isort: skip
@@ -62,7 +62,7 @@ def test_every_tensor_is_what_mbridge_makes_of_it(prefix: str) -> None:
     generator = torch.Generator().manual_seed(0)
     state = {n: torch.randn(shape, generator=generator) for n, shape in conversion.hf_shapes(hf).items()}
     for name in conversion.megatron_names(hf):
-        # mbridge speaks Transformer Engine, where only a dense layer fuses the norm before the MLP
+        # mbridge uses Transformer Engine's names, where only a dense layer fuses the norm before the MLP
         layer = int(name.split(".")[2]) if name.startswith("decoder.layers.") else 0
         theirs = conversion.te_name(name, moe=hf.sparse(layer), latent=hf.latent is not None)
         parts = bridge._weight_name_mapping_mcore_to_hf(theirs)

@@ -1,8 +1,8 @@
-"""Every family in every layout: our Megatron checkpoint, loaded by Megatron, computes what transformers computes.
+"""Every family in every layout: our checkpoint, loaded by Megatron, gives the same logits as transformers.
 
 Per case and layout the checkpoint that `hf_to_megatron` wrote is loaded with Megatron's own `dist_checkpointing`, and
 its float32 logits are compared with transformers'. In the largest layout Megatron then saves the model, and
-`megatron_to_hf` must give back the bytes that everything began with.
+`megatron_to_hf` must restore the original bytes.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ BOTH_ENDS = {"tp1": {}, "tp2-pp2": {"tp": 2, "pp": 2}}
 LAYOUTS: dict[str, dict[str, dict[str, int]]] = {  # by case, where not DENSE; the last one also saves
     "qwen2-untied": {"vpp2": {"pp": 2, "vpp": 2}, "tp4": {"tp": 4}, **DENSE},  # tp4: more ranks than KV heads
     "qwen2-tied": {"vpp2": {"pp": 2, "vpp": 2}, **DENSE},
-    # what these add to the ones above is the same in every layout, or cut as the same tensors are there
+    # these add tensors that are the same in every layout, or are cut like the tensors above
     **dict.fromkeys(("qwen2-yarn", "qwen3-yarn", "llama3", "llama-linear-rope", "smollm2"), BOTH_ENDS),
     **dict.fromkeys(("mistral", "seed-oss", "internlm3"), BOTH_ENDS),
     "qwen3-moe": {"tp1": {}, "pp2": {"pp": 2}, "ep2": {"ep": 2}, "pp2-ep2": {"pp": 2, "ep": 2}},
-    # one layout each, which uses everything that the family adds to the ones above
+    # one layout each, which covers everything that the family adds to the ones above
     **dict.fromkeys(("qwen3-moe-mixed", "qwen2-moe", "mixtral"), {"pp2-ep2": {"pp": 2, "ep": 2}}),
     "deepseek-v2": {"pp2-ep2": {"pp": 2, "ep": 2}, "tp4": {"tp": 4}},
     "deepseek-v3": {"tp2": {"tp": 2}, "tp2-sp-ep2-pp2": {"tp": 2, "sp": True, "ep": 2, "pp": 2}},
@@ -109,7 +109,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**LATENT, "q_lora_rank": None, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
         | {"routed_scaling_factor": 1.5},
     ),
-    # every setting that counts away from its default: groups, a bias that changes the choice, YaRN that scales scores
+    # every relevant setting differs from its default: groups, a bias that changes the choice, YaRN that scales scores
     "deepseek-v3": (
         "DeepseekV3",
         {**LATENT, "q_lora_rank": 24, "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4}
@@ -127,13 +127,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "pad_token_id": 0,
         },
     ),
-    # transformers 5 has no InternLM3: a Llama with dynamic RoPE under its name is its oracle
+    # transformers 5 has no InternLM3: a Llama with dynamic RoPE under its name is the reference
     "internlm3": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 6.0}}),
 }
 
 
 def _make(case: str, root: Path) -> None:
-    """A random model of transformers on disk, its logits beside it, and our Megatron checkpoint of it."""
+    """Write a random transformers model, its logits and our Megatron checkpoint of it."""
     import transformers
 
     prefix, extra = CASES[case]
@@ -142,7 +142,7 @@ def _make(case: str, root: Path) -> None:
     model = getattr(transformers, prefix + "ForCausalLM")(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:  # transformers starts biases at 0 and norms at 1, where mistakes cannot be seen
+            if parameter.ndim == 1:  # transformers initialises biases to 0 and norms to 1, which hides errors
                 parameter.copy_(torch.randn_like(parameter) * 0.2 + (1.0 if "norm" in name else 0.0))
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
@@ -183,7 +183,7 @@ def _logits(chunks: list[Any], tokens: Tensor, vocab_size: int) -> Tensor | None
         )
         return output, collect
 
-    count = 2 if len(chunks) > 1 else 1  # the interleaved schedule wants a multiple of the pipeline size
+    count = 2 if len(chunks) > 1 else 1  # the interleaved schedule needs a multiple of the pipeline size
     get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=[iter([tokens] * count) for _ in chunks],
@@ -201,7 +201,7 @@ def _logits(chunks: list[Any], tokens: Tensor, vocab_size: int) -> Tensor | None
 
 
 def _load(chunks: list[Any], directory: Path) -> dict[str, Any]:
-    """Fill the model from a checkpoint by Megatron's own means; its sharded state dict."""
+    """Load a checkpoint into the model with Megatron's own functions; return its sharded state dict."""
     from megatron.core import dist_checkpointing
     from megatron.core.utils import unwrap_model
 
@@ -215,7 +215,7 @@ def _load(chunks: list[Any], directory: Path) -> dict[str, Any]:
 
 
 def _check(case: str, layout: str, parallel: dict[str, int], root: Path, save: bool) -> float:
-    """Largest difference of a logit on this rank (0 where there are none); saves the model afterwards if asked."""
+    """Return the largest logit difference on this rank (0 where there are no logits); optionally save the model."""
     from megatron.core import dist_checkpointing
 
     from configs.schema import ModelConfig, OptimConfig, ParallelConfig
@@ -228,7 +228,7 @@ def _check(case: str, layout: str, parallel: dict[str, int], root: Path, save: b
         chunks = learner.build_chunks(hf, config, ModelConfig(dtype="float32"), optim=OptimConfig())
         with torch.no_grad():
             for parameter in (parameter for chunk in chunks for parameter in chunk.parameters()):
-                parameter.fill_(torch.nan)  # nothing may survive that was not in the checkpoint
+                parameter.fill_(torch.nan)  # every value must come from the checkpoint
             state = _load(chunks, root / case / "megatron")
             logits = _logits([chunk.eval() for chunk in chunks], expected["tokens"], hf.vocab_size)
         if save:
@@ -241,13 +241,13 @@ def _check(case: str, layout: str, parallel: dict[str, int], root: Path, save: b
 
 
 def _world(parallel: dict[str, int]) -> int:
-    """The fewest processes of a layout."""
+    """The minimum number of processes of a layout."""
     dense = parallel.get("tp", 1) * parallel.get("pp", 1)
     return max(dense, parallel.get("ep", 1) * parallel.get("pp", 1))
 
 
 def run(rank: int, cases: list[str], root: Path) -> None:
-    """One of four processes; layouts of fewer run in several teams of them at a time."""
+    """Run in one of four processes; smaller layouts run in several teams in parallel."""
     layouts = [(case, name, parallel) for case in cases for name, parallel in LAYOUTS.get(case, DENSE).items()]
     for world in (1, 2, PROCESSES):
         team, place = divmod(rank, world)

@@ -85,7 +85,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make(case: str) -> tuple[conversion.HFConfig, dict[str, Tensor]]:
-    """A small random model of transformers: its parsed config and its state dict under the names it has on disk."""
+    """A small random transformers model: its parsed config, and its state dict under the names on disk."""
     hf, state = _make(case)
     return hf, dict(state)
 
@@ -258,7 +258,7 @@ def test_both_config_dialects_mean_the_same() -> None:
     assert (kwargs["rotary_base"], kwargs["rope_scaling"], kwargs["rope_scaling_factor"]) == (500000, True, 32.0)
 
 
-# What the config.json of each release says, as transformers 4 wrote it.
+# The config.json of each release, as transformers 4 wrote it.
 RELEASED_LLAMA3 = {
     "Llama-3.1-8B": {"factor": 8.0, "tie_word_embeddings": False},
     "Llama-3.2-1B": {"factor": 32.0, "tie_word_embeddings": True, "head_dim": 64},
@@ -295,7 +295,7 @@ def test_llama_3_scaling_with_any_constants_is_that_of_transformers(
     raw = {**SMALL, "architectures": ["LlamaForCausalLM"], "head_dim": 64, "rope_parameters": rope}
     got = conversion.inverse_frequencies(conversion.parse_config(raw))
     if constants == (1.0, 4.0, 8192):
-        assert got is None  # these are Megatron's own
+        assert got is None  # Megatron's own defaults
     else:
         assert got is not None and torch.allclose(got, expected, rtol=1e-6, atol=0)
 

@@ -31,7 +31,7 @@ def _textbook(logits_TV: Tensor, targets_T: Tensor) -> TokenStats:
 
 
 def _gradient(stats: TokenStats, leaf: Tensor) -> Tensor:
-    """Both outputs, another weight on every token: what a loss with an entropy bonus sends back, equal on all ranks."""
+    """Gradient of both outputs, weighted per token as for a loss with an entropy bonus; equal on all ranks."""
     weight_T = torch.linspace(-1, 2, TOKENS, dtype=stats.logp.dtype)
     (grad,) = torch.autograd.grad((weight_T * stats.logp - 0.3 * weight_T.square() * stats.entropy).sum(), leaf)
     return grad
@@ -46,12 +46,12 @@ def _check(vocab: int, padded: int, chunk_tokens: int, scale: float) -> None:
     targets[:3] = torch.tensor([0, vocab - 1, vocab - 1])
     columns = padded // dist.get_world_size()
     whole[2, : min(columns, vocab - 1)] = float("-inf")  # so that the first rank has no possible token
-    # To the textbook -1e6 is as impossible as -inf, without 0 * inf.
+    # In the reference -1e6 has the same effect as -inf, without 0 * inf.
     leaf = whole.clamp(min=-1e6).requires_grad_()
     expected = _textbook(leaf, targets)
     expected_grad = _gradient(expected, leaf)
 
-    # Padding holds the largest logits of all, so that a leak cannot go unseen.
+    # Padding holds the largest logits, so that a leak is detected.
     start = dist.get_rank() * columns
     full = torch.cat([whole, torch.full((TOKENS, padded - vocab), 1e3, dtype=torch.float64)], dim=1)
     local = full[:, start : start + columns].clone().requires_grad_()
@@ -124,7 +124,7 @@ def _several(world: int) -> None:
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
     _check(vocab=32, padded=32, chunk_tokens=0, scale=3.0)
     _check(vocab=37, padded=40, chunk_tokens=5, scale=3.0)
-    _check(vocab=9, padded=16, chunk_tokens=1, scale=200.0)  # the last ranks are all padding
+    _check(vocab=9, padded=16, chunk_tokens=1, scale=200.0)  # the last ranks hold only padding
     _check_linear(vocab=37, padded=40, chunk_tokens=0)
     _check_linear(vocab=37, padded=40, chunk_tokens=1)
     _check_linear(vocab=9, padded=16, chunk_tokens=2)

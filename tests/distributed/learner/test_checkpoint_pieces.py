@@ -1,4 +1,4 @@
-"""What each rank writes and reads of a checkpoint: its own part, in Megatron's format, also while it trains.
+"""Each rank writes and reads its own part of a checkpoint, in Megatron's format, also during training.
 
 Two data-parallel processes with the distributed optimizer, started once.
 """
@@ -55,13 +55,13 @@ def _same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 def _megatron(function: Callable[[], Any], learner: Learner) -> Any:
-    """``function`` with Megatron's own way of writing and reading the state of its distributed optimizer."""
+    """Call ``function`` with Megatron's own code for saving and loading the state of its distributed optimizer."""
     from megatron_ext.learner import checkpoint
 
     part = learner.optimizer.chained_optimizers[0]
     for name in ("sharded_param_state_fully_reshardable", "load_parameter_state_from_fully_reshardable"):
         vars(part).pop(name, None)
-    # Megatron expects a step among the stored tensors, where it is not when Adam is torch's.
+    # Megatron expects a step among the stored tensors; torch's Adam stores none there.
     of_parameter = part._get_main_param_and_optimizer_states
     set_states = type(part)._set_main_param_and_optimizer_states
     part._set_main_param_and_optimizer_states = lambda p, tensors: set_states(
@@ -126,7 +126,7 @@ def _live(part: Any) -> list[Tensor]:
 
 
 def _in_background(learner: Learner, other: Learner, root: Path, before: list[Tensor]) -> dict[str, Any]:
-    """A save whose writing is held back until two more updates are done; and the same without the copy."""
+    """A save whose write is delayed until after two more updates, with and without the copy."""
     from megatron_ext.learner import checkpoint, checkpoint_files
 
     said: dict[str, Any] = {}
@@ -171,7 +171,7 @@ def _in_background(learner: Learner, other: Learner, root: Path, before: list[Te
 
 
 def _count_gathers(function: Callable[[], Any]) -> int:
-    """Calls of collectives that bring tensors of several ranks together."""
+    """Count calls of collectives that gather tensors of several ranks."""
     calls = 0
     originals = {name: getattr(torch.distributed, name) for name in ("all_gather", "gather")}
 
@@ -194,7 +194,7 @@ def _count_gathers(function: Callable[[], Any]) -> int:
 
 
 def _slices(root: Path, rank: int) -> dict[str, Any]:
-    """What two replicas wrote, read by two tensor-parallel ranks, written by these and read by one of two replicas."""
+    """Two replicas write; two tensor-parallel ranks read and write; one of two replicas reads."""
     from megatron_ext.learner import checkpoint
 
     learner = _learner(root / "model", TP2_SHARDED)

@@ -32,7 +32,7 @@ def _inputs(size: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     tensors = {}
     for name, heads in (("query", HEADS), ("key", GROUPS), ("value", GROUPS), ("weight", HEADS)):
         values = torch.randn(sum(LENGTHS), heads, CHANNELS, generator=generator, dtype=torch.float64)
-        fill = 0.0 if name == "weight" else 7.0  # what is on padding must not be seen
+        fill = 0.0 if name == "weight" else 7.0  # values on padding must have no effect
         tensors[name] = torch.full((len(real), heads, CHANNELS), fill, dtype=torch.float64)
         tensors[name][real] = values
     return cu_seqlens, real, tensors
@@ -56,7 +56,7 @@ def _process(rank: int, root: Path) -> None:
 
 
 def _attended(size: int) -> dict[str, Tensor]:
-    """This rank's part of the output, the gradients, the tokens it holds, and the largest mask that was made."""
+    """This rank's part of the output, the gradients, its tokens, and the size of the largest mask."""
     import torch.nn.functional as F
     from megatron.core import parallel_state
     from megatron.core.models.common.embeddings import RotaryEmbedding, apply_rotary_pos_emb
@@ -107,7 +107,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _textbook() -> dict[str, Tensor]:
-    """Of the real tokens, sequence by sequence: rotation by position, then softmax over all earlier tokens."""
+    """Attention of the real tokens per sequence: rotation by position, then softmax over all earlier tokens."""
     _, _, tensors = _inputs(1)
     leaves = {name: tensor.requires_grad_(name != "weight") for name, tensor in tensors.items()}
     outputs, start = [], 0
@@ -152,7 +152,7 @@ def test_attention_is_that_of_whole_sequences(root: Path, size: int, blocks: boo
 
 
 def test_the_work_is_the_same_on_every_rank(root: Path) -> None:
-    """Pairs of query and visible key, which is what zig-zag shares are for."""
+    """The number of pairs of query and visible key, which zig-zag shares equalise."""
     cu_seqlens, _, _ = _inputs(4)
     segment = torch.repeat_interleave(torch.arange(len(LENGTHS)), cu_seqlens.diff().long())
     position = torch.arange(int(cu_seqlens[-1])) - cu_seqlens[:-1].long()[segment]

@@ -25,7 +25,7 @@ from recipes.loop import stream
 from recipes.loop.metrics import StepMetrics
 
 pytestmark = pytest.mark.distributed
-LIMIT_S, SLOW_S = 2.0, 2.4  # of a collective on the device; of everything that rank 0 does meanwhile
+LIMIT_S, SLOW_S = 2.0, 2.4  # of a collective on the device; of rank 0's work in the meantime
 
 
 class SlowEngine:
@@ -34,7 +34,7 @@ class SlowEngine:
 
     def push(self, version: int, tensors: Iterator[tuple[str, Tensor]]) -> None:
         if version == 1:
-            time.sleep(SLOW_S)  # a server is just coming back
+            time.sleep(SLOW_S)  # a server is restarting
         for _ in tensors:
             pass
 
@@ -61,7 +61,7 @@ class SlowCollector:
 
 
 class Learner:
-    """What the stream needs: an export that is a collective on the device."""
+    """The learner's interface for the stream: an export that is a collective on the device."""
 
     device = torch.device("cpu")
     replica = 0
@@ -93,7 +93,7 @@ def waits(rank: int, root: Path, config: Config) -> None:
                 assert record["position"] == 1 and time.monotonic() - begin > SLOW_S
                 assert colocated or rollouts.evaluate(3) == {"m": 0.5}
         control.barrier()
-        with pytest.raises(RuntimeError):  # the limit of the device's collectives is real
+        with pytest.raises(RuntimeError):  # the timeout of the device's collectives takes effect
             if rank == 0:
                 time.sleep(LIMIT_S + 1)
             dist.all_reduce(torch.ones(1))

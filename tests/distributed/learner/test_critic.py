@@ -1,7 +1,7 @@
 """The critic: the same values, gradients and norm in every layout, exact resume, and whole runs with GAE.
 
 Values and gradients of one process are checked against transformers and autograd; the layouts against one process.
-All of it runs in four processes that are started once.
+All tests share four processes that are started once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TP2_SP_CP2 = Layout("tp2-sp-cp2", 4, {"tp": 2, "sp": True, "cp": 2})
 LAYOUTS = (TP2, TP2_SP, PP2, DP2, CP2, TP2_SP_CP2)
 LR, CLIP_RANGE = 0.01, 0.4
 MINI = [0, 1, 2, 3, 4, 5, 8]  # sample 5 is filtered
-HEAD = torch.sin(torch.arange(32, dtype=torch.float64))[None]  # not 0, which would leave the body without gradient
+HEAD = torch.sin(torch.arange(32, dtype=torch.float64))[None]  # not 0, which would give the body no gradient
 # Three steps on random rewards (a random model solves nothing), the first of the critic alone.
 RUN = (
     *("rollout.engine=local", "reward.name=random", "run.report_every=0", "advantage.name=gae", "critic.lr=1e-2"),
@@ -56,7 +56,7 @@ def _critic(layout: Layout, model_dir: Path, dtype: str, optimizer: str) -> Crit
 
 
 def _targets(batch: TrainBatch, values_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns, and old values that some of the present ones have left by more than the clipping range."""
+    """Returns, and old values from which some current values differ by more than the clipping range."""
     generator = torch.Generator().manual_seed(4)
     noise = torch.randn(2, len(batch.seq_ids), generator=generator, dtype=torch.float64)
     return noise[0], values_T.double() + 0.5 * noise[1]
@@ -68,7 +68,7 @@ def _update(critic: Critic, batch: TrainBatch) -> dict[str, float]:
 
 
 def _weights(critic: Critic) -> Results:
-    """All weights, full, on rank 0: the policy's names, and the head, which the last rank has for certain."""
+    """All full weights on rank 0, under the policy's names, and the head, which the last rank always holds."""
     from megatron_ext.learner import weights
     from megatron_ext.learner.value_head import WEIGHT
 
@@ -140,7 +140,7 @@ def _without_critic(learner: Any, directory: Path, critic: Critic) -> None:
 
 
 def _runs(root: Path) -> None:
-    """A live run, its replay, and the run started again from its first checkpoint; in this process."""
+    """Run live, replay the run, and resume it from its first checkpoint, all in this process."""
     from recipes.launch import launch
     from recipes.loop.run_dir import RunDir
     from recipes.models.prepare import make_tiny_model

@@ -4,11 +4,11 @@ Five objectives (three losses, and two token selections through the training loo
 trains two of them on given routing) each take three optimizer steps of SGD, in every layout CE-GPPO and two of the
 others in turn; each aggregation is used in three of them.
 Compared are the statistics of every token, the selected tokens, the objective, the gradient and its norm, the trace of
-every token through the updates, the way every weight has gone after the three steps, and the statistics under the last
+every token through the updates, the change of every weight after the three steps, and the statistics under the last
 weights; then the weights after three steps of Adam. Layouts also differ in the token budget of a micro-batch, in the
 order of the samples and in recomputation. ``pytest -s`` prints the table of largest relative differences.
 
-All of it runs in eight processes that are started once. A layout of fewer runs in several teams of them at a time.
+All tests share eight processes that are started once. Smaller layouts run in several teams in parallel.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EXACT = [variant.name for variant in OTHERS if not variant.layout.distributed_op
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where every layout has left its results, beside the models."""
+    """The directory with the models and every layout's results."""
     root = tmp_path_factory.mktemp("layouts")
     cases.make_model(root / "dense", layers=4)
     cases.make_moe_model(root / "moe")
@@ -45,7 +45,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-# Column of the table, what the names of its tensors contain, and the largest difference allowed, relative to the
+# Column of the table, a part of its tensors' names, and the largest difference allowed, relative to the
 # largest number of the tensor (at least 1e-3). Megatron computes the norm in float32; it is reported, and clips.
 COLUMNS = {
     "log p": ("/statistics/logp", 1e-10),
@@ -64,7 +64,7 @@ COLUMNS = {
 
 @cache
 def _differences(root: Path, name: str) -> dict[str, float]:
-    """By column of the table, the largest over all objectives."""
+    """The largest difference over all objectives, by column of the table."""
     variant = BY_NAME[name]
     got, expected = load_file(root / variant.name), load_file(root / variant.reference)
     source = load_file(root / variant.model / "model.safetensors")
@@ -77,7 +77,7 @@ def _differences(root: Path, name: str) -> dict[str, float]:
         assert names, column
         for name in names:
             values = expected[name]
-            if column == "weights":  # by how far they went
+            if column == "weights":  # the change of the weights
                 values = values - source[name.split("/weight/")[1]].double()
             scale = max(float(values.abs().max()), 1e-3)
             difference = float((got[name] - expected[name]).abs().max()) / scale
@@ -86,11 +86,11 @@ def _differences(root: Path, name: str) -> dict[str, float]:
 
 
 def _selected_differently(root: Path, variant: Variant) -> int:
-    """Tokens, over all selections."""
+    """The number of tokens selected differently, over all selections."""
     got, expected = load_file(root / variant.name), load_file(root / variant.reference)
     names = [f"{name}/selected" for name in ("clip_v", "kl_cov", *SELECTIONS) if f"{name}/selected" in got]
     if variant.order == SHUFFLED:
-        names.remove("clip_cov/selected")  # its random picks are keyed by the place in the batch
+        names.remove("clip_cov/selected")  # its random numbers are keyed by the position in the batch
     return sum(int((got[name] != expected[name]).any(0).sum()) for name in names)
 
 
@@ -106,7 +106,7 @@ def _weights(results: Results) -> list[str]:
 
 
 def test_the_table(root: Path) -> None:
-    """Printed, not checked: the tests below do that."""
+    """Print the table; the tests below check it."""
     head = [f"{name:>9}" for name in (*COLUMNS, "selected", "Adam, lr", "waste", "CPU s")]
     lines = [f"{'layout':38}" + "".join(head)]
     for variant in OTHERS:
@@ -155,7 +155,7 @@ def test_adam_agrees(root: Path, variant: Variant) -> None:
 
 @pytest.mark.parametrize("name", [v.name for v in VARIANTS if v.name not in EXACT])
 def test_export_before_training_is_the_checkpoint(root: Path, name: str) -> None:
-    """Its bytes, in float32; the float64 layouts are compared by how far they went from it."""
+    """The same bytes in float32; the float64 layouts are compared by their change from it."""
     source = load_file(root / BY_NAME[name].model / "model.safetensors")
     results = load_file(root / name)
     exported = {k.removeprefix("initial/"): v for k, v in results.items() if k.startswith("initial/")}

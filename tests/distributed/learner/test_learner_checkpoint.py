@@ -41,17 +41,17 @@ DAMAGES = ("flipped byte", "missing file", "no manifest", "truncated state")
 def _learner(layout: Layout, model_dir: Path, *, sharded: bool) -> Learner:
     from megatron_ext.learner.learner import Learner
 
-    # No clipping: its norm is computed in float32. The warm-up makes the learning rate, and Adam's bias correction the
-    # step count, part of what must come back.
+    # No clipping: its norm is computed in float32. The learning rate must be restored because of the warm-up, and the
+    # step count because of Adam's bias correction.
     optim = OptimConfig(lr=LR, betas=[0.9, 0.95], weight_decay=0.1, warmup_steps=8, decay="linear", clip_grad=1e9)
-    optim.offload = layout in (DP2, DP2_SHARDED)  # what is on the host must be saved and restored all the same
+    optim.offload = layout in (DP2, DP2_SHARDED)  # state on the host must be saved and restored too
     config = cases.make_config(layout, "float32" if sharded else "float64", optim)
     config.optim.distributed = sharded
     return Learner(config, model_dir, total_updates=20)
 
 
 def _update(learner: Learner, count: int) -> dict[str, Tensor]:
-    """That many updates on the whole recorded batch; the learning rates."""
+    """Run ``count`` updates on the whole recorded batch; return the learning rates."""
     batch = cases.make_batch(torch.float64 if learner.config.model.dtype == "float64" else torch.float32)
     batch.old_logp = batch.old_logp - 3.0
     samples = range(len(cases.LENGTHS))
@@ -74,7 +74,7 @@ def _adam_steps(learner: Learner) -> tuple[list[float], int]:
 
 
 def _link(previous: Path | None, layout: Layout, root: Path, chain: str) -> dict[str, Tensor]:
-    """Load (or train two updates), save, go on for two updates; what there was at the save and at the end."""
+    """Load (or train two updates), save, train two more updates; return the state at the save and at the end."""
     from megatron_ext.learner import checkpoint
 
     model_dir = root / ("moe" if "experts" in chain else "model")
@@ -116,7 +116,7 @@ def _process(rank: int, root: Path) -> None:
 
 
 def _refusals(root: Path) -> dict[str, Any]:
-    """What loading each kind of damaged checkpoint says, whether anything of it was loaded, and an interrupted save."""
+    """The error for each kind of damaged checkpoint, whether any of it was loaded, and an interrupted save."""
     from megatron_ext.learner import checkpoint
 
     learner = _learner(ONE, root / "model", sharded=False)
@@ -203,7 +203,7 @@ def said(root: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("chain, layout", [(name, link.name) for name, links in CHAINS.items() for link in links[1:]])
 def test_a_checkpoint_continues_in_another_layout(root: Path, chain: str, layout: str) -> None:
-    """Adam's moments and step count, the learning rate and the weights are all needed to end at the same place."""
+    """Adam's moments and step count, the learning rate and the weights are all needed to reach the same result."""
     sharded = "sharded" in chain
     expected = load_file(root / f"{CHAINS[chain][0].name}-{chain}.safetensors")
     got = load_file(root / f"{layout}-{chain}.safetensors")
@@ -211,7 +211,7 @@ def test_a_checkpoint_continues_in_another_layout(root: Path, chain: str, layout
     for name, tensor in expected.items():
         if name.startswith("saved/weight/"):
             assert torch.equal(got[name], tensor), f"{name} was not restored bit for bit"
-        elif sharded and name.startswith("end/weight/"):  # two steps of Adam in float32: compare with a step's length
+        elif sharded and name.startswith("end/weight/"):  # two steps of Adam in float32: relative to a step's length
             difference = (got[name] - tensor).abs()
             assert float(difference.max()) < LR and float(difference.mean()) < 1e-3 * LR, name
         else:

@@ -1,4 +1,4 @@
-"""The plan's memory against what an optimizer step takes: the two may not part.
+"""The memory plan must agree with the measured memory of an optimizer step.
 
 The benchmark of the same name measures a larger model in more settings. Two processes, started once.
 """
@@ -55,7 +55,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_plan_and_measurement_agree(root: Path, name: str) -> None:
-    """Parameters and their company to a hundredth (buffers are padded a little), what backward needs to a fifth."""
+    """Parameters, gradients and optimizer state within 1 % (buffers are padded), the backward pass within 20 %."""
     ranks = [json.loads((root / f"{name}.{rank}.json").read_text()) for rank in range(SETTINGS[name][1])]
     measured = max(ranks, key=lambda parts: sum(parts.values()))
     planned = benchmark.planned(_words(name, root))

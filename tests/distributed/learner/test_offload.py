@@ -1,4 +1,4 @@
-"""Storages that leave for the host and come back: nothing is left behind, no view is torn, every bit returns."""
+"""Storages moved to the host and back: nothing stays on the device, all views remain valid, all bits are restored."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 RUNS: dict[str, tuple[Layout, str]] = {
     "plain-float32": (DP2, "float32"),
     "sharded-float32": (DP2_SHARDED, "float32"),  # the optimizer's parameters are views of the weights
-    "sharded-bfloat16": (DP2_SHARDED, "bfloat16"),  # and here float32 copies of their own
+    "sharded-bfloat16": (DP2_SHARDED, "bfloat16"),  # and here separate float32 copies
 }
 
 
@@ -35,7 +35,7 @@ def test_a_parked_storage_is_empty_and_returns_to_all_its_views() -> None:
     parking.park([left, right])
     assert whole.untyped_storage().size() == left.untyped_storage().size() == 0
     assert parking and parking.nbytes == 48, "one storage, copied once"
-    parking.park([right])  # again: it is away already
+    parking.park([right])  # again: it is already offloaded
     parking.unpark()
     assert torch.equal(whole, kept) and not parking
     left[0] = 7.0
@@ -77,7 +77,7 @@ def test_what_the_optimizer_shares_with_the_model_is_no_state() -> None:
 
 
 def _held(learner: Learner) -> dict[str, int]:
-    """Bytes of this rank: weights, gradient buffers, optimizer state."""
+    """Bytes allocated on this rank: weights, gradient buffers, optimizer state."""
 
     def total(tensors: Any) -> int:
         return sum({t.untyped_storage()._cdata: t.untyped_storage().size() for t in tensors}.values())
@@ -91,7 +91,7 @@ def _held(learner: Learner) -> dict[str, int]:
 
 
 def _trained(layout: Layout, dtype: str, model_dir: Path, *, offload: bool) -> dict[str, Tensor]:
-    """Three updates; with ``offload`` everything leaves and returns in between, and the state by itself during them."""
+    """Train three updates; ``offload`` moves everything to the host between them, and optimizer state during them."""
     from megatron_ext.learner.learner import Learner
 
     config = cases.make_config(layout, dtype, OptimConfig(lr=1e-2, weight_decay=0.1, offload=offload))
@@ -107,7 +107,7 @@ def _trained(layout: Layout, dtype: str, model_dir: Path, *, offload: bool) -> d
         assert held["gradients"] == held["optimizer"] == 0 < held["weights"], held
         learner.offload(weights=True)
         assert _held(learner)["weights"] == 0
-        learner.offload(weights=True)  # twice is once
+        learner.offload(weights=True)  # a second call has no effect
         learner.reload()
         assert _held(learner)["weights"] == held["weights"] and learner._state, "the state stays on the host"
     learner.reload(optimizer=True)

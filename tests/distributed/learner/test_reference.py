@@ -1,7 +1,7 @@
 """The reference policy: its log-probabilities, its term of the objective and its trace, in every layout.
 
 One process is checked against transformers and autograd; the layouts against one process; a run with a reference is
-replayed and resumed. All of it runs in two processes that are started once.
+replayed and resumed. All tests share two processes that are started once.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ RUN = (
 
 
 def _make_reference(directory: Path, policy: Path) -> None:
-    """The policy's model with every weight moved."""
+    """The policy's model with every weight changed."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(policy)
@@ -89,7 +89,7 @@ def _layout(layout: Layout, root: Path) -> dict[str, Tensor]:
 
 
 def _runs(root: Path) -> None:
-    """A live run, its replay, and the run started again from its first checkpoint; in this process."""
+    """Run live, replay the run, and resume it from its first checkpoint, all in this process."""
     from recipes.launch import launch
     from recipes.loop.run_dir import RunDir
     from recipes.models.prepare import make_tiny_model
@@ -146,7 +146,7 @@ def _logp(model: Any, batch: Any) -> Tensor:
 def test_one_process_is_what_transformers_and_autograd_say(root: Path) -> None:
     """transformers computes its norms in float32 whatever the model's type, hence the tolerance.
 
-    k2 and k3 are differentiated as they stand. k1 as if it were taken off the reward: (d detached) * logp.
+    k2 and k3 are differentiated directly. k1 acts as a penalty in the reward: (d detached) * logp.
     """
     from transformers import AutoModelForCausalLM
 
@@ -174,7 +174,7 @@ def test_one_process_is_what_transformers_and_autograd_say(root: Path) -> None:
 
 
 def test_every_pass_is_counted_once(root: Path) -> None:
-    """Two statistics passes, one of the reference, three updates of thrice the work: 12 forward passes of the batch.
+    """Two statistics passes, one of the reference, three updates of three times the work: 12 forward passes.
 
     Two layers of query, output 32 x 32, key, value 16 x 32, three MLP matrices 48 x 32; four heads of 8; 37 tokens.
     """
@@ -203,14 +203,14 @@ def _metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_reports_its_distance_from_where_it_started(root: Path) -> None:
-    """By the values of k3, none of which is negative."""
+    """The distance is measured by k3, whose values are not negative."""
     rows = _metrics(root / "live")
     assert rows[1]["actor/kl_ref"] > 0.1 and rows[1]["actor/kl_ref"] > rows[0]["actor/kl_ref"] >= 0
 
 
 @pytest.mark.parametrize("name", ["replay", "again"])
 def test_replayed_and_resumed_runs_are_the_same_bit_for_bit(root: Path, name: str) -> None:
-    """Resuming reads the reference from where it came from, not from the checkpoint's moved weights."""
+    """Resuming reads the reference from its original path, not from the checkpoint's trained weights."""
     assert _metrics(root / name) == _metrics(root / "live")
     weights = [load_file(root / run / "hf" / "model.safetensors") for run in (name, "live")]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])

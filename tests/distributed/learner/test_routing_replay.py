@@ -34,7 +34,7 @@ def _measure(rank: int, root: Path) -> None:
 
 
 def _replayed_updates(model_dir: Path) -> dict[str, Any]:
-    """Statistics and gradients: free, on the router's own choice, on another one, and recomputed in three ways."""
+    """Statistics and gradients: without replay, with the router's own choice, another one, and three recomputations."""
     from megatron_ext.learner.learner import Learner
     from megatron_ext.rl.losses import build_loss
 
@@ -63,7 +63,7 @@ def _replayed_updates(model_dir: Path) -> dict[str, Any]:
 
 
 def _own_experts(learner: Any, batch: Any) -> list[Tensor]:
-    """What the learner's routers choose for each sample, one sample at a time."""
+    """The experts that the learner's routers choose, one sample at a time."""
     from megatron.core.transformer.moe.router import TopKRouter
 
     routers = [module for chunk in learner.chunks for module in chunk.modules() if isinstance(module, TopKRouter)]
@@ -113,7 +113,7 @@ def _sample(rollout: Any, number: int) -> Any:
 
 
 def test_replay_of_the_own_choice_changes_nothing(results: dict[str, Any]) -> None:
-    """Bit for bit, although the order of a token's experts is another."""
+    """Bit for bit, although the order of a token's experts differs."""
     for what in ("statistics", "gradient"):
         torch.testing.assert_close(results["own"][what], results["free"][what], rtol=0, atol=1e-6)
 
@@ -132,7 +132,7 @@ def test_recomputation_in_backward_replays_the_micro_batch_of_its_forward_pass(
 
 
 def test_replay_takes_the_outliers_out_of_the_mismatch(results: dict[str, Any]) -> None:
-    """Rounding to bfloat16 stays; a token that visits other experts does not."""
+    """Only rounding to bfloat16 remains; no token is routed to other experts."""
     with_replay, without = results["dlogp None"], results["dlogp False"]
     k3 = [float((d.exp() - 1 - d).mean()) for d in (with_replay, without)]
     assert float(with_replay.abs().max()) < float(without.abs().max()) / 3

@@ -1,8 +1,8 @@
 """Megatron's Transformer Engine layers through our learner, on a CPU, with a stand-in for Transformer Engine itself.
 
-What is real: Megatron's layer specification, its wrappers of Transformer Engine's modules, FP8 contexts, distributed
-checkpointing, and all of ours. What is not: Transformer Engine (`stand_in/`), whose kernels only a GPU runs. Everything
-happens in one spawned process, so that no other test meets the stand-in.
+Real are Megatron's layer specification, its wrappers of Transformer Engine's modules, FP8 contexts, distributed
+checkpointing, and all our code. Replaced is Transformer Engine (`stand_in/`), whose kernels only a GPU runs. All tests
+run in one spawned process, so that no other test imports the stand-in.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _config(impl: str, *, sharded: bool = False, dtype: str = "float32", **model
 
 
 def _update(learner: Learner, count: int) -> list[float]:
-    """That many optimizer steps; the gradient norms."""
+    """Run ``count`` optimizer steps; return the gradient norms."""
     from megatron_ext.rl.losses import build_loss
 
     batch, samples = cases.make_batch(torch.float32), range(len(cases.LENGTHS))
@@ -51,7 +51,7 @@ def _update(learner: Learner, count: int) -> list[float]:
 
 
 def _seen(learner: Learner) -> dict[str, Tensor]:
-    """Exported weights and the statistics of the batch."""
+    """Return the exported weights and the statistics of the batch."""
     weights = {name: tensor.double().clone() for name, tensor in learner.export()}
     return {**weights, "statistics": cases.stack(learner.statistics(cases.make_batch(torch.float32))).double()}
 
@@ -87,7 +87,7 @@ def _compare_layers(root: Path) -> dict[str, Any]:
 
 
 def _exchange_checkpoints(root: Path) -> dict[str, Any]:
-    """Train two steps with one kind of layers, save, load into the other, train two more: as without a break."""
+    """Train two steps with one kind of layers, save, load into the other, train two more: as without interruption."""
     from megatron_ext.learner import checkpoint
     from megatron_ext.learner.learner import Learner
 
@@ -113,7 +113,7 @@ def _exchange_checkpoints(root: Path) -> dict[str, Any]:
 def _other_adam(root: Path) -> dict[str, float]:
     """A checkpoint of torch's Adam continues under Transformer Engine's, and the other way round.
 
-    Without either package Megatron takes torch's; both are here, so the class is exchanged by hand.
+    Without either package Megatron uses torch's; both are available here, so the class is patched.
     """
     import megatron.core.optimizer as megatron_optimizer
     from megatron.core.optimizer import distrib_optimizer
@@ -195,7 +195,7 @@ def _emulated_fp8(root: Path) -> dict[str, Any]:
 
 
 def _gpu_tests_on_cpu(root: Path) -> dict[str, Any]:
-    """The measurements of tests/gpu, with the stand-in: the code that will judge a GPU must itself work."""
+    """The measurements of tests/gpu, with the stand-in: this tests the code that checks a GPU."""
     directory = root / "fp8"
     bf16 = parity.measure(parity.settings("bfloat16", TE), directory)
     local = parity.measure(parity.settings("bfloat16", LOCAL), directory)
@@ -209,7 +209,7 @@ def _gpu_tests_on_cpu(root: Path) -> dict[str, Any]:
 
 def _everything(rank: int, root: Path) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1] / "stand_in"))
-    import transformer_engine  # noqa: F401  # first: our learner forbids the real one where there is no GPU
+    import transformer_engine  # noqa: F401  # first: our learner blocks the real one where there is no GPU
 
     from megatron_ext.learner import model as megatron
 
@@ -228,7 +228,7 @@ def _everything(rank: int, root: Path) -> None:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     root = tmp_path_factory.mktemp("transformer_engine")
-    gloo.run(1, _everything, root, timeout_s=300, start_method="spawn")  # before Megatron looks for the real one
+    gloo.run(1, _everything, root, timeout_s=300, start_method="spawn")  # before Megatron imports the real one
     result: dict[str, Any] = json.loads((root / "found.json").read_text())
     print(json.dumps(result, indent=1))
     return result
@@ -239,7 +239,7 @@ FAMILIES = {"qwen2": (4, 0), "qwen3": (4, 0), "qwen3_moe": (2, 2)}  # two layers
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_kinds_of_layers_are_the_same_function(found: dict[str, Any], family: str) -> None:
-    """Same names once mapped, statistics, gradients and updates; the fused and grouped parameters are really there."""
+    """Same names once mapped, statistics, gradients and updates; the fused and grouped parameters exist."""
     result = found["layers"][family]
     assert (result["fused"], result["grouped"]) == FAMILIES[family]
     assert result["names"]
@@ -255,14 +255,14 @@ def test_a_run_goes_on_with_the_other_kind_of_layers(found: dict[str, Any]) -> N
 
 
 def test_a_run_goes_on_with_the_other_adam(found: dict[str, Any]) -> None:
-    """Without the step count, bias correction would start anew: an error of the size of the learning rate, 1e-3."""
+    """Without the step count, bias correction would restart: an error of the size of the learning rate, 1e-3."""
     assert len(found["adam"]) == 4
     for name, difference in found["adam"].items():
         assert difference < 1e-5, name
 
 
 def test_fp8_products_are_used_and_aligned(found: dict[str, Any]) -> None:
-    """Their error is well above bfloat16's and far from ruin; unaligned products would be refused by the stand-in."""
+    """Their error is well above bfloat16's but small; the stand-in rejects unaligned products."""
     for scaling in ("blockwise", "tensorwise", "delayed"):
         result = found["fp8"][scaling]
         assert 2 * found["fp8"]["bfloat16"]["error"] < result["error"] < 0.5, scaling

@@ -1,4 +1,4 @@
-"""The generated model directory: what transformers, vLLM and tensor parallelism need of it."""
+"""The generated model directory meets the requirements of transformers, vLLM and tensor parallelism."""
 
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""A record reaches every rank with the token ids that the rank computes, and no others."""
+"""Every rank receives only the token ids of a record that it computes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def shares(fed: list[int], groups: list[int]) -> list[list[int]]:
 
 
 def count_sends() -> list[int]:
-    """Bytes of every message that this rank sends to one other from here on."""
+    """Record the bytes of every later message from this rank to another."""
     sent: list[int] = []
     isend = dist.isend
 
@@ -56,7 +56,7 @@ def count_sends() -> list[int]:
 
 
 def receive(rank: int, root: Path) -> None:
-    """Four ranks in two replicas of two; the record has samples, and then none."""
+    """Four ranks in two replicas of two; a record with samples, then one without."""
     whole = payload()
     expected = Record(whole).samples(50)
     with gloo.group(rank, 4, root / "store"):

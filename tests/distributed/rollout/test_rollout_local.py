@@ -216,7 +216,7 @@ def test_halted_responses_go_on_under_other_weights(engine: LocalEngine, model_d
     with closing(engine.complete(requests, sampling=Sampling(12))) as parts:
         first = next(parts)
     assert first and len(first) < len(requests) and all(r.rollouts for r in first)
-    engine.push(1, changed.items())  # would wait for ever, had the iterator not been closed
+    engine.push(1, changed.items())  # would wait forever if the iterator were not closed
     done = [request for part in engine.complete(requests, sampling=Sampling(12)) for request in part]
     assert {id(r) for r in (*first, *done)} == {id(r) for r in requests} and len(done) == len(requests) - len(first)
     models = [reference(model_dir), reference(model_dir)]

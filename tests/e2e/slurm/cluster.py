@@ -1,16 +1,16 @@
 """A real Slurm with several nodes on one Debian machine: `python tests/e2e/slurm/cluster.py up 3`, needs root.
 
-    up [NODES] [GPUS]    start; prints the `export SLURM_CONF=...` that makes sbatch and squeue find it
+    up [NODES] [GPUS]    start; prints the `export SLURM_CONF=...` that sbatch and squeue need
     down                 stop everything
-    crash NODE           power loss: every process of the node dies at once; slurmctld is told
+    crash NODE           power loss: every process of the node is killed at once; slurmctld is informed
     start NODE           bring a crashed node back
     exec NODE CMD...     run a command on a node, outside any job
 
 Each node is a set of namespaces with its own host name, address, ports, processes, mounts and /dev/shm, so that what
 differs between nodes of a cluster differs here; other files are shared, like a network file system. slurmctld, slurmd
-and munged are Debian's (`apt-get install slurmctld slurmd slurm-client munge iproute2`). Nothing of the host changes
-but one network interface, and all state is in one directory. Several clusters can be up at once, each in a directory
-of its own: interface, subnet, port of slurmctld and job numbers follow from a number that no other cluster holds.
+and munged are Debian's (`apt-get install slurmctld slurmd slurm-client munge iproute2`). The only change to the host is
+one network interface, and all state is in one directory. Several clusters can run at once, each in a directory of its
+own: interface, subnet, port of slurmctld and job numbers follow from a number that no other cluster holds.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ MinJobAge=86400
 
 
 def obstacle() -> str | None:
-    """Why no cluster can run here, or None. Installs nothing."""
+    """Return the reason why no cluster can run here, or None. Installs nothing."""
     if os.geteuid():
         return "needs root for network namespaces: sudo .venv/bin/python -m pytest tests/e2e/slurm"
     if missing := [name for name in PROGRAMS if shutil.which(name) is None]:
@@ -88,7 +88,7 @@ def obstacle() -> str | None:
 
 
 def install() -> None:
-    """On Debian as root, fetch what is missing. A failure shows in :func:`obstacle`."""
+    """On Debian as root, install missing packages. :func:`obstacle` reports a failure."""
     if os.geteuid() or shutil.which("apt-get") is None or all(map(shutil.which, PROGRAMS)):
         return
     command = f"apt-get update -qq && apt-get install -y -qq --no-install-recommends {PACKAGES}"
@@ -108,7 +108,7 @@ def until(what: str, condition: Callable[[], bool], timeout_s: float = 30.0) -> 
 
 
 def command_line(process: psutil.Process) -> str:
-    """Empty once the process has ended: a process may end between being listed and being read."""
+    """Return a process's command line; empty if it has ended between listing and reading."""
     try:
         return " ".join(process.cmdline())
     except psutil.NoSuchProcess:
@@ -120,13 +120,13 @@ def _port(network: int) -> int:
 
 
 class Cluster:
-    """The cluster whose state is in ``directory``; several objects, in several processes, can speak for it."""
+    """The cluster whose state is in ``directory``; several objects, in several processes, can control it."""
 
     def __init__(self, directory: Path = Path("/tmp/gppo-slurm")) -> None:
         self.dir, self.conf = directory, directory / "etc" / "slurm.conf"
         self.env = os.environ | {"SLURM_CONF": str(self.conf)}
 
-    # --- life -------------------------------------------------------------------------------------------------
+    # --- start and stop ---------------------------------------------------------------------------------------
 
     def up(self, nodes: int = 3, gpus: int = 0) -> None:
         """Start with ``nodes`` nodes called node1, node2, ... of 64 CPUs, and ``gpus`` device files in each."""
@@ -161,7 +161,7 @@ class Cluster:
         return f"gppo-slurm{self.network}"
 
     def _claim_network(self) -> None:
-        """Take a number that no other cluster has: the kernel makes an interface of one name only once."""
+        """Reserve a number that no other cluster has: the kernel refuses a second interface of the same name."""
         first = os.getpid() % NETWORKS
         for number in (1 + (first + i) % NETWORKS for i in range(NETWORKS)):
             names = f"gppo-slurm{number}", "type", "veth", "peer", "name", f"gppo-uplink{number}"
@@ -189,11 +189,11 @@ class Cluster:
             hosts.append(f"{subnet}.{10 + i} node{i}")
         lines.append("PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=60 State=UP")
         self.conf.write_text("\n".join(lines) + "\n")
-        for i in range(gpus):  # slurmd wants device files, and asks nothing of them
+        for i in range(gpus):  # slurmd needs device files, but does not use them
             subprocess.run(["mknod", str(self.dir / "dev" / f"gpu{i}"), "c", "1", "3"], check=True)
         gres_file = f"Name=gpu File={self.dir}/dev/gpu[0-{gpus - 1}]\n" if gpus else ""
         (self.dir / "etc" / "gres.conf").write_text(gres_file)
-        (self.dir / "etc" / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # unused; looking for v2 can be fatal
+        (self.dir / "etc" / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # unused; detecting v2 can be fatal
         (self.dir / "etc" / "hosts").write_text("\n".join(hosts) + "\n")
 
     def _start(self, nodes: int) -> None:
@@ -247,7 +247,7 @@ class Cluster:
         """Stop every process and drop the state. Logs stay until the next start."""
         run = self.dir / "run"
         names = [path.stem for path in run.glob("*.pid")] if run.is_dir() else []
-        for name in sorted(names, key=lambda name: not name.startswith("node")):  # nodes take their jobs along
+        for name in sorted(names, key=lambda name: not name.startswith("node")):  # a node's jobs end with it
             self._stop(name)
         if (self.dir / "etc" / "network").exists():
             subprocess.run(["ip", "link", "del", self.link], capture_output=True)

@@ -1,4 +1,4 @@
-"""A Slurm cluster for the session, or the reason why there is none."""
+"""A Slurm cluster for the session, or the reason for skipping."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if (reason := obstacle()) is not None:
         pytest.skip(reason)
     cluster = Cluster(tmp_path_factory.mktemp("cluster"))
-    cluster.up(nodes=16, gpus=8)  # the largest template's; idle nodes cost little
+    cluster.up(nodes=16, gpus=8)  # as many as the largest template needs; idle nodes cost little
     yield cluster
     cluster.down()
 

@@ -1,4 +1,4 @@
-"""Drills: one fault each, what must be said about it, and how a job survives it."""
+"""Drills: one fault each, the expected error message, and the job's recovery."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ SHORT = (*LOCAL, "train.steps=12", "train.save_every=2", "run.hang_s=10", "run.c
 
 @dataclass(frozen=True)
 class Drill:
-    """One fault and what must be said about it."""
+    """One fault and the expected error message."""
 
     name: str
     cause: str  # pattern that the first error of the attempt matches
     words: tuple[str, ...] = ()
     nodes: str = "node1"
     fault: str = ""  # for faulty.py
-    act: Callable[[Job], None] | None = None  # else, from outside, once some steps are done
-    within_s: float = 60.0  # from the fault to the verdict
-    excluded: str = ""  # the node that the next attempt does without
+    act: Callable[[Job], None] | None = None  # otherwise injected from outside, after some steps
+    within_s: float = 60.0  # from the fault to the reported error
+    excluded: str = ""  # the node that the next attempt excludes
 
     @property
     def run(self) -> str:
@@ -69,7 +69,7 @@ def submit(drill: Drill, site: Site) -> Job:
 
 
 def survived(drill: Drill, job: Job, site: Site) -> None:
-    """Act, and see the attempt fail with its cause named, and the job finish as if nothing had happened."""
+    """Inject the fault, check that the attempt fails with the right cause, and that the job finishes correctly."""
     job.until("step 4", lambda: steps(job.run) >= 4)
     if drill.act is not None:
         drill.act(job)
@@ -86,7 +86,7 @@ def survived(drill: Drill, job: Job, site: Site) -> None:
     assert job.show("Restarts") == "1" and len(attempts(job.run)) == 2
     replay = site.folder / f"{drill.run}-replay"
     words = (*SHORT, *drill.words, f"rollout.replay={job.run}")
-    if drill.words:  # in the same layout, since several ranks sum in another order
+    if drill.words:  # in the same layout, since the order of sums depends on the number of ranks
         command = [sys.executable, "-m", "recipes.train", *arguments(site.model, replay, *words)]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     else:
@@ -96,7 +96,7 @@ def survived(drill: Drill, job: Job, site: Site) -> None:
 
 
 def check_records(attempt: Path, stuck: int, job: Job) -> None:
-    """What torch recorded of collectives is kept and named: what a rank waits in, and what NCCL would have written."""
+    """torch's records of collectives are kept: the collective in which a rank waits, and NCCL's watchdog record."""
     names = [path.name for path in flight.records(attempt)]
     assert f"rank{stuck}" in names and f"rank{stuck}.json" in names
     assert f"collectives  {', '.join(names)} in {attempt / flight.DIRECTORY}" in job.printed()

@@ -25,8 +25,8 @@ def faulty(original: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls > int(STEP) * 2 and os.environ["RANK"] == RANK and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
-            if KIND == "stuck":  # alive, its heartbeat too, but it never joins the others again
-                # What NCCL's watchdog would do on a GPU, where torch has been told to.
+            if KIND == "stuck":  # alive, with a heartbeat, but it never joins the others again
+                # The action of NCCL's watchdog on a GPU, when torch is configured for it.
                 Path(os.environ["TORCH_FR_DUMP_TEMP_FILE"] + RANK).write_bytes(b"a record of NCCL")
                 while True:
                     time.sleep(0.1)

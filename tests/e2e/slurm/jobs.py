@@ -1,4 +1,4 @@
-"""Jobs of our templates on the test cluster: submit, wait, look at processes."""
+"""Jobs of our templates on the test cluster: submit, wait, inspect processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from training import SETTINGS
 ROOT = Path(__file__).resolve().parents[3]
 LOCAL = (*SETTINGS, "eval.every=0", "train.entropy_probe_every=0")
 LONG = (*LOCAL, "train.steps=20", "train.save_every=2")
-PATIENCE_S = 300.0  # a busy machine is ten times slower than a free one
+PATIENCE_S = 300.0  # a busy machine is ten times slower than an idle one
 
 
 def steps(run: Path) -> int:
@@ -27,7 +27,7 @@ def steps(run: Path) -> int:
 
 @dataclass
 class Job:
-    """A submitted job: its number, what it prints, and its run directory."""
+    """A submitted job: its number, output and run directory."""
 
     number: str
     cluster: Cluster
@@ -46,7 +46,7 @@ class Job:
         return self.out.read_text(errors="replace") if self.out.exists() else ""
 
     def until(self, what: str, condition: Callable[[], bool], timeout_s: float = PATIENCE_S) -> float:
-        """Wait for something and return how many seconds that took; the job's output is in the error otherwise."""
+        """Wait for a condition and return the seconds it took; on timeout the error has the job's output."""
         begin = time.monotonic()
         while not condition():
             if time.monotonic() - begin > timeout_s:
@@ -64,7 +64,7 @@ class Job:
         return self.show("JobState"), self.show("ExitCode").split(":")[0]
 
     def processes(self, word: str) -> list[psutil.Process]:
-        """This job's processes whose command line holds ``word``, seen from outside the nodes."""
+        """This job's processes whose command line contains ``word``, as seen from outside the nodes."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -75,7 +75,7 @@ class Job:
         return found
 
     def ranks(self, program: str = "recipes.train") -> dict[str, psutil.Process]:
-        """The learner's processes by rank. One that a rank has just forked still has its command line: not a rank."""
+        """The learner's processes by rank, without a rank's newly forked children, which have the same command line."""
         found = {process.pid: process for process in self.processes(program)}
         ranks = {}
         for process in found.values():

@@ -1,8 +1,8 @@
-"""Faults of the learner on a real Slurm: found, named, and recovered from. A table; each row is a job of its own.
+"""Faults of the learner on a real Slurm are detected, reported and recovered from. Each row of the table is a job.
 
 python -m pytest -m slow -s tests/e2e/slurm/test_drills.py
 
-The first one is also among the jobs of test_jobs.py.
+The first drill is also one of the jobs of test_jobs.py.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def test_a_second_job_is_refused_and_touches_nothing(site: Site) -> None:
 
 
 def test_a_server_that_gives_up_is_not_waited_for(site: Site) -> None:
-    """A stub in place of vLLM's supervisor: one of two serves, one gives up; the job goes on with the other."""
+    """A stub replaces vLLM's supervisor: one of two servers gives up, and the job continues with the other."""
     stub = site.folder / "supervisor"
     stub.write_text(SUPERVISOR.format(python=(site.folder / "site.env").read_text().split()[0].partition("=")[2]))
     stub.chmod(0o755)

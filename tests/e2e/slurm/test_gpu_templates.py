@@ -1,7 +1,7 @@
 """Every GPU template under a real Slurm whose nodes show eight GPUs each: from preflight to the start of all processes.
 
-The GPUs are device files and a stub `nvidia-smi`; what would compute on them (`recipes.train`, vLLM's supervisor) is a
-stub that writes down how it was started. Everything else is real: allocation, checks, splitting, arguments, the end.
+The GPUs are device files and a stub `nvidia-smi`; the programs that would use them (`recipes.train`, vLLM's supervisor)
+are stubs that record how they were started. The rest is real: allocation, checks, splitting, arguments, the end.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SMI = "NVIDIA H100 80GB HBM3, 570.86.15, 81559, 4, 0"
 
 @dataclass
 class Started:
-    """How one rank or server was started."""
+    """The start of one rank or server, as recorded by the stub."""
 
     node: str
     gpus: list[int]
@@ -38,7 +38,7 @@ class Started:
 
 
 def started(attempt: Path, role: str) -> dict[int, Started]:
-    """By number of the task in its step."""
+    """The recorded starts, by number of the task in its step."""
     found = {}
     for path in attempt.glob(f"{role}-*.started"):
         lines = [line.partition("=")[::2] for line in path.read_text().splitlines()]
@@ -81,7 +81,7 @@ def submit(cluster: Cluster, site: Path, script: Path, name: str, *words: str, *
 
 @pytest.fixture(scope="module")
 def jobs(cluster: Cluster, site: Path) -> dict[str, Job]:
-    """All submitted at once: those that fit run beside each other."""
+    """All jobs, submitted at once: those that fit run in parallel."""
     return {name: submit(cluster, site, ROOT / "slurm" / f"{name}.sbatch", name) for name in TEMPLATE_NAMES}
 
 
@@ -108,7 +108,7 @@ def test_a_template_starts_its_ranks_and_servers(name: str, jobs: dict[str, Job]
         assert rank.master == ranks[0].master and rank.master.startswith(f"{ranks[0].node}:")
         (urls,) = (word for word in rank.words if word.startswith("rollout.urls="))
         assert urls.count("http://") == len(servers) and f"parallel.nproc={len(ranks)}" in rank.words
-    if name != "evaluate":  # whose one rank needs no GPU
+    if name != "evaluate":  # its one rank needs no GPU
         for rank in ranks.values():
             assert rank.gpus == list(range(per_node[rank.node]))
         for node, count in per_node.items():

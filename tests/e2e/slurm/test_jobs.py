@@ -13,7 +13,7 @@ from training import assert_same_run, run_here
 from recipes.cluster.attempt import attempts, checkpoint_step, events
 from recipes.cluster.blame import first_error
 
-# What an interactive job leaves in the environment of whoever submits from inside it.
+# An interactive job sets these in the environment of jobs submitted from inside it.
 OUTER_JOB = {
     **{"SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "node9", "SLURM_NNODES": "7", "SLURM_STEP_ID": "0"},
     **{"SLURM_CPU_BIND": "quiet,map_cpu:999", "SLURM_CPU_BIND_TYPE": "map_cpu:", "SLURM_CPU_BIND_LIST": "999"},
@@ -25,7 +25,7 @@ OUTER_JOB = {
 
 @pytest.fixture(scope="module")
 def jobs(site: Site) -> Iterator[dict[str, Job]]:
-    """All submitted at once, so that one waits while another computes, on three nodes."""
+    """All jobs, submitted at once on three nodes, so that one waits while another computes."""
     hidden = site.folder / "hidden"
     hidden.mkdir()
     site.cluster.inside("node3", "mount", "-t", "tmpfs", "none", str(hidden))
@@ -55,7 +55,7 @@ def test_user_errors_are_not_requeued(jobs: dict[str, Job]) -> None:
 
 
 def test_a_run_survives_a_kill_and_the_time_limit(jobs: dict[str, Job], site: Site) -> None:
-    """Killed, requeued, stopped by the time limit's signal, requeued, finished: equal to a run without any of it."""
+    """Killed, requeued, stopped by the time limit's signal, requeued, finished: equal to an uninterrupted run."""
     job = jobs["long"]
     job.until("step 3", lambda: steps(job.run) >= 3)
     job.ranks()["0"].kill()
@@ -89,7 +89,7 @@ def test_a_finished_run_ends_the_chain_at_once(jobs: dict[str, Job]) -> None:
 
 
 def test_two_jobs_share_a_node(jobs: dict[str, Job]) -> None:
-    """The second one was submitted from inside a third, whose SLURM_* variables are not this job's."""
+    """The second job was submitted from inside a third, whose SLURM_* variables it must not use."""
     job, other = jobs["beside"], jobs["long"]
     assert job.until_ended() == ("COMPLETED", "0") and steps(job.run) == 2
     mine, first = events(attempts(job.run)[0]), events(attempts(other.run)[0])

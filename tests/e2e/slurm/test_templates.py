@@ -1,4 +1,4 @@
-"""Every template, dry: the steps it would start, and that its run fits its model, its batch and its nodes."""
+"""Dry run of every template: the steps that it would start, and that its run fits its model, batch and nodes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ MODELS = {
 
 
 def write_models(folder: Path) -> None:
-    """Models (their sizes alone) and data that the templates name."""
+    """Write the models (config only) and the data that the templates name."""
     for name, config in MODELS.items():
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(config))
@@ -53,7 +53,7 @@ def write_models(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A site.env whose Python only writes down how it is called, with the models and data that templates name."""
+    """A site.env whose Python only records its calls, with the models and data that the templates name."""
     folder = tmp_path_factory.mktemp("site")
     write_models(folder)
     python = folder / "python"
@@ -71,7 +71,7 @@ def dry(template: Path, site: Path, *words: str, **variables: str) -> subprocess
 
 
 def calls(output: str) -> list[list[str]]:
-    """How Python would be called."""
+    """The recorded calls of Python."""
     return [shlex.split(line)[1:] for line in output.splitlines() if line.startswith("PYTHON ")]
 
 
@@ -150,7 +150,7 @@ def test_evaluation_gives_every_gpu_to_a_server(site: Path) -> None:
 def test_evaluation_keeps_the_samples_of_its_suite(site: Path) -> None:
     def samples(*words: str) -> dict[str, int]:
         done = dry(ROOT / "slurm" / "evaluate.sbatch", site, *words)
-        load_checked(plan_arguments(done.stdout))  # as the job's beginning does
+        load_checked(plan_arguments(done.stdout))  # as at the start of a job
         config = evaluation_config(plan_arguments(done.stdout))
         return {name: protocol.n for name, protocol in protocols(config).items()}
 
@@ -168,7 +168,7 @@ def test_conversion_is_verified(site: Path) -> None:
     lines = dry(ROOT / "slurm" / "convert.sbatch", site, *words).stdout.splitlines()
     assert lines[1].endswith("-m conversion.verify A B --no-logits --hf-config C --threads 8")
     lines = dry(ROOT / "slurm" / "convert.sbatch", site, *words, "--dtype", "bfloat16").stdout.splitlines()
-    assert lines[1].endswith("-m conversion.verify B --threads 8")  # the numbers differ on purpose
+    assert lines[1].endswith("-m conversion.verify B --threads 8")  # the numbers differ intentionally
 
 
 def test_a_dry_run_inside_another_job_is_about_this_one(site: Path) -> None:
@@ -192,7 +192,7 @@ def test_containers(site: Path, tmp_path: Path, runtime: str, start: str) -> Non
 
 
 def test_a_site_without_gres(site: Path, tmp_path: Path) -> None:
-    """Nothing asks Slurm for GPUs; a task takes its devices by number, whatever the submitting shell had set."""
+    """Nothing requests GPUs from Slurm; a task selects devices by number and ignores the submitting shell's setting."""
     template = ROOT / "slurm" / "qwen1p5b_1node.sbatch"
     assert "--gpus-per-node" in dry(template, site).stdout
     done = dry(template, site, GRES="0")
@@ -216,7 +216,7 @@ def test_a_site_without_gres(site: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("plugin, binds", [("task/none", False), ("task/cgroup,task/affinity", True)])
 def test_steps_name_no_binding_where_slurm_has_none(site: Path, tmp_path: Path, plugin: str, binds: bool) -> None:
-    """srun would say "cluster configuration lacks support for cpu binding" in each step."""
+    """srun would print "cluster configuration lacks support for cpu binding" in each step."""
     (tmp_path / "scontrol").write_text(f'#!/bin/bash\necho "TaskPlugin              = {plugin}"\n')
     (tmp_path / "scontrol").chmod(0o755)
     path = f"{tmp_path}:{os.environ['PATH']}"
@@ -226,7 +226,7 @@ def test_steps_name_no_binding_where_slurm_has_none(site: Path, tmp_path: Path, 
 
 
 def test_a_long_log_is_cut(tmp_path: Path) -> None:
-    """While it is written to: its first MiB and its end stay, nothing between two cuts is lost."""
+    """The log is cut while it is written to: its first MiB and its end are kept, nothing between two cuts is lost."""
     log = tmp_path / "learner-rank0.log"
     with log.open("ab", buffering=0) as stream:  # as srun does with --open-mode=append
         with subprocess.Popen(["bash", ROOT / "slurm" / "rotate.sh", log, "2", "0.05"]) as rotating:

@@ -1,4 +1,4 @@
-"""Every key has a class; a run continues only with settings that its directory can account for."""
+"""Every key has a class; a run continues only with settings that are compatible with its directory."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_replay_needs_its_own_batches_and_model(base: Config, tmp_path: Path) 
     model = make_tiny_model(tmp_path / "model", seed=0)
     recorded = load_config([f"model.path={model}"])
     (run := tmp_path / "run").mkdir()
-    check_replay(load_config([f"rollout.replay={run}"]))  # of an unknown origin: no config beside the journal
+    check_replay(load_config([f"rollout.replay={run}"]))  # of unknown origin: there is no config with the journal
     save_config(recorded, run / "config.yaml")
     words = [f"rollout.replay={run}", f"model.path={model}"]
     check_replay(load_config(words))

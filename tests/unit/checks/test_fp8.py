@@ -1,4 +1,4 @@
-"""What FP8 refuses before anything starts, for settings, models and GPUs; no GPU is needed to say so."""
+"""Settings, models and GPUs that the FP8 check refuses before the run starts; the check needs no GPU."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_without_fp8_nothing_is_asked() -> None:
 
 @pytest.mark.parametrize("scaling", fp8.RECIPES)
 def test_alignment_is_that_of_the_blocks(scaling: str) -> None:
-    """MXFP8 has one scale per 32 values; the other products want multiples of 16."""
+    """MXFP8 has one scale per 32 values; the other products need multiples of 16."""
     assert alignment(make(fp8_recipe=scaling)) == (32 if scaling == "mxfp8" else 16)
 
 

@@ -32,7 +32,7 @@ def test_help_and_page_name_the_same_keys() -> None:
 
 
 def test_types_and_defaults_read_as_on_the_command_line() -> None:
-    """Written down by hand, from the schema's hints."""
+    """Expected values are written by hand, from the schema's type hints."""
     found = {key.name: key for section in SECTIONS for group in keys.groups(section) for key in group.keys}
     assert found["optim.betas"].kind == "list of numbers, at least 0 and below 1"
     assert found["rollout.quantization"].kind == "fp8 | null" and found["rollout.quantization"].default == "null"

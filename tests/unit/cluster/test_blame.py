@@ -1,4 +1,4 @@
-"""The first error names the cause: sequences of events as faults leave them, in the order of their times."""
+"""The first error names the cause: sequences of events as recorded after faults, in order of time."""
 
 from __future__ import annotations
 

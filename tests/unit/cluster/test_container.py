@@ -31,7 +31,7 @@ def test_it_copies_what_exists() -> None:
 
 
 def test_versions_come_from_the_pinned_files() -> None:
-    """What it reads out of gpu.txt is there once, for the image's Python; nothing else is asked for by name."""
+    """Each version read from gpu.txt occurs there once, for the image's Python; no other package is named."""
     pins = (ROOT / "constraints" / "gpu.txt").read_text()
     for name in re.findall(r"'\^(\w+)==", TEXT):
         assert len(re.findall(rf"^{name}==[\d.]+", pins, re.M)) == 1, name

@@ -1,4 +1,4 @@
-"""torch's record of collectives: asked for while one hangs, it says which."""
+"""torch's record of collectives: requested while one hangs, it names that collective."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 from recipes.cluster import flight
 
-# A real gloo group of two ranks, as threads; the first comes once the second's wait has been recorded.
+# A real gloo group of two ranks, as threads; the first joins once the second's wait has been recorded.
 GROUP = """
 import os, sys, threading, time
 from datetime import timedelta

@@ -1,4 +1,4 @@
-"""Signals between a terminal and ranks, with small processes in the places of torchrun and its ranks."""
+"""Signals between a terminal and ranks, with small processes in place of torchrun and its ranks."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import pytest
 
 from recipes.cluster import foreground
 
-# torchrun: starts a rank in a session of its own and takes its exit status.
+# torchrun: starts a rank in a new session and returns its exit status.
 TORCHRUN = """
 import subprocess, sys
 rank = [sys.executable, "-I", "-S", "-c", *sys.argv[1:]]
 sys.exit(subprocess.Popen(rank, start_new_session=True).wait())
 """
-# A rank: dies with torchrun, writes down every signal, and ends half a second after the first one unless told to stay.
+# A rank: dies with torchrun, records every signal, and ends half a second after the first one unless told to stay.
 RANK = """
 import ctypes, signal, sys, time
 ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
@@ -44,7 +44,7 @@ sys.exit(foreground.run(sys.argv[2:]))
 
 @contextmanager
 def started(said: Path, rank: str) -> Iterator[tuple[subprocess.Popen[bytes], list[psutil.Process]]]:
-    """The foreground process, and what is below it, once the rank is ready."""
+    """The foreground process and its descendants, once the rank is ready."""
     python = [sys.executable, "-I", "-S", "-c"]
     folder = str(Path(foreground.__file__).parent)
     command = [*python, FOREGROUND, folder, *python, TORCHRUN, RANK, str(said), rank]

@@ -1,4 +1,4 @@
-"""Which rank hangs: judged from made-up heartbeats, and seen on real processes that stop in three different ways."""
+"""Detection of a hanging rank, from synthetic heartbeats and with real processes that stop in three ways."""
 
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ WAITS, LOOPS = "waits in all_reduce (distributed_c10d.py:2900)", "in pack (packi
 @pytest.mark.parametrize(
     "ranks, named",
     [
-        # Nothing is wrong: all compute; one waits for a peer with more micro-batches; all wait for rank 0's rollouts.
+        # No hang: all compute; one waits for a peer with more micro-batches; all wait for rank 0's rollouts.
         ([rank(0), rank(1, age=20)], []),
         ([rank(0, age=300, where=WAITS), rank(1, age=3)], []),
         ([rank(0, "rollout", age=100), *(rank(i, "rollout", age=900, where=WAITS) for i in (1, 2, 3))], []),
         ([rank(0, "save", age=900), rank(1, "save", age=900, where=WAITS)], []),
-        # One stopped, lost with its node, or gone: named at once, not those that wait for it.
+        # One stopped, lost with its node, or gone: it is named at once, not the ranks that wait for it.
         ([rank(0, age=70, where=WAITS), rank(1, age=70, stopped_s=55.0)], [1]),
         ([rank(0, "rollout", age=700, where=WAITS), rank(1, "rollout", age=1, stopped_s=55.0)], [1]),
         ([rank(0, age=55, where=WAITS), rank(1, age=2, silent_s=55.0), rank(2, age=55, where=WAITS)], [1]),
-        # Stuck with a living process: the one that waits for nobody; then who is behind; then who came to rest first.
+        # Stuck but running: first the rank that waits for no other, then the one behind, then the first to stop.
         ([rank(0, age=56, where=WAITS), rank(1, age=57, where=LOOPS)], [1]),
         ([rank(0, age=57, where=WAITS, phases=8), rank(1, age=56, where=WAITS, phases=7)], [1]),
         ([rank(0, age=52, where=WAITS), rank(1, age=60, where=WAITS)], [1]),
-        # All others have gone on to wait for rollouts; rank 1 is still in the update before.
+        # All others wait for rollouts; rank 1 is still in the previous update.
         ([rank(0, "rollout", age=30, phases=8), rank(1, age=58, where=LOOPS)], [1]),
         # A single rank.
         ([rank(0, age=55, where=LOOPS)], [0]),
         ([rank(0, "rollout", age=655.0)], [0]),
-        # The end of one rank is not a hang of it.
+        # A rank that has ended does not hang.
         ([rank(0, "end", age=900, stopped_s=900.0), rank(1, "finish", limit_s=3600.0)], []),
     ],
 )
@@ -134,7 +134,7 @@ time.sleep(60)
 def test_real_processes(
     how: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Asleep with a living heartbeat, stopped, and inside a call that holds the interpreter's lock."""
+    """Asleep with an active heartbeat, stopped, and inside a call that holds the interpreter's lock."""
     monkeypatch.setattr(watch, "POLL_S", 0.5)
     words = [sys.executable, "-c", RANK]
     process = subprocess.Popen([*words, how, str(tmp_path), "0", "0"])
@@ -160,7 +160,7 @@ def test_real_processes(
 
 
 def started(how: str, directory: Path, **options: Any) -> subprocess.Popen[bytes]:
-    """A rank that guards itself, in the last operation that it gets done."""
+    """A rank with its own watchdog, in the last operation that it completes."""
     words = [sys.executable, "-c", RANK, how, str(directory), "0", "1"]
     rank_process = subprocess.Popen(words, start_new_session=True, **options)
     file = directory / "heartbeats" / "rank0.json"
@@ -172,7 +172,7 @@ def started(how: str, directory: Path, **options: Any) -> subprocess.Popen[bytes
 
 @pytest.mark.parametrize("how", ["sleeps", "stopped"])
 def test_without_a_batch_system_the_run_ends(how: str, tmp_path: Path) -> None:
-    """Nobody watches from outside: rank 0's heartbeat ends the process, and says why."""
+    """No external watcher exists: rank 0's heartbeat ends the process and reports the reason."""
     with (tmp_path / "err").open("wb") as err:
         hung = started(how, tmp_path, stderr=err)
     assert hung.wait(30) == -signal.SIGKILL

@@ -1,4 +1,4 @@
-"""One run directory, one run: who holds it is named, leftovers do not hold it, a second job touches nothing."""
+"""One run directory, one run: its holder is named, stale locks are ignored, a second job changes nothing."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_holder_is_named_and_waited_for_under_slurm(tmp_path: Path, monkeypa
     assert str(lock.holder(tmp_path)) == who, "the refused one has left the holder's name"
     monkeypatch.setenv(attempt.VARIABLE, str(tmp_path))
     monkeypatch.setattr(lock, "WAIT_S", 0.5)
-    with pytest.raises(lock.RunBusy, match=f"is still held by {who} after 0 s"):  # no user's error: requeued
+    with pytest.raises(lock.RunBusy, match=f"is still held by {who} after 0 s"):  # not a user error: requeued
         lock.take(tmp_path)
     monkeypatch.setattr(lock, "WAIT_S", 20.0)
     with ThreadPoolExecutor(1) as later:
@@ -82,7 +82,7 @@ def test_a_node_whose_locks_hold_only_there_is_seen_by_its_heartbeat(
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A squeue that knows the jobs in a file; the run directory."""
+    """A fake squeue that lists the jobs in a file; returns the run directory."""
     (tmp_path / "squeue").write_text(f'#!/bin/sh\ngrep -s "^$3 " {tmp_path}/jobs | cut -d" " -f2\n')
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")

@@ -1,4 +1,4 @@
-"""What the node check refuses, each by one sentence that names the node, and what it lets pass."""
+"""The node check: faults that it refuses, each with one sentence that names the node, and states that it accepts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def refusals(*nodes: dict[str, Any], gpus: int = 8) -> list[str]:
 
 def test_healthy_nodes_pass() -> None:
     assert refusals(node("a"), node("b")) == []
-    late_start = node("b", time=ENDED - 0.1)  # ten seconds to import Python is no wrong clock
+    late_start = node("b", time=ENDED - 0.1)  # ten seconds for importing Python is not a clock error
     assert refusals(node("a"), late_start) == []
     assert refusals(node("a", gpus=[]), node("b", gpus=[]), gpus=0) == []
 

@@ -1,4 +1,4 @@
-"""What slurm/task.sh puts in front of a learner rank."""
+"""The command prefix that slurm/task.sh adds to a learner rank."""
 
 from __future__ import annotations
 

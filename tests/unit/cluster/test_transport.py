@@ -1,4 +1,4 @@
-"""Which transport a job uses for weights, and the reason that a dry run prints."""
+"""Choice of the transport for weights, and the reason that a dry run prints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The doctor judges made-up machines; nothing here depends on the machine that runs the tests."""
+"""The doctor checks simulated machines; the result does not depend on the machine that runs the tests."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_the_unrelated_apex_is_told_from_nvidias(tmp_path: Path, monkeypatch: py
     (package / ("multi_tensor_apply" if nvidia else "forms")).mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('the doctor must not import a stranger')")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "apex", raising=False)  # forbidden once the learner has been imported on a CPU
+    monkeypatch.delitem(sys.modules, "apex", raising=False)  # blocked once the learner has been imported on a CPU
     assert doctor.apex_is_nvidia() is nvidia
     lines = {line.name: line for line in findings(replace(LAPTOP, apex="0.9.10.dev0", apex_is_nvidia=nvidia))}
     assert lines["apex"].state == ("ok" if nvidia else "warn")

@@ -1,4 +1,4 @@
-"""The set-up script: what it decides, and that nothing happens twice. pip itself is replaced by a recorder."""
+"""The set-up script: its decisions, and that no step is repeated. A recorder replaces pip."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = setup_env.ROOT
 
 @pytest.fixture
 def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository with pins and nothing else, which the script believes to live in."""
+    """A repository with only the pin files, which the script uses as its own."""
     (tmp_path / "constraints").mkdir()
     (tmp_path / "constraints" / "base.txt").write_text("numpy==1\n")
     (tmp_path / "pyproject.toml").write_text("[project]\n")
@@ -34,7 +34,7 @@ def repo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class FakePip:
-    """Stands in for `subprocess.run`: records what would be installed, refuses what ``absent`` names."""
+    """Replaces `subprocess.run`: records the installations, refuses the packages in ``absent``."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, absent: tuple[str, ...] = (), loads: bool = True) -> None:
         self.installed: list[str] = []
@@ -46,7 +46,7 @@ class FakePip:
         monkeypatch.setattr(setup_env.platform, "python_version", lambda: "3.11.7")
 
     def run(self, command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        if "-c" in command and "install" not in command:  # a question to the environment's Python
+        if "-c" in command and "install" not in command:  # a query to the environment's Python
             ok = self.loads or "vllm" not in command[-1]
             return subprocess.CompletedProcess(command, 0 if ok else 1, stdout="2.13.0+cpu\n", stderr="")
         words = " ".join(map(str, command))
@@ -193,7 +193,7 @@ def test_files_travel_in_pieces_and_damage_is_seen(tmp_path: Path) -> None:
 
 
 def test_a_wheelhouse_is_all_that_pip_sees(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the torch that is there, and Transformer Engine compiled against it."""
+    """With the installed torch, and Transformer Engine compiled against it."""
     (repo / "constraints" / "gpu.txt").write_text(
         'transformer-engine==2.20.2; python_version >= "3.12"\n'
         'transformer-engine-torch==2.11.0; python_version < "3.12"\n'

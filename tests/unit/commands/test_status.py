@@ -1,4 +1,4 @@
-"""Attempts and their events, the job's requeue cap, and what `recipes.status` says of a run directory."""
+"""Attempts and their events, the job's requeue cap, and the output of `recipes.status` for a run directory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from recipes import status
 from recipes.cluster import attempt, requeue
 from recipes.cluster.blame import first_error
 
-NOW = 1_700_000_000.0  # in the past, so that what is recorded during a test comes later
+NOW = 1_700_000_000.0  # in the past, so that events recorded during a test are later
 
 
 def write(directory: Path, role: str, *events: dict[str, object]) -> None:
@@ -63,7 +63,7 @@ def test_recording_survives_a_directory_that_is_gone(tmp_path: Path) -> None:
 
 def test_requeues_without_progress_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAX_REQUEUES", "2")
-    job_attempt(tmp_path, "1", 0)  # another job's: somebody has looked and submitted again
+    job_attempt(tmp_path, "1", 0)  # another job's: a user has submitted it again
     for _ in range(2):
         job_attempt(tmp_path, "2", 0)
     assert requeue.idle_attempts(tmp_path, "2") == 2 and requeue.may_start(tmp_path, "2")

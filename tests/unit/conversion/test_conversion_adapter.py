@@ -81,7 +81,7 @@ def test_the_result_is_that_of_peft(base: Path, tmp_path: Path) -> None:
     lora = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"]))
     with torch.no_grad():
         for name, parameter in lora.named_parameters():
-            if "lora_B" in name:  # starts at 0
+            if "lora_B" in name:  # initialised to 0
                 parameter.copy_(torch.randn_like(parameter))
     lora.save_pretrained(tmp_path / "lora")
     after = merged(base, tmp_path / "lora", tmp_path / "megatron")

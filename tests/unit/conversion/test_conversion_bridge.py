@@ -29,7 +29,7 @@ RAW: dict[str, Any] = {
 
 
 class AutoBridge:
-    """Signatures of `megatron.bridge.AutoBridge`; writes what it writes: iter_0000000 beside a tracker file."""
+    """Signatures of `megatron.bridge.AutoBridge`; writes the same files: iter_0000000 and a tracker file."""
 
     calls: ClassVar[list[tuple[str, dict[str, Any]]]] = []
     fail: ClassVar[str] = ""

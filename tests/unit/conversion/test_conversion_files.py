@@ -1,4 +1,4 @@
-"""Checkpoint files: what is written others can read, what is damaged is refused, what is interrupted is not there."""
+"""Checkpoint files: other tools can read them, damaged ones are refused, interrupted writes leave none."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ RAW = {
 
 @pytest.fixture
 def hf_dir(tmp_path: Path) -> Path:
-    """A two-file bfloat16 Llama with an index, a tokenizer file, and code that must never travel."""
+    """A two-file bfloat16 Llama with an index, a tokenizer file, and code that must not be copied."""
     directory = tmp_path / "source"
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(RAW, indent=3))  # odd indentation: must survive
+    (directory / "config.json").write_text(json.dumps(RAW, indent=3))  # unusual indentation: must be kept
     (directory / "tokenizer.json").write_text("{}")
     (directory / "modeling_evil.py").write_text("raise SystemExit")
     torch.manual_seed(0)
@@ -98,7 +98,7 @@ def test_nothing_written_names_a_directory_of_this_machine(hf_dir: Path, tmp_pat
     megatron_to_hf.convert(tmp_path / "megatron", tmp_path / "back", card={"step": 7, "recipe": "demo"})
     for directory in ("megatron", "back"):
         for name, data in snapshot(tmp_path / directory).items():
-            assert tmp_path.name.encode() not in data, name  # pickles store the parts of a path, not its text
+            assert tmp_path.name.encode() not in data, name  # pickles store the parts of a path, not its string
     card = (tmp_path / "back" / "README.md").read_text()
     assert "Step: 7" in card and "Recipe: demo" in card and 'base_model: "source"' in card
 

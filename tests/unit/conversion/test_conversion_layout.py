@@ -1,7 +1,7 @@
-"""The directory that Megatron-LM takes as `--load`: what its loader looks for (megatron/training/checkpointing.py).
+"""The directory that Megatron-LM takes as `--load`: requirements of its loader (megatron/training/checkpointing.py).
 
 Megatron-LM core_v0.16.1 itself loaded such a directory (TP1, and TP2 with PP2), and the directory that it saved was
-verified bit for bit: docs/conversion.md says how. Here is what that depends on.
+verified bit for bit: docs/conversion.md says how. The tests here check the preconditions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Weights that are pickles: refused unless asked for, and then nothing in them runs."""
+"""Weights that are pickles: refused unless explicitly allowed, and then no code in them runs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ State = dict[str, Any]
 
 
 def make(directory: Path, shards: int = 1, change: State | None = None) -> State:
-    """A directory of `pytorch_model*.bin`; what `change` names is replaced or added in the last file."""
+    """A directory of `pytorch_model*.bin`; `change` replaces or adds tensors in the last file."""
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(RAW))
     shapes = conversion.hf_shapes(conversion.parse_config(RAW))

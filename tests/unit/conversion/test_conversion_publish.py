@@ -1,4 +1,4 @@
-"""What belongs to others stays: only a checkpoint of this project is ever replaced, and only on request."""
+"""Foreign files are kept: only a checkpoint of this project is replaced, and only on request."""
 
 from __future__ import annotations
 

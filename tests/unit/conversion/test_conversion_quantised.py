@@ -1,4 +1,4 @@
-"""FP8 weights with a scale for every block, read as the numbers that they mean."""
+"""FP8 weights with a scale for every block are dequantised when read."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PART = "model.layers.1.mlp.down_proj.weight"
 
 @pytest.fixture
 def state(tmp_path: Path) -> dict[str, Tensor]:
-    """An FP8 checkpoint in tmp_path/fp8: the projections in 8 bits, the rest in bfloat16, as published ones are."""
+    """An FP8 checkpoint in tmp_path/fp8: the projections in 8 bits, the rest in bfloat16, like published ones."""
     torch.manual_seed(0)
     state: dict[str, Tensor] = {}
     for name, shape in conversion.hf_shapes(conversion.parse_config(RAW)).items():
@@ -57,7 +57,7 @@ def write(directory: Path, state: dict[str, Tensor], **config: Any) -> Path:
 
 
 def meant(state: dict[str, Tensor], name: str) -> Tensor:
-    """Number by number."""
+    """Dequantise element by element."""
     if name + "_scale_inv" not in state:
         return state[name]
     wide, scales = state[name].float(), state[name + "_scale_inv"]

@@ -1,4 +1,4 @@
-"""Interrupted conversions that are continued: what is on disk is kept if it is what its record says, and only then."""
+"""Resumed conversions: data on disk is kept only if it matches its record."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def after(bytes_done: int) -> Callable[[int], None]:
 
 @pytest.fixture
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
-    """What each direction reads, in units so small that there are many."""
+    """The sources of each direction, with small units, so that there are many."""
     monkeypatch.setattr(units, "SMALLEST", 2000)
     directory = write_random(tmp_path / "hf")
     hf_to_megatron.convert(directory, tmp_path / "megatron")
@@ -46,7 +46,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
 
 
 def interrupt(direction: str, source: Path, out: Path, **more: Any) -> Path:
-    """An attempt that ends in the middle; the private directory that it leaves."""
+    """Run an attempt that stops halfway; return its private directory."""
     with pytest.raises(Interrupted):
         CONVERTERS[direction].convert(source, out, resume=True, progress=after(12_000), **more)
     assert not out.exists()

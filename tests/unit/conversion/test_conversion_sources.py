@@ -1,4 +1,4 @@
-"""Whatever is given as a source: it is recognised, or one sentence says what it is and what to do."""
+"""Every source is recognised, or refused with one sentence that identifies it and gives the fix."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def test_what_cannot_be_read_is_named_with_what_to_do(
     }[command]
     status, printed = run(command, monkeypatch, *arguments), capsys.readouterr().err
     if "tokenizer" in case and command in ("verify", "inspect"):
-        assert status == 0  # the weights are there
+        assert status == 0  # the weights exist
         return
     assert status == 1 and printed.startswith("error: ") and printed.count("\n") == 1 and not out.exists()
     other_direction = command == "megatron_to_hf" and (tmp_path / "x" / "config.json").is_file() and case != "a file"

@@ -1,4 +1,4 @@
-"""How tensors are stored: framed as torch.save frames them, read by rows, and described by checksums."""
+"""Storage of tensors: in torch.save's format, read by rows, and with checksums."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_every_stored_piece_is_byte_for_byte_what_torch_saves(hf_dir: Path, tmp_
 
 
 class _Directory:
-    """Pieces of one tensor "t", saved as another tool might."""
+    """Pieces of one tensor "t", saved as by another tool."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.places = root, {}
@@ -91,7 +91,7 @@ def test_rows_of_a_piece_are_read_whatever_its_strides(tmp_path: Path, layout: s
     }[layout]
     directory = _Directory(tmp_path)
     directory.add(saved, (0, 3, 0))
-    directory.add(saved + 1, (0, 9, 0))  # begins like the first
+    directory.add(saved + 1, (0, 9, 0))  # has the same beginning as the first
     reader, target = directory.reader(), torch.zeros(3, 5)
     if known:
         first = ChunkStorageMetadata(torch.Size((0, 3, 0)), torch.Size((2, 6, 4)))
@@ -188,7 +188,7 @@ def test_an_unknown_checksum_is_an_error_not_a_pass(tmp_path: Path, digest: obje
 
 
 def test_memory_does_not_follow_the_size_of_a_piece(hf_dir: Path, tmp_path: Path) -> None:
-    """However large the pieces that Megatron stored, they are read in blocks of rows."""
+    """Pieces of any size that Megatron stored are read in blocks of rows."""
     assert megatron_writer.BLOCK_BYTES < megatron_writer.STORED_BYTES
     hf_to_megatron.convert(hf_dir, tmp_path / "megatron")
     reader = MegatronReader(tmp_path / "megatron")

@@ -1,4 +1,4 @@
-"""Several processes write one checkpoint (threads here: they meet through files alone)."""
+"""Several processes write one checkpoint (threads here: they synchronise only through files)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damage is never certified: what a manifest promises is compared with what is read, and numbers are looked at."""
+"""Damage is never certified: data is compared with the manifest, and numbers are checked for NaN and infinity."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def flip(path: Path, position: int) -> None:
 
 
 def place_of(directory: Path, name: str) -> tuple[Path, int]:
-    """Where a number in the middle of a tensor lies on disk, in either kind of checkpoint."""
+    """Position on disk of a number in the middle of a tensor, in either kind of checkpoint."""
     if (directory / "model.safetensors").is_file():
         where = HFReader(directory).tensors[name]
         return where.path, where.offset + 40
@@ -71,7 +71,7 @@ def place_of(directory: Path, name: str) -> tuple[Path, int]:
 
 
 def forget_segments(directory: Path) -> None:
-    """Replace the manifest by one that knows whole files only."""
+    """Replace the manifest by one with checksums of whole files only."""
     (directory / MANIFEST).unlink()
     write_manifest(directory)
 
@@ -248,7 +248,7 @@ def test_a_cast_that_overflows_is_an_error(tmp_path: Path, dtype: torch.dtype) -
 @pytest.mark.parametrize(
     ("numbers", "count"),
     [
-        (torch.tensor([3e38, 3e38, 1.0]), 0),  # the sum overflows, no number does
+        (torch.tensor([3e38, 3e38, 1.0]), 0),  # the sum overflows, every number is finite
         (torch.tensor([float("inf"), -float("inf"), 1.0]), 2),
         (torch.full((3,), 60000.0).half(), 0),
         (torch.tensor([1e300, float("nan")], dtype=torch.float64), 1),

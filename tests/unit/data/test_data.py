@@ -1,4 +1,4 @@
-"""Problem sources: exactly-once order, resume by position, held-out discipline, errors that name file and line."""
+"""Problem sources: exactly-once order, resume by position, held-out problems, errors that name file and line."""
 
 import gzip
 import json

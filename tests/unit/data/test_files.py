@@ -1,4 +1,4 @@
-"""Data as people have it: formats, schemas, and one sentence for everything that is broken."""
+"""Common data files: formats, schemas, and one sentence for every error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preparing data: each filter, the split, determinism, and nothing written where something is."""
+"""Preparing data: each filter, the split, determinism, and no overwriting."""
 
 from __future__ import annotations
 

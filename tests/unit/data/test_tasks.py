@@ -10,7 +10,7 @@ from recipes.data.tasks import chain_demonstration, chain_problem, word_problem
 
 
 def solve_chain(prompt: str) -> str:
-    """Independent solution: the labels are noise, the rest reads left to right."""
+    """Independent solution: ignore the labels and evaluate from left to right."""
     words = [word for word in prompt.split() if word not in "ABC="]
     value = int(words.pop(0))
     while words:
@@ -97,7 +97,7 @@ def test_misconceptions_are_fixed_wrong_facts() -> None:
 
 
 def _by_hand(text: str) -> int:
-    """Solve a story from its numbers, recognised by its wording: a second implementation of every template."""
+    """Solve a story from its numbers, by its wording: a second implementation of every template."""
     numbers = [int(number) for number in re.findall(r"\d+", text)]
     rules = [
         ("gives", "now", lambda a, b: a + b),

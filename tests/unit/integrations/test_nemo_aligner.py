@@ -21,7 +21,7 @@ B, S, V = 4, 6, 11
 
 
 class UpstreamActor:
-    """What the adapter relies on of `MegatronGPTActorModel`; its own loss must never be asked for."""
+    """The parts of `MegatronGPTActorModel` that the adapter uses; its own loss must not be called."""
 
     def __init__(self, micro_batch_size: int = B, entropy_bonus: float = 0.0) -> None:
         self.cfg = SimpleNamespace(micro_batch_size=micro_batch_size)

@@ -37,7 +37,7 @@ def tensors() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", ["ce_gppo", "gspo"])
 def test_padding_changes_no_loss(name: str) -> None:
-    """Rows of different lengths, garbage in the padding: the same numbers as the concatenated responses."""
+    """Rows of different lengths with garbage in the padding give the same numbers as the concatenated responses."""
     t, loss = tensors(), build_loss(name)
     rubbish = torch.where(t["mask"], t["logp"], float("nan"))
     padded = loss(loss_inputs(rubbish, t["old"], t["advantages"], t["mask"])).loss.view(B, L)

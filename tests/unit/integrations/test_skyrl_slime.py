@@ -56,7 +56,7 @@ def test_the_policy_loss_keeps_to_skyrls_signature(monkeypatch: pytest.MonkeyPat
 
 
 def slime_case(monkeypatch: pytest.MonkeyPatch) -> tuple[Namespace, dict[str, Any], Tensor, Any]:
-    """A micro-batch as slime has it: lists of one tensor per sample, logits (1, T, V) of the packed row."""
+    """A micro-batch in slime's format: lists of one tensor per sample, logits (1, T, V) of the packed row."""
     g = torch.Generator().manual_seed(1)
     logits = torch.randn(1, sum(LENGTHS), 6, generator=g, requires_grad=True)
     tokens = torch.randint(6, (sum(LENGTHS),), generator=g)

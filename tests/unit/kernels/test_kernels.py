@@ -1,4 +1,4 @@
-"""Vocabulary statistics against textbook formulas in float64, at their bounds, and for what they must not do."""
+"""Vocabulary statistics: textbook formulas in float64, bounds, and absence of side effects."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FIELDS = ("logp", "entropy", "sum_p2", "sum_p2_logp")
 
 
 def reference(logits_TV: Tensor, targets_T: Tensor) -> TokenStats:
-    """The definitions, by log_softmax and autograd, in whatever dtype the logits have."""
+    """The definitions, by log_softmax and autograd, in the dtype of the logits."""
     logp_TV = logits_TV.log_softmax(dim=-1)
     p_TV = logp_TV.exp()
     plogp_TV = torch.where(p_TV > 0, p_TV * logp_TV, torch.zeros_like(p_TV))
@@ -45,7 +45,7 @@ def test_values_in_float64(vocab: int, chunk_tokens: int) -> None:
 @pytest.mark.parametrize("chunk_tokens", [0, 1, 5])
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (1.3, -0.7)])
 def test_gradients_in_float64(weights: tuple[float, float], chunk_tokens: int) -> None:
-    """Against autograd through log_softmax, with another weight on every token."""
+    """Against autograd through log_softmax, with a different weight on every token."""
     logits, targets = random_case(11, 29)
     grad_T = torch.linspace(-1, 2, 11, dtype=torch.float64)
 
@@ -60,7 +60,7 @@ def test_gradients_in_float64(weights: tuple[float, float], chunk_tokens: int) -
 
 @pytest.mark.parametrize("which", ["logp", "entropy"])
 def test_gradient_of_one_output_alone(which: str) -> None:
-    """The other output takes no part in the graph, so its incoming gradient is absent rather than zero."""
+    """The other output is not used, so its incoming gradient is None instead of zero."""
     logits, targets = random_case(4, 9)
     leaf = logits.clone().requires_grad_()
     got = torch.autograd.grad(getattr(vocab_statistics(leaf, targets), which).sum(), leaf)[0]
@@ -82,7 +82,7 @@ def test_second_moments_carry_no_gradient_and_double_backward_is_refused() -> No
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_low_precision_logits_accumulate_in_float32(dtype: torch.dtype) -> None:
-    """Only the logits are rounded: 30 000 of them leave float32 error, not the 3 digits of bfloat16 sums."""
+    """Only the logits are rounded: sums of 30 000 have float32 errors, not the 3 digits of bfloat16."""
     logits, targets = random_case(6, 30_000, scale=2.0)
     logits = logits.to(dtype)
     got, exact = vocab_statistics(logits, targets), reference(logits.double(), targets)
@@ -101,7 +101,7 @@ def test_low_precision_gradient_is_the_rounded_exact_one(dtype: torch.dtype) -> 
     exact = reference(exact_leaf, targets)
     (expected,) = torch.autograd.grad((exact.logp + 0.1 * exact.entropy).sum(), exact_leaf)
     assert got.dtype == dtype
-    rounding = torch.finfo(dtype).eps  # of a stored value; twice the unit roundoff, to leave room for float32 sums
+    rounding = torch.finfo(dtype).eps  # of a stored value; twice the unit roundoff, as a margin for float32 sums
     torch.testing.assert_close(got.double(), expected, rtol=rounding, atol=1e-7)
 
 
@@ -141,7 +141,7 @@ def test_a_nan_logit_is_not_hidden() -> None:
 
 
 def test_the_input_is_never_written_to() -> None:
-    """And non-contiguous logits (Megatron yields sequence-first views) give the same."""
+    """Non-contiguous logits (Megatron yields sequence-first views) give the same result."""
     logits, targets = random_case(12, 7)
     kept = logits.clone()
     view = logits.t().contiguous().t().requires_grad_()
@@ -166,14 +166,14 @@ def test_padding_columns_take_no_part_and_get_no_gradient() -> None:
 
 @pytest.mark.parametrize("target", [-1, 10, 15])
 def test_a_target_outside_the_vocabulary_is_nan(target: int) -> None:
-    """Also one that points at padding."""
+    """Also a target in the padding."""
     logits = torch.zeros(1, 16)
     shard = VocabShard(start=0, size=10, all_reduce_sum=lambda x: x, all_reduce_max=lambda x: x)
     assert vocab_statistics(logits, torch.tensor([target]), shard=shard).logp.isnan().all()
 
 
 def test_collectives_do_not_depend_on_the_chunks() -> None:
-    """One maximum and one sum, whatever the chunk size: ranks must never disagree on how many there are."""
+    """One maximum and one sum, whatever the chunk size: all ranks must call the same number of collectives."""
     calls: list[str] = []
 
     def spy(name: str, x: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def case(vocab: int, *, scale: float = 1.5, dtype: torch.dtype = torch.float64) 
 
 
 def gradients(stats: TokenStats, leaves: list[Tensor]) -> tuple[Tensor, ...]:
-    """Of both outputs, with another weight on every token."""
+    """Gradients of both outputs, with a different weight on every token."""
     weight_T = torch.linspace(-1, 2, len(stats.logp), dtype=stats.logp.dtype)
     return torch.autograd.grad((weight_T * stats.logp - 0.3 * weight_T.square() * stats.entropy).sum(), leaves)
 
@@ -53,7 +53,7 @@ def test_values_and_gradients_equal_those_through_whole_logits(vocab: int, chunk
 
 
 def test_kept_logits_are_used_once() -> None:
-    """Their gradient replaces them; a second backward makes them again."""
+    """Their gradient overwrites them; a second backward recomputes them."""
     hidden, weight, targets = case(37)
     got = linear_vocab_statistics(hidden, weight, targets, keep_bytes=11 * 37 * 8)
     first, second = (torch.autograd.grad(got.logp.sum(), [hidden, weight], retain_graph=True) for _ in range(2))
@@ -71,7 +71,7 @@ def test_a_block_holds_what_the_workspace_allows() -> None:
 
 @pytest.mark.parametrize("chunk_tokens", [0, 1, 3])
 def test_padding_takes_no_part_and_gets_no_gradient(chunk_tokens: int) -> None:
-    """The padding has the largest logits of all, and its weight is not a number in one row."""
+    """The padding has the largest logits of all, and one row of its weight is NaN."""
     hidden, weight, targets = case(10)
     padded = torch.cat([weight.detach(), torch.full((6, HIDDEN), 50.0, dtype=torch.float64)])
     padded[-1] = float("nan")
@@ -86,7 +86,7 @@ def test_padding_takes_no_part_and_gets_no_gradient(chunk_tokens: int) -> None:
 
 
 def test_no_tokens_give_zero_gradients() -> None:
-    """A micro-batch of padding still takes part in the reduction of gradients."""
+    """A micro-batch of padding only still participates in the reduction of gradients."""
     hidden, weight, _ = case(9)
     stats = linear_vocab_statistics(hidden[:0], weight, torch.zeros(0, dtype=torch.int64))
     assert stats.logp.shape == stats.sum_p2_logp.shape == (0,)
@@ -95,7 +95,7 @@ def test_no_tokens_give_zero_gradients() -> None:
 
 
 def test_a_block_of_impossible_tokens() -> None:
-    """-inf logits throughout a block, or from some block on: the others decide."""
+    """-inf logits in a whole block, or in all later blocks, do not affect the result."""
     hidden = torch.ones(3, 1, dtype=torch.float64, requires_grad=True)
     rows = [float("-inf"), float("-inf"), 0.5, 1.5, float("-inf"), float("-inf")]
     weight = torch.tensor(rows, dtype=torch.float64)[:, None].requires_grad_()
@@ -139,7 +139,7 @@ def test_bfloat16_products_and_float32_statistics(chunk_tokens: int, keep_bytes:
 
 
 def test_only_what_is_asked_for_is_computed() -> None:
-    """A frozen output layer, and a pass without gradients."""
+    """For a frozen output layer, and for a pass without gradients."""
     hidden, weight, targets = case(20)
     expected = gradients(textbook(hidden, weight, targets), [hidden])
     got = linear_vocab_statistics(hidden, weight.detach(), targets)

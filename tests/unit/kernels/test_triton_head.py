@@ -26,7 +26,7 @@ TOKENS, HIDDEN = 7, 6
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_statistics, "_triton_kernels", lambda: triton_head)
-    monkeypatch.setattr(triton_head, "_SUM_BLOCK", 64)  # several steps of the loop over columns
+    monkeypatch.setattr(triton_head, "_SUM_BLOCK", 64)  # several iterations of the loop over columns
 
 
 def case(vocab: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,7 +89,7 @@ def test_bfloat16_logits_and_float32_sums() -> None:
 
 
 def test_two_shards_of_a_vocabulary_with_padding() -> None:
-    """Each shard's sums, combined by hand as ranks would, and its own columns' gradient."""
+    """Each shard's sums, combined by hand as across ranks, and the gradient of its columns."""
     hidden, weight, targets = case(90)
     whole = linear_vocab_statistics(hidden, weight, targets)
     expected = gradients(whole, [hidden, weight])
@@ -125,7 +125,7 @@ def test_two_shards_of_a_vocabulary_with_padding() -> None:
 
 
 def test_impossible_tokens_and_nan() -> None:
-    """-inf throughout a block, then from some block on; a NaN shows."""
+    """-inf in a whole block, then in all later blocks; a NaN propagates."""
     rows = [float("-inf"), float("-inf"), 0.5, 1.5, float("-inf"), float("-inf")]
     hidden = torch.ones(3, 1, dtype=torch.float64, requires_grad=True)
     weight = torch.tensor(rows, dtype=torch.float64)[:, None].requires_grad_()

@@ -1,4 +1,4 @@
-"""NaN and infinity in the files of a checkpoint are found, named, and told from what only looks like them."""
+"""NaN and infinity in a checkpoint's files are found, named, and distinguished from similar bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ INF, NAN = float("inf"), float("nan")
 
 
 def checkpoint(directory: Path, **state: Any) -> tuple[str, dict[str, Any]]:
-    """Its one file, and the manifest with a segment for every piece."""
+    """A checkpoint of one file, and its manifest with a segment for every piece."""
     dcp.save(state, storage_writer=dcp.FileSystemWriter(directory, thread_count=1), no_dist=True)
     stored = dcp.FileSystemReader(directory).read_metadata().storage_data
     (name,) = {info.relative_path for info in stored.values()}
@@ -43,7 +43,7 @@ def test_opposite_infinities_do_not_cancel(tmp_path: Path) -> None:
 
 
 def test_finite_numbers_pass(tmp_path: Path) -> None:
-    """Also those whose sum overflows, integers that read as NaN, and objects."""
+    """Also numbers whose sum overflows, integers with the bits of a NaN, and objects."""
     huge = torch.full((1000,), 3e38)
     state = {"huge": huge, "half": huge.bfloat16(), "mask": torch.full((9,), -1, dtype=torch.int32), "empty": huge[:0]}
     check_finite(tmp_path, *checkpoint(tmp_path, **state, words={"a": [1, "b"]}))

@@ -1,4 +1,4 @@
-"""FLOPs by hand: Qwen2.5-7B's weights from its config, attention pair by pair, experts by those a token visits."""
+"""FLOPs by hand: Qwen2.5-7B's weights from its config, attention by pairs, and the experts active for a token."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_weights_of_a_dense_model() -> None:
 
 
 def test_a_token_visits_eight_of_128_experts() -> None:
-    """With the router; Qwen3-30B-A3B is said to activate 3.3 B, of which 0.6 B are the two vocabulary tables."""
+    """With the router; Qwen3-30B-A3B's card states 3.3 B active, of which 0.6 B are the two vocabulary tables."""
     attention = 2 * 32 * 128 * 2048 + 2 * 4 * 128 * 2048
     per_layer = attention + 128 * 2048 + 8 * 3 * 768 * 2048
     active = layer_parameters(conversion.parse_config(QWEN3_30B_A3B))
@@ -40,7 +40,7 @@ def test_a_token_visits_eight_of_128_experts() -> None:
 
 
 def test_forward_pass_of_one_sample_term_by_term() -> None:
-    """3 fed tokens see 1 + 2 + 3 keys, two products of width 28 x 128 each; 2 response tokens meet the vocabulary."""
+    """3 fed tokens see 1 + 2 + 3 keys, two products of width 28 x 128 each; 2 response tokens need logits."""
     hf = conversion.parse_config(QWEN2_5_7B)
     expected = 2 * 6_525_288_448 * 3 + 28 * 6 * 2 * 2 * 28 * 128 + 2 * 2 * 152064 * 3584
     assert ForwardFlops(hf)([(3, 2)]) == expected
@@ -76,7 +76,7 @@ def test_a_sliding_window_ends_early() -> None:
         ("NVIDIA A100-SXM4-80GB", 312.0),
         ("NVIDIA A10", 125.0),
         ("NVIDIA L40S", 362.05),
-        ("Tesla V100-SXM2-32GB", None),  # no bfloat16
+        ("Tesla V100-SXM2-32GB", None),  # no bfloat16 support
     ],
 )
 def test_peaks_by_name(name: str, peak: float | None) -> None:

@@ -15,7 +15,7 @@ SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4)
 
 @given(SHAPES, st.data())
 def test_rectangles_are_the_range_in_order(shape: list[int], data: st.DataObject) -> None:
-    """Read one after the other they give exactly the elements of the range, and there are few; in parts too."""
+    """In order they give exactly the elements of the range, and there are few; the same for parts of a range."""
     size = prod(shape)
     start = data.draw(st.integers(0, size))
     stop = data.draw(st.integers(0, size))

@@ -1,4 +1,4 @@
-"""How a rollout batch is cut into mini-batches, and the weights of their terms."""
+"""Division of a rollout batch into mini-batches, and the weights of their terms."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_tokens_that_mismatch_leave_the_denominators() -> None:
 
 
 def test_the_weights_of_a_selection_reach_the_batch_per_mini_batch() -> None:
-    """Selected anew for one sample, its weights are those of that sample alone; the other's stay."""
+    """A second selection for one sample changes only that sample's weights."""
     config, metrics = Config(), StepMetrics(0)
     batch, _, _ = make_batch(config, [sample(0, 3), sample(0, 5)])
     g = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""Batches generated ahead: which are begun when, from which problem on, and what is refused."""
+"""Batches generated ahead: the order of their starts, their first problems, and refusals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from recipes.rollout.engine import Request, Sampling
 
 
 class Stub(Collector):
-    """Only the order of things: a batch takes a problem more than it was asked for when groups are dropped."""
+    """Records only the order of calls: a batch takes one more problem than requested when groups are dropped."""
 
     def __init__(self, *overrides: str) -> None:
         self.config = load_checked(
@@ -44,7 +44,7 @@ def test_batches_ahead_are_begun_at_once_where_their_problems_are_known() -> Non
     collector.begin(0, 100, 3)
     collector.may_end[0].set()
     assert collector.finish(0) == {"step": 0, "position": 108}
-    collector.begin(1, 108, 2)  # what step 0 asks for: both are begun already
+    collector.begin(1, 108, 2)  # step 0's batch: both have started already
     for event in collector.may_end.values():
         event.set()
     assert collector.finish(1) == {"step": 1, "position": 116} and collector.finish(2) == {"step": 2, "position": 124}
@@ -77,7 +77,7 @@ def test_tokens_older_than_allowed_end_the_run() -> None:
 
 
 class Judge(Collector):
-    """The real judging with random rewards, in this process, and with a stub for the tokenizer."""
+    """The real judge with random rewards, in this process, with a stub for the tokenizer."""
 
     def __init__(self, seed: int) -> None:
         self.config = load_checked([f"seed={seed}", "reward.name=random"])
@@ -94,7 +94,7 @@ class Judge(Collector):
 
 
 def test_random_rewards_depend_on_seed_step_and_attempt() -> None:
-    """A second generation call of a step, or another run seed, is not paid the first one's rewards again."""
+    """A second generation call of a step, or another run seed, gets different rewards."""
     first = Judge(0).rewards("train", 3, 0)
     assert Judge(0).rewards("train", 3, 0) == first
     others = [Judge(0).rewards("train", 3, 1), Judge(0).rewards("train", 4, 0), Judge(1).rewards("train", 3, 0)]
@@ -102,7 +102,7 @@ def test_random_rewards_depend_on_seed_step_and_attempt() -> None:
 
 
 class Answerer:
-    """A `Respondent` without an engine: what it is asked, and how long it takes."""
+    """A `Respondent` without an engine: records the number of problems per request."""
 
     def __init__(self, slots: int, concurrent: bool) -> None:
         self.slots, self.concurrent = slots, concurrent
@@ -120,7 +120,7 @@ class Answerer:
 def test_an_engine_in_this_process_is_asked_for_little_at_first(
     monkeypatch: pytest.MonkeyPatch, short: float, long: float, asked: list[int]
 ) -> None:
-    """So that a slow one shows progress, and loses little when it is killed; a fast one is soon full."""
+    """A slow engine then shows progress and loses little when killed; a fast one soon gets full batches."""
     monkeypatch.setattr(evaluation, "SHORT_S", short)
     monkeypatch.setattr(evaluation, "LONG_S", long)
     problems = [Problem(str(i), "", "") for i in range(50)]

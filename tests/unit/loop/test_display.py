@@ -1,4 +1,4 @@
-"""The progress line: 80 columns, time left legible; plain lines once each where there is no terminal."""
+"""The progress line: 80 columns with the remaining time; each plain line once without a terminal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_line_fits_80_columns_with_the_time_left() -> None:
 def test_plain_lines_come_once_and_never_with_escapes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")  # which rich takes for a terminal
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich treats this as a terminal
     monkeypatch.setattr(display, "PLAIN_EVERY_S", 0.0)
     shown = Display()
     shown.start(0, 3)

@@ -94,7 +94,7 @@ def test_bootstrap_interval_of_a_constant_is_a_point() -> None:
     [(0, 20, 0.0, 1 - 0.025 ** (1 / 20)), (20, 20, 0.025 ** (1 / 20), 1.0), (5, 10, 0.187086, 0.812914)],
 )
 def test_exact_interval(successes: int, trials: int, low: float, high: float) -> None:
-    """Closed forms at the ends, and the value that tables print for 5 of 10."""
+    """Closed forms at the ends, and the tabulated value for 5 of 10."""
     assert exact_interval(successes, trials) == pytest.approx((low, high), abs=1e-6)
     with pytest.raises(ValueError, match="no share"):
         exact_interval(trials + 1, trials)
@@ -134,7 +134,7 @@ def test_summarise() -> None:
     ("correct", "answers", "value"),
     [
         ([True, False, False], ["1", "2", "3"], 1 / 3),  # a tie of three
-        ([True, True, False], ["1", "1.0", "2"], 1.0),  # right answers vote together, however they are written
+        ([True, True, False], ["1", "1.0", "2"], 1.0),  # equal answers share their votes, whatever their form
         ([True, False, False], ["1", "2", "2"], 0.0),
         ([True, False, False], ["1", None, None], 1.0),  # no answer, no vote
         ([False, False, False], [None, None, None], 0.0),

@@ -1,4 +1,4 @@
-"""The rollout journal: exact records, torn ends, broken middles, copies into a replay's own journal, the old format."""
+"""The rollout journal: exact records, torn ends, damaged middles, copies into a replay's journal, the old format."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def record(step: int, kind: str = "rollouts", **extra: Any) -> dict[str, Any]:
 
 
 def fill(path: Path, *given: dict[str, Any]) -> list[bytes]:
-    """What the file holds then, record by record."""
+    """Fill a journal; return the file's contents, record by record."""
     target = Journal(path)
     payloads = [target.put(r) for r in given]
     target.close()
@@ -58,7 +58,7 @@ def test_a_torn_end_is_cut(tmp_path: Path, kept: int) -> None:
 
 
 def test_an_end_that_was_not_all_written_is_cut(tmp_path: Path) -> None:
-    """After a power cut a file may have its length, and zeros in its last blocks."""
+    """After a power failure a file may have its full length, but zeros in its last blocks."""
     path = tmp_path / "journal.bin"
     first, second = fill(path, record(0), record(1))
     path.write_bytes(first + second[:-30] + bytes(30))
@@ -135,7 +135,7 @@ def plain(sample: Sample) -> tuple[Any, ...]:
 
 
 def test_samples_read_back_equal(tmp_path: Path) -> None:
-    """Every float bit for bit, the awkward ones too."""
+    """Every float bit for bit, including special values."""
     logprobs = [-0.1, -1 / 3, -5e-324, -1.7976931348623157e308, math.log(0.7), -0.0]
     ids = list(range(6))
     samples = [
@@ -159,7 +159,7 @@ VERSIONS = st.lists(st.lists(st.integers(0, 2), max_size=6), min_size=1, max_siz
 @settings(max_examples=50, deadline=None)
 @given(VERSIONS)
 def test_versions_of_every_token_survive(versions: list[list[int]]) -> None:
-    """Runs of versions that end within responses, at their ends, and span several; empty responses; tensors."""
+    """Runs of versions that end within responses, at their ends, or span several; empty responses; tensors."""
     samples = [
         Sample(
             Rollout([1], torch.tensor(v, dtype=torch.int32), torch.zeros(len(v)), torch.tensor(v), "stop"), "p", 0, 0
@@ -173,7 +173,7 @@ def test_versions_of_every_token_survive(versions: list[list[int]]) -> None:
 
 
 def test_a_token_takes_eight_bytes() -> None:
-    """Log-probabilities of an engine are float32 numbers, whatever type they come in; one version takes no room."""
+    """Log-probabilities of an engine are float32 numbers, whatever type they come in; one version takes no space."""
     count = 100_000
     logprobs = (-torch.rand(count)).tolist()
     sample = Sample(Rollout([1], [5] * count, logprobs, [3] * count, "length"), "p", 0, 0)
@@ -186,7 +186,7 @@ def test_a_token_takes_eight_bytes() -> None:
 
 
 def test_experts_come_back_and_take_a_byte_each() -> None:
-    """Also of prompts of different lengths; unless one response lacks them."""
+    """Also for prompts of different lengths; none are kept if one response lacks them."""
     groups: list[Any] = []
     for number, (prompt, lengths) in enumerate([([1, 2, 3], [2, 4]), ([5], [1, 3])]):
         samples = []

@@ -69,7 +69,7 @@ def test_without_samples_every_number_is_finite() -> None:
 
 
 def test_updates_are_averaged_by_their_tokens() -> None:
-    """Shares over tokens weigh by tokens; the objective, norm and rate of each update count once."""
+    """Fractions of tokens are weighted by tokens; the objective, norm and rate of each update count once."""
     metrics = StepMetrics(1)
     metrics.rollouts([sample(1)])
     metrics.update(update(30, pg_clipfrac_low=0.1, pg_loss=1.0, grad_norm=2.0, lr=0.1, skipped_updates=0.0))
@@ -132,7 +132,7 @@ def test_timings_and_rates() -> None:
 
 
 def learner(**work: Any) -> Any:
-    """What `StepMetrics.learner` asks of one."""
+    """The learner's interface for `StepMetrics.learner`."""
     values = {"flops": 0.0, "ranks": 1, "peak_tflops": None, "time_imbalance": 0.0, "token_imbalance": 0.0}
     report = SimpleNamespace(**{**values, "peak_memory_gib": 1.5, **work})
     return SimpleNamespace(work_report=lambda *critics: report, packing_report=lambda: {"perf/padding_waste": 0.25})
@@ -165,7 +165,7 @@ def test_no_mfu_without_a_peak_and_critics_are_counted() -> None:
 
 
 def test_whatever_depends_on_the_machine_is_named_so() -> None:
-    """Replays are compared on everything but ``timing_s/`` and ``perf/``."""
+    """Replays are compared on all metrics except ``timing_s/`` and ``perf/``."""
 
     def row(sleep_s: float) -> dict[str, Any]:
         metrics = StepMetrics(1)

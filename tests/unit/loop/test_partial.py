@@ -1,4 +1,4 @@
-"""Which groups a batch of partial rollouts takes: never older than allowed, nothing lost, waiting only where needed."""
+"""Choice of groups for a batch of partial rollouts: within the age limit, none lost, no needless waiting."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_group_at_its_last_step_is_waited_for() -> None:
 
 
 def test_later_batches_must_have_room_for_what_is_left() -> None:
-    """Five old groups, of which the next batch holds two: one of them must go now, although the young are complete."""
+    """Five old groups, of which the next batch holds two: take one of them now, although newer ones are complete."""
     begun = [*(group(i, 4, False) for i in range(3)), group(3, 5, True), group(4, 5, True)]
     assert choose(begun, 5, wanted=2, age=2) is None
     begun[1].samples = []

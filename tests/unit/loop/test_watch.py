@@ -1,4 +1,4 @@
-"""Steps without a learning signal, and entropies at their limits, are said while the run goes on."""
+"""Steps without a learning signal, and entropies at their limits, are reported during the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model card names what made the model, and no directory of the machine that did."""
+"""A model card names the training run's settings, but no directory of its machine."""
 
 from __future__ import annotations
 

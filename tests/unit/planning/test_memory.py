@@ -209,7 +209,7 @@ def test_expert_parallelism_divides_experts_and_not_their_share_of_the_state(bas
 
 
 def test_what_is_on_the_host(base: Config) -> None:
-    """Offloaded state is there instead of activations, not beside them; a reference is on the host, twice."""
+    """Offloaded state and activations use the GPU at different times; a reference is on the host, twice."""
     plain = memory.learner_memory(base, TINY)
     offloaded = memory.learner_memory(change(base, "optim", offload=True), TINY)
     backward = plain.activations + plain.momentary
@@ -250,7 +250,7 @@ def test_uneven_stages_and_full_middle_ones(base: Config) -> None:
 
 
 def test_the_cheapest_recomputation_that_fits(base: Config) -> None:
-    """7B in bfloat16 on eight GPUs: nothing, the MLP, whole layers, as memory gets tighter; or nothing helps."""
+    """7B in bfloat16 on eight GPUs: nothing, the MLP, whole layers, as memory decreases; or no option fits."""
     hf = conversion.parse_config(QWEN2_5_7B)
     config = change(base, "model", dtype="bfloat16")
     config = change(change(config, "optim", distributed=True), "parallel", nproc=8)

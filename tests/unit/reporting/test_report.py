@@ -1,4 +1,4 @@
-"""The report on made-up runs: the numbers it prints, what it must never let through, what it tolerates."""
+"""The report on synthetic runs: its numbers, content that it must not let through, and input that it tolerates."""
 
 from __future__ import annotations
 
@@ -310,7 +310,7 @@ def test_the_same_run_gives_the_same_page(tmp_path: Path, run: Path, html: str) 
     assert write_report(run, out=tmp_path / "again.html").read_text() == html
 
 
-# ------------------------------------------------------------------------------------------- what the script draws
+# -------------------------------------------------------------------------------------------- charts of the script
 
 
 def numbers_of(html: str) -> Any:

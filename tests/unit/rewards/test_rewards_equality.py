@@ -1,4 +1,4 @@
-"""What counts as an equal answer: pairs that must be accepted, and a larger set of pairs that must not."""
+"""Equality of answers: pairs that must be accepted, and a larger set of pairs that must be rejected."""
 
 from __future__ import annotations
 

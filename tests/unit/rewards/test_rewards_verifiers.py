@@ -168,7 +168,7 @@ def test_only_string_work_runs_in_the_trainer() -> None:
     assert scorer.counts == {"ok": 2}
 
 
-# Gold answers of our own choosing; the texts are trusted, so math-verify may run in this process.
+# Our own gold answers; the texts are trusted, so math-verify may run in this process.
 _EQUAL = [
     ("0.5", r"\frac{1}{2}"),
     (r"\dfrac12", "0.5"),

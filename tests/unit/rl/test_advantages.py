@@ -15,7 +15,7 @@ from megatron_ext.rl.advantages import compute_advantages, gae, informative_grou
 R = torch.tensor([1.0, 0.0, 0.1, 0.0, 0.1, 0.1, 1.0, 5.0], dtype=torch.float64)
 G = torch.tensor(
     [7, 7, 3, 7, 3, 3, 7, 9]
-)  # 7: {1, 0, 0, 1}; 3: all equal, in numbers that do not sum exactly; 9: alone
+)  # 7: {1, 0, 0, 1}; 3: all equal, with numbers that do not sum exactly; 9: a single sample
 
 
 def by_group(fn: object) -> list[float]:

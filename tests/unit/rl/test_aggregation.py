@@ -1,4 +1,4 @@
-"""Aggregation against its definitions, and the gradient of the whole objective however the batch is cut."""
+"""Aggregation against its definitions, and the gradient of the whole objective for every division of the batch."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_bad_names_are_named() -> None:
 
 
 def gradient(name: str, aggregation: str, cuts: list[list[int]]) -> Tensor:
-    """d objective / d logits of a tabular policy, its sequences spread over micro-batches as ``cuts`` says."""
+    """d objective / d logits of a tabular policy, its sequences divided into micro-batches by ``cuts``."""
     g = torch.Generator().manual_seed(2)
     logits = torch.randn(16, 7, generator=g, dtype=torch.float64, requires_grad=True)
     actions = torch.randint(7, (16,), generator=g)
@@ -110,7 +110,7 @@ def test_kl_estimators_on_an_enumerated_distribution() -> None:
 
 
 def test_kl_values_and_gradients_token_by_token() -> None:
-    """The values, and F, by their formulas; far apart both stay finite."""
+    """The values and F by their formulas; both stay finite for large differences."""
     logp = torch.tensor([-1.0, -2.0, -0.5, -80.0], requires_grad=True)
     ref = torch.tensor([-1.5, -1.0, -0.5, -1.0])
     d = [0.5, -1.0, 0.0]

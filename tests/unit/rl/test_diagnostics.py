@@ -37,10 +37,10 @@ SELECTION_PARAMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("selection", sorted(SELECTIONS.keys() - {"unlikely"}))  # it shapes rewards, nothing here
+@pytest.mark.parametrize("selection", sorted(SELECTIONS.keys() - {"unlikely"}))  # it only shapes rewards
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_predicted_entropy_change_is_the_measured_one(loss: str, selection: str) -> None:
-    """A small step of every token's own logits down the gradient of the whole objective, both ways."""
+    """A small step of every token's logits along the gradient of the whole objective, in both directions."""
     select = build_selection(selection, **SELECTION_PARAMS.get(selection, {}))
     measured, predicted, _ = slopes(tabular_batch(), build_loss(loss, **LOSS_PARAMS.get(loss, {})), select)
     assert abs(measured) > 1e-4
@@ -48,7 +48,7 @@ def test_the_predicted_entropy_change_is_the_measured_one(loss: str, selection: 
 
 
 def test_the_prediction_knows_the_loss_and_the_selection() -> None:
-    """What the printed formula cannot tell apart: it is the same for every clipped loss and every selection."""
+    """The printed formula does not: it is the same for every clipped loss and every selection."""
     batch = tabular_batch()
     found, unclipped = {}, set()
     for loss, params, selection in (
@@ -115,7 +115,7 @@ def test_an_empty_mask_gives_zeros() -> None:
 
 
 def test_regions_by_hand() -> None:
-    """p, r, A of eleven tokens and where each belongs; boundaries: p = 0.3 is low, p = 0.7 is neither."""
+    """p, r, A of eleven tokens and the region of each; boundaries: p = 0.3 is low, p = 0.7 is neither."""
     cases = [
         (0.8, 1.1, 1.0, "E1", "PA_HP"),
         (0.2, 1.1, 1.0, "E2", "PA_LP"),
@@ -168,7 +168,7 @@ def test_shares_of_tokens_and_of_gradient_mass() -> None:
 
 
 def events(loss: str, **params: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Events of one state with every action as often as pi_old says (10 draws), and the diagnostics."""
+    """Events of one state with actions in proportion to pi_old (10 draws), and the diagnostics."""
     z_old = torch.tensor([0.5, 0.3, 0.2], dtype=F64).log()
     z = z_old + torch.tensor([0.5, -0.7, 0.1], dtype=F64)
     actions = torch.tensor([0] * 5 + [1] * 3 + [2] * 2)

@@ -28,7 +28,7 @@ def ratio_of(log_r: float) -> float:
     return float(torch.tensor([log_r], dtype=F64).exp())
 
 
-DUAL, STOP = ratio_of(1.1), ratio_of(1.4)  # bounds above e that exp reaches exactly; below e it reaches every double
+DUAL, STOP = ratio_of(1.1), ratio_of(1.4)  # bounds above e that exp yields exactly; below e it yields every double
 
 
 def ppo_weight(low: float, high: float, dual: float = INF) -> WeightOf:
@@ -179,7 +179,7 @@ def log_of(r: float) -> float:
 
 
 def around(bound: float) -> list[float]:
-    """Log-ratios at the bound, at the nearest ratio on either side that exp reaches, and at two nearby points."""
+    """Log-ratios at the bound, at the nearest ratio on either side that exp yields, and at two nearby points."""
     exact = log_of(bound)
     below, above = (math.log(math.nextafter(bound, to)) for to in (0, INF))
     while ratio_of(below) >= bound:
@@ -238,7 +238,7 @@ def test_gradient_weight_is_the_closed_form(case: str, p: float, a: float) -> No
 
 
 def test_the_bounds_are_really_hit() -> None:
-    """The grid is only worth something if some ratio equals each bound and its neighbours straddle it."""
+    """The grid must have a ratio equal to each bound, and neighbours on both sides of it."""
     hits = 0
     for case, (_, _, _, bounds) in CASES.items():
         ratios = [ratio_of(x) for x in log_ratios(case, 0.3)]
@@ -251,7 +251,7 @@ def test_the_bounds_are_really_hit() -> None:
 
 
 def textbook(case: str, logp: Tensor, old: Tensor, a: Tensor) -> Tensor:
-    """The objectives as the papers print them, to be differentiated by autograd. Per token, to be maximised."""
+    """The objectives as printed in the papers, for differentiation by autograd. Per token, to be maximised."""
     r = (logp - old).exp()
     if case == "pg":
         return a * logp
@@ -342,7 +342,7 @@ def test_beta_zero_is_ppo_bit_for_bit(
 @settings(deadline=None, max_examples=100)
 @given(st.floats(1e-6, 1), st.floats(1e-6, 1), st.floats(-1, 0), st.floats(0, 2))
 def test_upper_bound_has_the_closed_form_of_p0_eq_8(p: float, p_old: float, alpha: float, b: float) -> None:
-    """pi <= (1+b) / (1 - alpha pi_old) pi_old iff r <= 1 + alpha pi + b: seen by whether a token with A > 0 trains."""
+    """pi <= (1+b) / (1 - alpha pi_old) pi_old iff r <= 1 + alpha pi + b: checked by whether one with A > 0 trains."""
     alpha = max(alpha, -b)
     bound = (1 + b) / (1 - alpha * p_old) * p_old
     if abs(p - bound) < 1e-9 * bound:
@@ -416,7 +416,7 @@ def test_huge_ratios_stay_finite_and_are_counted(name: str, params: dict[str, An
 
 
 def test_a_capped_token_keeps_its_gradient() -> None:
-    """No clamp of the log-ratio in the backward pass: beyond the cap a pessimistic token still pushes."""
+    """No clamp of the log-ratio in the backward pass: beyond the cap a pessimistic token keeps its gradient."""
     _, grad = evaluate("ppo", {}, torch.tensor([-1.0]), torch.tensor([-101.0]), torch.tensor([-1.0]))
     assert grad.item() == pytest.approx(torch.finfo(torch.float32).max ** 0.5, rel=1e-5)
 
@@ -488,7 +488,7 @@ def test_plain_differentiable_code_is_enough() -> None:
     (want,) = torch.autograd.grad((weights * closed.loss).sum(), logp)
     torch.testing.assert_close(got[0], want)
     torch.testing.assert_close(got[1], torch.where(mask, -0.6 * weights * h, 0.0).detach())
-    with torch.no_grad():  # evaluation: there is a loss, and nothing to differentiate
+    with torch.no_grad():  # evaluation: there is a loss without a gradient
         assert not Textbook()(x).loss.requires_grad
 
 
@@ -628,7 +628,7 @@ def test_gmpo_is_verls_geometric_mean() -> None:
 @settings(max_examples=60)
 @given(st.integers(0, 10**6), st.floats(0.2, 4), st.floats(-0.5, 0.5))
 def test_bapo_moves_its_bounds_until_the_target_is_met(seed: int, target: float, shift: float) -> None:
-    """As the authors' loop: the lower bound first, then the upper one, and no further than needed."""
+    """As in the authors' loop: the lower bound first, then the upper one, no further than needed."""
     logp, old, a = random_inputs(seed, 300, 0.5, F64)
     ratio, a = (logp - old).exp(), a + shift
     loss = build_loss("bapo", target=target)
@@ -650,7 +650,7 @@ def test_bapo_moves_its_bounds_until_the_target_is_met(seed: int, target: float,
 
 @pytest.mark.parametrize("q", [0.0, 0.35, 0.8, 1.0])
 def test_archer_widens_the_interval_above_the_quantile_of_each_response(q: float) -> None:
-    """By `torch.nanquantile` over the rows, as the authors have it; masked tokens do not count."""
+    """By `torch.nanquantile` over the rows, as in the authors' code; masked tokens do not count."""
     g = torch.Generator().manual_seed(5)
     h = torch.rand(4, 9, dtype=F64, generator=g)
     mask = torch.rand(4, 9, generator=g) < 0.7

@@ -1,4 +1,4 @@
-"""The plan loses no sample and keeps every promise; packing and unpacking are inverse."""
+"""The plan loses no sample and meets every constraint; unpacking is the inverse of packing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The mathematics stays pure: no Megatron, no torch.distributed, and its configs say what its dataclasses say."""
+"""megatron_ext.rl is pure: no Megatron, no torch.distributed; its YAML configs match its dataclasses."""
 
 from __future__ import annotations
 

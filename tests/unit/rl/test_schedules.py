@@ -1,4 +1,4 @@
-"""Schedules and controllers: what they prescribe, that they are pure, and that a resumed run continues identically."""
+"""Schedules and controllers: their values, their purity, and identical continuation of a resumed run."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_od_initial_state_and_floor_are_configurable() -> None:
 
 
 def simulate(case: str, response: float, steps: int = 60, start: float = 1.0) -> list[dict[str, float]]:
-    """A plant whose entropy decays on its own and rises with the actuation; logs of every step."""
+    """Simulate entropy that decays by itself and rises with the actuation; return the logs of every step."""
     controller = make(case)
     state, h, log = controller.init(), start, []
     for k in range(steps):
@@ -157,7 +157,7 @@ def test_entropy_target_holds_the_target_where_the_open_loop_drifts_away() -> No
 
 
 def test_integral_does_not_wind_up() -> None:
-    """200 steps of a deficit that saturates the actuator leave no debt: the control turns within a few steps."""
+    """After 200 steps with a saturated actuator the control reverses within a few steps."""
     controller = build_controller("ce_gppo", {}, "entropy_target")
     state = controller.observe(controller.init(), step=0, total_steps=300, entropy=1.0)
     for k in range(1, 201):
@@ -294,7 +294,7 @@ def test_the_closed_loop_moves_an_entropy_bonus_with_any_loss_and_says_when_it_c
 
 
 def run_controller(controller: Controller, measured: list[float]) -> list[dict[str, Any]]:
-    """States after each observed entropy."""
+    """The states after each observed entropy."""
     states, state = [], controller.init()
     for step, entropy in enumerate(measured):
         state = controller.observe(state, step=step, total_steps=len(measured), entropy=entropy)
@@ -335,7 +335,7 @@ def test_the_automatic_temperature_is_a_gradient_step_on_its_logarithm() -> None
 
 @pytest.mark.parametrize("loss", ["ce_gppo", "gspo", "aspo", "dcpo", "archer", "repo_r", "entropic", "entropy_shaped"])
 def test_the_closed_loop_moves_the_clip_offsets_of_any_loss_that_has_them(loss: str) -> None:
-    """Only between limits of the user's; the other parameters stay."""
+    """Only between the user's limits; the other parameters do not change."""
     base = build_loss(loss)
     low, high = base.eps_low, base.eps_high  # type: ignore[attr-defined]
     limits = {"eps_high": [high / 2, 2 * high], "eps_low": [low / 2, 2 * low], "entropy_coef": [0.0, 0.01]}

@@ -238,7 +238,7 @@ def test_clip_cov_spares_what_ppo_clips() -> None:
     x = batch(7, sequences=60)
     inside = torch.zeros_like(x.mask)
     inside[x.mask] = torch.tensor([1.0 < c < 5.0 for c in covariances(x)])
-    clipped = replace(x, old_logp=x.stats.logp - 0.5 * x.advantages.sign())  # every token has moved with its advantage
+    clipped = replace(x, old_logp=x.stats.logp - 0.5 * x.advantages.sign())  # all changed along their advantage
     out = build_selection("clip_cov", frac=1.0).select(clipped)
     assert torch.equal(out.keep, x.mask) and inside.any()
     against = replace(x, old_logp=x.stats.logp + 0.5 * x.advantages.sign())
@@ -273,7 +273,7 @@ REGION_TOKENS = [  # (A, r, p) -> region
     ((-1.0, 0.9, 0.8), "e3"),
     ((-1.0, 0.9, 0.2), "e4"),
     ((1.0, 1.1, 0.5), None),  # neither likely nor unlikely
-    ((1.0, 0.9, 0.8), None),  # unaffected: moved against its advantage
+    ((1.0, 0.9, 0.8), None),  # unaffected: changed against its advantage
     ((-1.0, 1.1, 0.2), None),
     ((1.0, 1.4, 0.8), None),  # outside the trust region
     ((-1.0, 0.6, 0.2), None),

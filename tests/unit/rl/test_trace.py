@@ -1,4 +1,4 @@
-"""The trace of a few tokens through a step's updates: sides, ratios and gradient weights as the loss has them."""
+"""The trace of a few tokens through a step's updates: sides, ratios and gradient weights match the loss."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from megatron_ext.rl.losses import build_loss
 from megatron_ext.rl.trace import TokenTrace
 from megatron_ext.rl.types import LossInputs
 
-# Flat places 0..5 of a batch. A clip interval of [0.8, 1.2].
+# Flat positions 0..5 of a batch. A clip interval of [0.8, 1.2].
 RATIO = torch.tensor([0.5, 1.0, 1.5, 0.5, 1.5, 2.0], dtype=torch.float64)
 ADVANTAGE = torch.tensor([-1.0, 2.0, 2.0, 2.0, -1.0, 2.0], dtype=torch.float64)
 
 
 def add(trace: TokenTrace, places: list[int], *, loss: str = "ppo", drop: int = -1, mask: int = -1) -> None:
-    """An update of a micro-batch that holds these places, in this order."""
+    """Add an update of a micro-batch with these positions, in this order."""
     flat = torch.tensor(places)
     inputs = LossInputs(
         logp=RATIO[flat].log(), old_logp=torch.zeros(len(flat)).double(), advantages=ADVANTAGE[flat], mask=flat != mask
@@ -51,7 +51,7 @@ def test_a_loss_that_preserves_gradients_says_so() -> None:
 def test_updates_are_averaged_and_selection_and_mask_count() -> None:
     trace = TokenTrace(torch.tensor([1, 2, 4]))
     add(trace, [1, 2, 3])
-    add(trace, [2, 1], drop=1)  # token selection takes 1 out: no gradient, still a ratio
+    add(trace, [2, 1], drop=1)  # token selection drops 1: no gradient, still a ratio
     add(trace, [2, 4], mask=4)
     assert trace.of(1, 2) == {"ratio": [1.0], "clip_side": [0.0], "gradient_weight": [0.5]}
     assert trace.of(2, 3) == {"ratio": [1.5], "clip_side": [1.0], "gradient_weight": [0.0]}

@@ -1,4 +1,4 @@
-"""Turns of learner and servers, on a made-up GPU that neither fits beside the other."""
+"""Alternation of learner and servers on a simulated GPU that cannot hold both at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WEIGHTS, STATE, KV_CACHE = 15, 60, 60
 
 
 class Gpu:
-    """Memory by owner; raises when more is taken than there is, or something is taken twice."""
+    """Memory by owner; raises when it is exhausted, or when an owner allocates twice."""
 
     def __init__(self) -> None:
         self.used: dict[str, int] = {}
@@ -49,7 +49,7 @@ class FakeModel:
 
 
 class FakeServers:
-    """Weights are known only after a push that follows the last sleep."""
+    """Weights are valid only after a push that follows the last sleep."""
 
     def __init__(self, gpu: Gpu) -> None:
         self.gpu, self.version, self.starts = gpu, None, 0
@@ -99,9 +99,9 @@ class Setting:
 
 @pytest.mark.parametrize("critic", [False, True])
 def test_they_never_hold_more_than_there_is(critic: bool) -> None:
-    """Including at the start, where a server takes all its memory at once; `Gpu` raises otherwise."""
+    """Also at the start, where a server allocates all its memory at once; `Gpu` raises otherwise."""
     setting = Setting(critic)
-    for version in (0, 0, 1):  # the first is evaluated and then trained on: sent twice, since sleep forgets it
+    for version in (0, 0, 1):  # the first is evaluated and then trained on: sent twice, since sleep discards it
         with setting.turns.rollout(setting.push(version)):
             assert setting.turns.phase is Phase.ROLLOUT
             assert setting.servers.version == version
@@ -131,7 +131,7 @@ def test_a_turn_within_a_turn_is_refused() -> None:
 
 @pytest.mark.parametrize("where", ["weights", "kv_cache", "sleep", "push", "generation"])
 def test_after_a_failure_nothing_goes_on(where: str) -> None:
-    """The error comes through, and a next turn is refused: the run ends and resumes from its checkpoint."""
+    """The error propagates, and the next turn is refused: the run ends and resumes from its checkpoint."""
     setting = Setting()
     with setting.turns.rollout(setting.push(0)):
         pass

@@ -1,4 +1,4 @@
-"""`make theory` is the test of the theorems: every check comes out as expected, and each kind is able to fail."""
+"""`make theory` is the test of the theorems: every check has the expected result, and each kind can fail."""
 
 from __future__ import annotations
 

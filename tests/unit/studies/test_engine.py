@@ -1,4 +1,4 @@
-"""The bench: exact accuracy against samples, gradients against the project's objective, seeds that never meet."""
+"""The bench: exact accuracy against samples, gradients against the project's objective, disjoint seeds."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_seed_does_not_depend_on_its_neighbours(name: str, level: str, short_w
 
 
 class _Recorder(Table):
-    """A table that keeps the first gradient it is asked for."""
+    """A table that records its first gradient."""
 
     first: tuple[Tensor, Tensor] | None = None
 
@@ -77,7 +77,7 @@ class _Recorder(Table):
 
 @pytest.mark.parametrize("name", ["GRPO", "KL-Cov", "entropy bonus 0.003", "Clip_B 1"])
 def test_the_update_is_the_gradient_of_the_projects_objective(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first update's gradient, and the batch that made it, rebuilt with `megatron_ext.rl.objective.evaluate`."""
+    """The first update's gradient is recomputed from its batch with `megatron_ext.rl.objective.evaluate`."""
     from recipes.studies import engine
 
     method, seen = LOSSES[name], []
@@ -168,7 +168,7 @@ def test_passes_add_up_to_the_step() -> None:
     gains = sum(curves[f"pass_gain_{number}"][:, 1:] for number in (1, 2, 3))
     torch.testing.assert_close(gains, curves["avg"].diff(dim=1), rtol=1e-4, atol=1e-6)
     kept = curves["pass_reward_1"] + curves["pass_penalty_1"]
-    assert kept[:, 1:].abs().max() < 0.05  # advantages of a group sum to zero, and so do their pulls near r = 1
+    assert kept[:, 1:].abs().max() < 0.05  # advantages of a group sum to zero, and so do their gradients near r = 1
     assert "pass_gain_4" not in curves
     row = results.per_pass({k: v[0] for k, v in curves.items() if k.startswith("pass_")})
     assert len(row["pass_step"]) == 3 and min(row["pass_step"]) > 0

@@ -1,4 +1,4 @@
-"""Studies of whole runs: their words are accepted, runs come seed by seed, resume, and failures count as collapsed."""
+"""Studies of whole runs: their settings are accepted, runs go seed by seed and resume, failures count as collapsed."""
 
 from __future__ import annotations
 

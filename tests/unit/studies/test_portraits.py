@@ -1,4 +1,4 @@
-"""The atlas shows what the code does: edges where the papers have them."""
+"""The atlas matches the code: region edges are at the papers' values."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def test_without_a_probe_the_next_batch_is_the_measurement() -> None:
 def test_a_probe_measures_the_same_tokens() -> None:
     probed = {"theory/entropy_change_same_tokens": [(s, 0.7 * 0.4 * x) for s, x in SLOPES if s != 3]}
     pairs = prediction.changes(SERIES | probed)
-    assert len(pairs) == 7  # step 3 was not probed, and nothing else is put in its place
+    assert len(pairs) == 7  # step 3 was not probed, and no other value replaces it
     found = prediction.agreement(pairs)
     assert found is not None
     assert (found.correlation, found.slope, found.same_sign) == (pytest.approx(1), pytest.approx(0.7), 1.0)

@@ -32,7 +32,7 @@ def test_a_study_resumes_and_its_page_is_written(tmp_path: Path, monkeypatch: py
     path = tmp_path / "tiny.jsonl"
     with path.open("a") as file:
         file.write('{"torn": ')  # killed while writing
-    monkeypatch.setattr(runner, "_run", None)  # nothing may be run again
+    monkeypatch.setattr(runner, "_run", None)  # no run may be repeated
     assert runner.run("tiny", STUDY, root=tmp_path, seeds=2) == rows
     assert not list(runner.missing("tiny", STUDY, rows, 2, "L2"))
     assert [item.name for item in runner.missing("tiny", STUDY, [], methods=["eps_low 0.05"])] == ["eps_low 0.05"]
@@ -164,6 +164,6 @@ def test_a_runs_metrics_become_a_row() -> None:
 
 
 def test_a_younger_field_leaves_committed_digests_valid() -> None:
-    """The digest is one that committed results carry; a setting that differs in the field has another."""
+    """The digest occurs in committed results; a setting with another value of the field has another digest."""
     assert results.digest(Setting(), LOSSES["GRPO"]) == "73a4fb2be3"
     assert results.digest(Setting(eps=1e-3), LOSSES["GRPO"]) != "73a4fb2be3"

@@ -1,4 +1,4 @@
-"""The autocast context, and rounding to float8 by the recipe in force."""
+"""The autocast context, and rounding to float8 by the active recipe."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class FP8GlobalStateManager:
 
 
 class AmaxHistory:
-    """Delayed scaling's state of one operand: recent largest magnitudes, newest first, and the scale in use."""
+    """Delayed-scaling state of one operand: recent largest magnitudes, newest first, and the scale in use."""
 
     def __init__(self, length: int) -> None:
         self.history, self.scale = torch.zeros(length), torch.tensor(1.0)
 
     def update(self) -> None:
-        """What leaving the context does in training: the scale for the next pass, and room for its magnitude."""
+        """Update on leaving the context in training: compute the next scale, and clear the slot for its magnitude."""
         largest = self.history.max()
         self.scale = torch.where(largest > 0, E4M3_MAX / largest, self.scale)
         self.history = self.history.roll(1)

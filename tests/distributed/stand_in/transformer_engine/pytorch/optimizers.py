@@ -1,4 +1,4 @@
-"""Transformer Engine's Adam: one step count per parameter group, as an ordinary number, and none per parameter."""
+"""Transformer Engine's Adam: one step count per parameter group, as a Python number, and none per parameter."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from transformer_engine.pytorch.fp8 import AmaxHistory, FP8GlobalStateManager, r
 
 
 class TransformerEngineBaseModule(torch.nn.Module):
-    """What is common: an extra state, empty unless delayed scaling has filled it."""
+    """Common base: an extra state, empty unless delayed scaling is in use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class GroupedLinear(TransformerEngineBaseModule):
 class RMSNorm(TransformerEngineBaseModule):
     def __init__(
         self,
-        normalized_shape: int | None = None,  # Megatron-Core 0.19 says this, 0.16 ``hidden_size``
+        normalized_shape: int | None = None,  # the name in Megatron-Core 0.19; ``hidden_size`` in 0.16
         eps: float = 1e-5,
         *,
         hidden_size: int | None = None,

@@ -1,1 +1,1 @@
-"""Nothing that Megatron looks for here is emulated; it goes on without."""
+"""Empty: Megatron treats the names that it imports from here as optional."""

@@ -2,4 +2,4 @@ import torch
 
 
 class QuantizedTensor(torch.Tensor):
-    """No parameter is ever stored in FP8 here."""
+    """No parameter is stored in FP8 here."""
