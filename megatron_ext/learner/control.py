@@ -108,14 +108,12 @@ def _replica_groups(replica: int) -> tuple[list[list[int]], dist.ProcessGroup | 
         dist.all_reduce(of_rank, group=group())
         members = [torch.nonzero(of_rank == number)[:, 0].tolist() for number in range(int(of_rank.max()) + 1)]
         own = None
-        if len(members[replica]) > 1:  # made by its members alone: with 64 replicas, 64 groups of all ranks take long
-            own = dist.new_group(
-                members[replica],
-                backend="gloo",
-                timeout=WAIT,
-                use_local_synchronization=True,
-                group_desc=f"replica-{replica}",
-            )
+        # Every rank makes every group. `use_local_synchronization` would avoid that, but torch names such a group after
+        # the number of groups that a rank is in; pipeline stages differ in that and would wait forever.
+        for number, ranks in enumerate(members):
+            if len(ranks) > 1:
+                made = dist.new_group(ranks, backend="gloo", timeout=WAIT, group_desc=f"replica-{number}")
+                own = made if number == replica else own
         _replicas = world, members, own
     return _replicas[1], _replicas[2]
 
