@@ -43,7 +43,7 @@ class Adapter:
         for key in sorted(reader.tensors):
             match = _KEY.fullmatch(key)
             if match is None or len(reader.tensors[key].shape) != 2:
-                raise ValueError(f"adapter tensor {key!r} is no factor of a linear layer's update: not supported")
+                raise ValueError(f"adapter tensor {key!r} is not a factor of a linear layer's update: not supported")
             sides.setdefault(match["module"] + ".weight", {})[match["side"]] = reader(key).float()
         reader.close()
         self.factors: dict[str, tuple[Tensor, Tensor, float]] = {}  # by base tensor: (out, r), (r, in), scale
@@ -98,7 +98,7 @@ def _read_config(directory: Path) -> Fields:
         raise ValueError(f"{path} is not valid JSON ({error})") from error
     config = Fields(raw if isinstance(raw, dict) else {})
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"peft_type={config.get('peft_type')!r} in {path} is not supported: LORA is")
+        raise ValueError(f"peft_type={config.get('peft_type')!r} in {path} is not supported: only LORA is")
     for key, allowed in (("bias", "none"), ("use_dora", False), ("fan_in_fan_out", False), ("lora_bias", False)):
         config.only(key, allowed, why=f"an adapter that can be merged as a product has {key}={allowed!r}")
     for key in ("modules_to_save", "alpha_pattern", "trainable_token_indices", "layer_replication"):

@@ -183,7 +183,7 @@ def beyond_gpt_model(hf: HFConfig) -> list[str]:
     return [
         what
         for what, present in (
-            ("norms behind attention and MLP", hf.norms != "before"),
+            ("norms after attention and MLP", hf.norms != "before"),
             ("an RMSNorm over all heads of queries and keys", hf.qk_norm_over_heads),
             ("norms of the latents whose epsilon is not that of the other norms", _own_latent_epsilon(hf)),
             ("constants that scale embedding, residual branches or logits", _scaled(hf)),

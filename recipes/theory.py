@@ -76,8 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "Order: halving the step divides the error by 2 to this power; 2 if a first-order claim is right, 1 if its "
         "slope is wrong. The last column is the step at which the prediction is off by 10 % (median).",
     ]
-    path = pages.write(args.out, "The papers' theorems, taken step by step", lead, _charts(found), _tables(found))
-    print(f"{len(found)} checks, {surprises} surprises: {path}")
+    path = pages.write(args.out, "The papers' theorems, checked by taking steps", lead, _charts(found), _tables(found))
+    print(f"{len(found)} checks, {surprises} not as expected: {path}")
     return int(surprises > 0)
 
 

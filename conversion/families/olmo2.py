@@ -1,4 +1,4 @@
-"""OLMo-2: norms behind attention and MLP instead of in front, and an RMSNorm over all heads of queries and of keys."""
+"""OLMo-2: norms after attention and MLP instead of before, and an RMSNorm over all heads of queries and of keys."""
 
 from __future__ import annotations
 

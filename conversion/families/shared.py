@@ -45,7 +45,7 @@ def routed(config: Fields, *, sigmoid: bool) -> Experts:
     dense = config.integer("first_k_dense_replace", least=0, default=0)
     if dense >= layers:
         raise config.wrong("first_k_dense_replace", f"less than num_hidden_layers={layers}")
-    config.only("moe_layer_freq", 1, why="every layer behind the dense ones must have experts")
+    config.only("moe_layer_freq", 1, why="every layer after the dense ones must have experts")
     count, top_k = config.integer("n_routed_experts"), config.integer("num_experts_per_tok")
     if top_k > count:
         raise ValueError(f"num_experts_per_tok={top_k} must be between 1 and n_routed_experts={count}")

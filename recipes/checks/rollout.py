@@ -15,7 +15,7 @@ def check_settings(c: Config) -> None:
     for index, url in enumerate(rollout.urls):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"rollout.urls={rollout.urls}: {url!r} is no address such as http://node1:8000")
+            raise ValueError(f"rollout.urls={rollout.urls}: {url!r} is not an address such as http://node1:8000")
         if url in rollout.urls[:index]:
             raise ValueError(f"rollout.urls={rollout.urls} names {url} twice; name every server once")
     if rollout.max_staleness and train.tis_cap is None and train.old_logprobs == "learner":

@@ -1,4 +1,4 @@
-"""A rank's sign of life, kept by a process of its own (`recipes.cluster.beat`), with the standard library only.
+"""A rank's heartbeat file, written by a process of its own (`recipes.cluster.beat`), with the standard library only.
 
 `start` starts it for every rank. It tells what the rank does (the record of
 `megatron_ext.progress`), how its process is (running, stopped, gone) and, once an operation takes long, where
@@ -117,7 +117,7 @@ class Heart:
         self._beats = 0
 
     def beat(self) -> dict[str, Any]:
-        """The next sign of life."""
+        """The next heartbeat."""
         with contextlib.suppress(ValueError):  # just being written
             self._record = json.loads(bytes(self._memory[:]))
         record, rank = self._record, process(self._pid)

@@ -141,7 +141,7 @@ def problems(found: Sequence[Facts], needs: Needs) -> list[str]:
 def _of_one_node(facts: Facts, needs: Needs) -> list[str]:
     out, elsewhere = [], f"submit with --exclude={facts['node']}"
     if facts["nonce"] != needs.nonce:
-        why = facts.get("shared_error") or "other content there"
+        why = facts.get("shared_error") or "different content there"
         out.append(f"does not see the run directory ({why}); put run.dir on a file system that all nodes share")
     elif facts["run_gib"] is not None and facts["run_gib"] < needs.run_gib:
         free = f"{facts['run_gib']:.1f} GiB free for the run directory"
@@ -157,7 +157,7 @@ def _of_one_node(facts: Facts, needs: Needs) -> list[str]:
             out.append(f"GPU {index} already holds {gpu['used_gib']:.0f} GiB of another process; {elsewhere}")
     off = max(needs.began - facts["time"], facts["time"] - needs.ended)
     if off > CLOCK_S:
-        out.append(f"its clock is off by {off:.0f} s or more; {elsewhere} and have it set")
+        out.append(f"its clock is off by {off:.0f} s or more; {elsewhere} and have its clock set")
     return out
 
 

@@ -52,7 +52,7 @@ class Rank:
         doing = f"in {self.phase}{step}" + (f", {self.operation}" if self.operation else "")
         where = f", {self.where}" if self.where else ""
         if self.silent_s and self.silent_s >= self.age_s:
-            return f"{self.node}: learner rank {self.rank} shows no sign of life for {self.silent_s:.0f} s ({doing})"
+            return f"{self.node}: learner rank {self.rank} has sent no heartbeat for {self.silent_s:.0f} s ({doing})"
         if self.stopped_s:
             return f"{self.node}: learner rank {self.rank} is stopped or gone for {self.stopped_s:.0f} s ({doing})"
         return f"{self.node}: learner rank {self.rank} has made no progress for {self.age_s:.0f} s ({doing}{where})"

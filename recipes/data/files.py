@@ -36,9 +36,7 @@ def rows(path: Path, splits: Sequence[str] = TRAIN_SPLITS) -> Iterator[tuple[str
         yield from _json_rows(path)
     else:
         kinds = ", ".join((*JSON_LINES[:3], *TABLES))
-        raise ValueError(
-            f"{path}: {path.suffix} is none of the formats that are read: {kinds}, or a directory of these"
-        )
+        raise ValueError(f"{path}: the format {path.suffix} is not supported: give {kinds}, or a directory of these")
 
 
 # ------------------------------------------------------------------------------------------------------------- JSON

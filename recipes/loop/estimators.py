@@ -103,7 +103,7 @@ def bootstrap_interval(
 def exact_interval(successes: int, trials: int, *, confidence: float = 0.95) -> tuple[float, float]:
     """Interval of a binomial share (Clopper and Pearson 1934), which has a width also at 0 and at 1."""
     if not 0 <= successes <= trials or not trials:
-        raise ValueError(f"{successes} of {trials} is no share: it needs 0 <= successes <= trials, and trials")
+        raise ValueError(f"{successes} of {trials} is not a share: it needs 0 <= successes <= trials, and trials")
     tail = (1 - confidence) / 2
 
     def at_least(k: int, p: float) -> float:

@@ -88,12 +88,12 @@ class Guard:
         if not self._skip:
             raise NotFinite(
                 f"{where}: not finite: {what}; samples {shown}. The weights are those before it. Look at them in the "
-                "journal; train.nonfinite=skip goes on without this batch"
+                "journal; train.nonfinite=skip continues without this batch"
             )
         if self._in_a_row >= self._most:
             raise NotFinite(
                 f"{where}: not finite: {what}; samples {shown}. {self._in_a_row} batches in a row "
-                f"(train.nonfinite_in_a_row={self._most}): this is no longer about single samples; resume from an "
+                f"(train.nonfinite_in_a_row={self._most}): single samples are not the cause; resume from an "
                 "earlier checkpoint with a lower optim.lr, or look for the cause in quarantine.jsonl"
             )
         if self._first:

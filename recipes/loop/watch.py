@@ -39,11 +39,11 @@ class Watch:
         entropy = values.get("actor/entropy")
         if isinstance(entropy, float):
             low = entropy < ENTROPY_FLOOR
-            text = f"entropy {entropy:.2g} nats in the last {{n}} steps: the policy always says the same"
+            text = f"entropy {entropy:.2g} nats in the last {{n}} steps: the policy always gives the same response"
             found += self._repeated("low", low, text)
             top = math.log(self._vocab_size) if self._vocab_size else math.inf
             text = (
-                f"entropy {entropy:.3g} nats in the last {{n}} steps, and ln V is {top:.3g}: the policy says anything"
+                f"entropy {entropy:.3g} nats in the last {{n}} steps, and ln V is {top:.3g}: the policy is near uniform"
             )
             found += self._repeated("high", entropy > ENTROPY_TOP * top, text)
         return found

@@ -114,9 +114,9 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(file.read_bytes())
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} is not YAML: restore it, or remove it to do without") from error
+        raise ValueError(f"{file} is not YAML: restore it, or remove it to report without it") from error
     if not isinstance(content or {}, dict):
-        raise ValueError(f"{file} is not a configuration: restore it, or remove it to do without")
+        raise ValueError(f"{file} is not a configuration: restore it, or remove it to report without it")
     return content or {}
 
 

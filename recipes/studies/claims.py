@@ -61,13 +61,13 @@ def _claims() -> list[Claim]:
 
     r = "random_rewards"
     add(CLIP, "random rewards: symmetric clipping lowers entropy", r, BASELINE, "start", H, -1, *RANDOM)
-    add(CLIP, "random rewards: no clipping, no bias: entropy stays", r, "PPO, no clip", "start", H, +1, RANDOM[0])
-    add(CLIP, "random rewards: symmetric clipping loses more than no clipping", r, BASELINE, "PPO, no clip", H, -1,
+    add(CLIP, "random rewards: without clipping entropy stays", r, "PPO, no clip", "start", H, +1, RANDOM[0])
+    add(CLIP, "random rewards: symmetric clipping loses more entropy than none", r, BASELINE, "PPO, no clip", H, -1,
         RANDOM[0])  # fmt: skip
-    add(CLIP, "random rewards: a small eps_low raises it against 0.2", r, "eps_low 0.05", BASELINE, H, +1, *RANDOM)
-    add(CLIP, "random rewards: clip-low off lowers it", r, "eps_low off", BASELINE, H, -1, *RANDOM)
-    add(CLIP, "random rewards: clip-high off raises it", r, "eps_high off", BASELINE, H, +1, *RANDOM)
-    add(CLIP, "random rewards: a small eps_high lowers it", r, "eps_high 0.05", BASELINE, H, -1, *RANDOM)
+    add(CLIP, "random rewards: a small eps_low raises entropy", r, "eps_low 0.05", BASELINE, H, +1, *RANDOM)
+    add(CLIP, "random rewards: clip-low off lowers entropy", r, "eps_low off", BASELINE, H, -1, *RANDOM)
+    add(CLIP, "random rewards: clip-high off raises entropy", r, "eps_high off", BASELINE, H, +1, *RANDOM)
+    add(CLIP, "random rewards: a small eps_high lowers entropy", r, "eps_high 0.05", BASELINE, H, -1, *RANDOM)
     study = "losses"
     for label, settings in (("", BOTH + NETWORK), ("full stack", FULL)):
         source = "full_stack" if label else study
@@ -75,7 +75,7 @@ def _claims() -> list[Claim]:
         add(CLIP, "clip-high off raises entropy", source, "eps_high off", BASELINE, H, +1, *settings)
         add(
             CLIP,
-            "a small eps_low gains accuracy (the paper: costs none)",
+            "a small eps_low gains accuracy (paper: loses none)",
             source,
             "eps_low 0.05",
             BASELINE,
@@ -97,7 +97,7 @@ def _claims() -> list[Claim]:
     add(CE, "CISPO is less accurate than CE-GPPO", study, "CISPO", "CE-GPPO (0.5, 1)", ACC, -1, *BOTH)
     add("DAPO", "clip-higher raises entropy", study, "clip-higher 0.28 (DAPO)", BASELINE, H, +1, *BOTH, *NETWORK)
     add(FLEXIBLE, "the dynamic upper bound raises entropy", study, "dynamic upper", BASELINE, H, +1, *BOTH, *NETWORK)
-    add(FLEXIBLE, "the dynamic lower bound lowers it", study, "dynamic lower", BASELINE, H, -1, *BOTH, *NETWORK)
+    add(FLEXIBLE, "the dynamic lower bound lowers entropy", study, "dynamic lower", BASELINE, H, -1, *BOTH, *NETWORK)
     add(FLEXIBLE, "a bound that depends on p beats a constant 0.28 in entropy", "flexible", "dynamic upper",
         "clip-higher 0.28 (DAPO)", H, +1, *BOTH)  # fmt: skip
     for strategy in ("ID", "DID"):

@@ -72,7 +72,7 @@ OPTIMIZERS = {
 STUDIES: dict[str, Study] = {
     "losses": Study(
         title="All losses and selections on the same start",
-        question="Which method keeps how much entropy at which accuracy, and which survive many updates per batch?",
+        question="How much entropy does each method keep, at which accuracy, and which learn at many updates?",
         settings={**BOTH, "L2, 16 updates": MILD_L2, "L2, 64 updates": MANY_L2},
         methods=methods.LOSSES,
         only={"L2, 64 updates": methods.HEADLINE},
@@ -91,14 +91,14 @@ STUDIES: dict[str, Study] = {
     ),
     "betas": Study(
         title="CE-GPPO over beta1 and beta2",
-        question="Is entropy a dial of (beta1, beta2), falling in the first and rising in the second?",
+        question="Does entropy fall with beta1 and rise with beta2?",
         settings=BOTH,
         methods=methods.BETAS,
         seeds={"L1": 32},
     ),
     "flexible": Study(
         title="Dynamic clipping: ID, DID, OD, phase ratios, static thresholds",
-        question="Do the schedules bend entropy as they say, and does a threshold that depends on p add anything?",
+        question="Do the schedules move entropy as intended, and does a threshold that depends on p add anything?",
         settings=BOTH,
         methods=methods.FLEXIBLE,
         seeds={"L1": 32},
@@ -112,21 +112,21 @@ STUDIES: dict[str, Study] = {
     ),
     "discriminators": Study(
         title="The sign of S, Clip_B and Clip_V over mu",
-        question="Does the sign of S decide the direction of entropy, and does mu set how much is kept?",
+        question="Does the sign of S decide whether entropy rises, and does mu set how much is kept?",
         settings=ONE,
         methods=methods.DISCRIMINATORS,
         seeds={"L1": 32},
     ),
     "targets": Study(
         title="A closed loop on entropy",
-        question="Does entropy follow a step and a ramp, and what happens at a target out of reach?",
+        question="Does entropy follow a step and a ramp, and what happens when a target cannot be reached?",
         settings=ONE,
         methods=methods.TARGETS,
         seeds={"L1": 32},
     ),
     "map": Study(
         title="Stability over updates per batch and learning rate",
-        question="Where does learning break, per method, and does the border carry over to shared weights?",
+        question="Where does each method stop learning, and is the limit the same with shared weights?",
         settings=_grid("L1", (0.0125, 0.025, 0.05, 0.1), (4, 16, 64, 192), 60)
         | _grid("L2", (0.0005, 0.001, 0.002), (4, 16, 64, 192), 40),
         methods=methods.MAP,
@@ -135,8 +135,8 @@ STUDIES: dict[str, Study] = {
         curves=False,
     ),
     "why": Study(
-        title="What the border is made of",
-        question="At 64 updates a batch, is the break a property of clipping or of Adam on clipped gradients?",
+        title="Causes of the collapse at many updates",
+        question="At 64 updates per batch, does clipping cause the collapse, or Adam on clipped gradients?",
         settings=OPTIMIZERS,
         methods=methods.WHY,
         seeds={"L1": 16},
@@ -144,7 +144,7 @@ STUDIES: dict[str, Study] = {
     ),
     "passes": Study(
         title="What each pass over a batch does",
-        question="At 64 updates a batch, do later passes undo the first, and what does the clip leave of rewards?",
+        question="At 64 updates per batch, do later passes undo the first, and what does the clip keep of rewards?",
         settings={name: replace(s, steps=30) for name, s in OPTIMIZERS.items() if s.optimizer != "sgd"},
         methods=methods.WHY,
         seeds={"L1": 16},

@@ -186,7 +186,7 @@ def passes_table(read: Results) -> str:
             ratio = interval([row["pass_step"][3] / row["pass_step"][0] for row in found])
             pulls = [f"{mean('pass_reward', i).mean:.2f} / {-mean('pass_penalty', i).mean:.2f}" for i in (0, 3)]
             rows.append([setting, name, *gains, f"{mean('pass_step', 0).mean:.1f}", f"{ratio:.2f}", *pulls])
-    head = ["optimizer", "method", *(f"pass {i}" for i in range(1, 5)), "way of pass 1", "pass 4 / pass 1"]
+    head = ["optimizer", "method", *(f"pass {i}" for i in range(1, 5)), "distance, pass 1", "pass 4 / pass 1"]
     return markdown([*head, "reward / penalty, pass 1", "pass 4"], rows)
 
 

@@ -61,7 +61,7 @@ def test_the_default_stops_with_the_samples(
     assert [sample.partition("#")[0] for sample in row["samples"]] == [p for p in problems[2:] for _ in range(4)]
     said = capsys.readouterr().err
     assert said.startswith("error: step 2, update 2: not finite: ") and row["samples"][0] in said
-    assert "train.nonfinite=skip goes on without this batch" in said
+    assert "train.nonfinite=skip continues without this batch" in said
     assert (run / "checkpoints" / "latest").read_text() == "step_000001\n", "nothing after it is saved"
     run_here(model, run, *SETTINGS)  # repaired: continues
     assert len(metrics(run)) == 4

@@ -42,7 +42,7 @@ def test_healthy_nodes_pass() -> None:
             {"nonce": None, "shared_error": "No such file"},
             "b: does not see the run directory (No such file); put run.dir",
         ),
-        ({"nonce": "other"}, "b: does not see the run directory (other content there)"),
+        ({"nonce": "other"}, "b: does not see the run directory (different content there)"),
         ({"run_gib": 3.25}, "b: 3.2 GiB free for the run directory, 20 needed"),
         ({"gpus": [GPU] * 7}, "b: 7 GPUs, 8 needed; submit with --exclude=b"),
         ({"gpus": [], "gpu_problem": "nvidia-smi does not answer within 60 s"}, "b: nvidia-smi does not answer"),

@@ -89,7 +89,7 @@ def test_a_job_without_a_sign_of_life_is_lost(tmp_path: Path) -> None:
     job_attempt(tmp_path, "7", 0)
     assert status.state(tmp_path, NOW + 300) == (
         "lost",
-        "no sign of life for 5.0 min: node lost, or requeued and waiting",
+        "no heartbeat for 5.0 min: node lost, or requeued and waiting",
     )
     attempt.write_finished(tmp_path, 9)
     assert status.state(tmp_path, NOW + 300)[0] == "finished"
@@ -99,7 +99,7 @@ def test_states_without_slurm(tmp_path: Path) -> None:
     assert status.state(tmp_path, NOW)[0] == "new"
     directory = attempt.new_attempt(tmp_path)
     write(directory, "learner", {"time": NOW, "event": "started", "step": 0})
-    assert status.state(tmp_path, NOW) == ("lost", "ended without a word: killed?")
+    assert status.state(tmp_path, NOW) == ("lost", "ended without a final event: killed?")
     with (tmp_path / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert status.state(tmp_path, NOW) == ("running", "")

@@ -199,7 +199,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "adapter": (make_with("adapter_config.json"), "adapter without its base model"),
     "gguf": (make_with("model.gguf"), "GGUF"),
     "torch_dcp": (make_with(".metadata"), "torch_dcp"),
-    "another metadata.json": (make_with("metadata.json"), "metadata.json cannot be understood"),
+    "another metadata.json": (make_with("metadata.json"), "metadata.json is not valid checkpoint metadata"),
     "config.json alone": (make_with("config.json"), "architecture None is not supported"),
 }
 

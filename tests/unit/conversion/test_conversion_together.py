@@ -92,7 +92,7 @@ def test_an_error_of_any_rank_ends_all_and_leaves_nothing(
 
 def test_a_rank_that_never_comes_is_missed(source: Path, tmp_path: Path) -> None:
     (alone,) = convert(source, tmp_path / "out", 2, [0], patience_s=0.5)
-    with pytest.raises(ValueError, match=r"rank 1 has given no sign of life for"):
+    with pytest.raises(ValueError, match=r"rank 1 has sent no heartbeat for"):
         alone.result()
     (early,) = convert(source, tmp_path / "out", 2, [1], patience_s=0.5)
     with pytest.raises(ValueError, match="rank 0 did not begin"):

@@ -166,7 +166,7 @@ def test_broken_tables_and_unknown_formats(tmp_path: Path) -> None:
             read_problems(tmp_path / name)
         assert "\n" not in str(caught.value)
     (tmp_path / "data.csv").write_text("problem,answer\n")
-    with pytest.raises(ValueError, match=r"\.csv is none of the formats"):
+    with pytest.raises(ValueError, match=r"the format \.csv is not supported"):
         read_problems(tmp_path / "data.csv")
 
 

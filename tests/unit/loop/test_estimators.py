@@ -96,7 +96,7 @@ def test_bootstrap_interval_of_a_constant_is_a_point() -> None:
 def test_exact_interval(successes: int, trials: int, low: float, high: float) -> None:
     """Closed forms at the ends, and the tabulated value for 5 of 10."""
     assert exact_interval(successes, trials) == pytest.approx((low, high), abs=1e-6)
-    with pytest.raises(ValueError, match="no share"):
+    with pytest.raises(ValueError, match="not a share"):
         exact_interval(trials + 1, trials)
 
 

@@ -28,8 +28,8 @@ def test_a_run_that_learns_is_not_warned() -> None:
         ({"critic/rewards/std": 0.0, "critic/rewards/mean": 1.0}, "all rewards are 1; the problems are too easy"),
         ({"actor/grad_norm": 0.0}, "every gradient is zero"),
         ({"rollout/samples": 0.0}, "no group had a difference in reward"),
-        ({"actor/entropy": 1e-5}, "the policy always says the same"),
-        ({"actor/entropy": 0.99 * math.log(32)}, "ln V is 3.47: the policy says anything"),
+        ({"actor/entropy": 1e-5}, "the policy always gives the same response"),
+        ({"actor/entropy": 0.99 * math.log(32)}, "ln V is 3.47: the policy is near uniform"),
     ],
 )
 def test_warnings_name_the_reason_and_do_not_flood(values: dict[str, float], said: str) -> None:
@@ -52,7 +52,7 @@ def test_a_run_that_collapses_in_its_last_steps_does_not_end_without_a_word() ->
     collapsed = {**GOOD, "actor/entropy": 3e-6}
     assert [w.observe(values) for values in (GOOD, collapsed, collapsed)] == [[]] * 3
     (said,) = w.at_end()
-    assert said == "warning: entropy 3e-06 nats in the last 2 steps: the policy always says the same"
+    assert said == "warning: entropy 3e-06 nats in the last 2 steps: the policy always gives the same response"
     assert w.observe(collapsed) and w.at_end() == [], "said already"
     assert w.observe(GOOD) == [] and w.at_end() == []
 
