@@ -27,10 +27,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.learner_memory import make_model, peak_beyond
+from benchmarks.learner_memory import make_model
+from benchmarks.vocab_statistics import peak_bytes
 
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 256}
 SIZES = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "vocab_size": 8192}
+
+
+def peak_beyond(run: Callable[[], object]) -> int:
+    return peak_bytes(run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def measure(model_dir: Path, place: Path) -> dict[str, float]:
@@ -57,7 +62,8 @@ def measure(model_dir: Path, place: Path) -> dict[str, float]:
         }
         background.wait()
         bytes_["staged"] = background.staged_bytes
-        use, checkpoint.use_pieces = checkpoint.use_pieces, lambda _: None
+        use = checkpoint.use_pieces
+        checkpoint.use_pieces = lambda optimizer: None
         for part in learner.optimizer.chained_optimizers:
             _forget_pieces(part)
         bytes_["save, megatron"] = peak_beyond(lambda: checkpoint.save(learner, place / "theirs", 1, {}))

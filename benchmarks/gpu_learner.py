@@ -141,10 +141,10 @@ def card() -> str:
 
 def make_config(scaling: str, micro_batch_tokens: int, recompute: bool, impl: str = "auto") -> Config:
     """``scaling``: "none" for bfloat16."""
-    model = ModelConfig(dtype="bfloat16", recompute=recompute, fp8=None if scaling == "none" else "e4m3")
-    model.transformer_impl = impl
+    words: dict[str, Any] = {"transformer_impl": impl}
     if scaling != "none":
-        model.fp8_recipe = scaling
+        words |= {"fp8": "e4m3", "fp8_recipe": scaling}
+    model = ModelConfig(dtype="bfloat16", recompute=recompute, **words)
     return Config(model=model, optim=OptimConfig(lr=1e-6), train=TrainConfig(micro_batch_tokens=micro_batch_tokens))
 
 

@@ -63,7 +63,8 @@ def receiver(pipe: Any, sizes: dict[str, tuple[torch.Size, torch.dtype]]) -> Non
         if kind == "join":
             group = join_group(Rendezvous(**body), body["rank"])
         elif kind == "update":
-            info, seconds = Update(**body), {}
+            info = Update(**body)
+            seconds: dict[str, float] = {}
             clock = Clock(seconds)
             if info.files:
                 for name, tensor in read_verified(info, clock).items():
@@ -105,7 +106,8 @@ def network(pipe: Any, data: Tensor) -> float:
 def update(sync: Any, pipes: list[Any], version: int, tensors: dict[str, Tensor]) -> dict[str, float]:
     from megatron_ext.sync.base import stage_weights
 
-    begin, seconds = time.perf_counter(), {}
+    begin = time.perf_counter()
+    seconds: dict[str, float] = {}
     stage_weights(sync, version, tensors.items(), seconds)
     staged = time.perf_counter()
     for pipe in pipes:
