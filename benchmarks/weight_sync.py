@@ -27,13 +27,16 @@ import torch
 from torch import Tensor
 
 SHAPES = {  # hidden, intermediate, layers, key-value width, vocabulary
+    "tiny": (64, 128, 4, 32, 512),
     "smollm2-135m": (576, 1536, 30, 192, 49152),
     "qwen2.5-0.5b": (896, 4864, 24, 128, 151936),
+    "qwen2.5-7b": (3584, 18944, 28, 512, 152064),
 }
+UNTIED = ("qwen2.5-7b",)
 
 
-def weights(shape: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Random tensors with a Llama-like model's names and shapes; tied embeddings are sent twice, as in training."""
+def sizes_of(shape: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a Llama-like model's tensors, without its few biases."""
     hidden, inner, layers, kv, vocabulary = SHAPES[shape]
     sizes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (vocabulary, hidden),
@@ -46,13 +49,21 @@ def weights(shape: str, dtype: torch.dtype) -> dict[str, Tensor]:
         sizes |= {f"{at}.self_attn.{p}_proj.weight": (kv, hidden) for p in "kv"}
         sizes |= {f"{at}.mlp.{p}_proj.weight": (inner, hidden) for p in ("gate", "up")}
         sizes |= {f"{at}.mlp.down_proj.weight": (hidden, inner)}
-    return {name: torch.randn(size).to(dtype) for name, size in sizes.items()}
+    if shape in UNTIED:
+        sizes["lm_head.weight"] = (vocabulary, hidden)
+    return sizes
+
+
+def weights(shape: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Random tensors of these shapes."""
+    return {name: torch.randn(size).to(dtype) for name, size in sizes_of(shape).items()}
 
 
 def receiver(pipe: Any, sizes: dict[str, tuple[torch.Size, torch.dtype]]) -> None:
     """A worker that copies received and verified weights into its parameters."""
     from megatron_ext.sync.base import Clock, WeightDigest
-    from megatron_ext.sync.broadcast import Entry, Rendezvous, join_group
+    from megatron_ext.sync.broadcast import Rendezvous, join_group
+    from megatron_ext.sync.buckets import Entry
     from megatron_ext.sync.receive import Update, read_verified, receive_buckets, verify
 
     torch.set_num_threads(1)
@@ -201,7 +212,7 @@ def refresh(directory: Path, turns: int) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--shape", nargs="+", default=["smollm2-135m", "qwen2.5-0.5b"], choices=list(SHAPES))
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--receivers", type=int, default=1)
     parser.add_argument("--server", type=Path)

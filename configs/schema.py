@@ -105,7 +105,7 @@ class RolloutConfig:
     max_staleness: int = 0  # 0: synchronous; k: up to k later steps are generated while a step trains
     partial: bool = False  # a batch takes what is complete first; the rest goes on over max_staleness updates
     in_flight: Literal["wait", "keep", "abort"] = "wait"  # at an update, requests finish first, go on, or restart
-    weight_sync: Literal["auto", "disk", "nccl", "gloo"] = "auto"  # files, or broadcasts; auto: by size and nodes
+    weight_sync: Literal["auto", "disk", "ipc", "nccl", "gloo"] = "auto"  # files, shared memory, or broadcasts
     weight_digest: Literal["fast", "sha256"] = "fast"  # of updates: fast finds damage; sha256 also tampering, at 1 GB/s
     sync_dir: str | None = None  # directory of weight files that all servers can read; None: this host's memory
     colocated: bool = False  # learner and servers take turns on the same GPUs; see docs/gpu.md

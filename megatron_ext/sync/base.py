@@ -38,7 +38,7 @@ class WeightSync(Protocol):
     def begin(self, version: int) -> None: ...  # drops what was staged before
 
     def send(self, name: str, tensor: Tensor) -> Tensor:
-        """Keep a copy, on the host: the caller may reuse its buffer. Returns the copy."""
+        """Keep a copy: the caller may reuse its buffer. Returns the copy, which a stream may still write."""
 
     def seal(self, version: int, checksum: str, manifest: Mapping[str, str]) -> None: ...  # complete: sets `info`
     def discard(self) -> None: ...  # nothing is staged afterwards
@@ -54,6 +54,7 @@ class WeightSync(Protocol):
 
     def feed(self) -> None: ...  # the learner's side of the transfer, while the servers receive; OSError
 
+    def free(self) -> None: ...  # give up memory of the GPU, if the staged version takes any
     def close(self) -> None: ...
 
 
@@ -162,8 +163,11 @@ def stage_weights(
             clock.lap("export")
             placed = sync.send(name, tensor)
             clock.lap("stage")
-            # Hash the source if its bytes are on the host: a hash of the copy would not detect a damaged copy.
-            digest.add(name, placed if tensor.is_cuda and sync.digest != "lanes" else tensor)
+            # Hash the source where that costs no second copy: a hash of the copy would not detect a damaged copy.
+            source = tensor if tensor.is_cuda == (sync.digest == "lanes") else placed
+            if tensor.is_cuda and not source.is_cuda:
+                torch.cuda.current_stream().synchronize()  # the copy into pinned memory may still run
+            digest.add(name, source)
             clock.lap("digest")
         manifest = digest.manifest()
         checksum = checksum_of(sync.digest, manifest)

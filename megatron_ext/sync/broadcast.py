@@ -10,13 +10,12 @@ left, and the checksum needs the bytes on the host anyway.
 
 from __future__ import annotations
 
-import math
 import os
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
@@ -27,26 +26,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_ext.sync.buckets import Buckets
+
 BACKENDS = ("nccl", "gloo")
 # Over TCP. malloc hands freed memory out again below 32 MiB; from there on every bucket gets fresh pages from the
 # kernel, which cost the receiver twice the CPU time of the transfer itself.
 BUCKET_BYTES = 16 << 20
 NCCL_BUCKET_BYTES = 256 << 20
 Group = Any  # dist.ProcessGroupGloo or dist.ProcessGroupNCCL, whose stubs lack half of what is used here
-ALIGN_BYTES = 16  # of every tensor in a bucket: a view as a wider type must not start in between
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a bucket. ``dtype`` as in ``torch.float32`` without the ``torch.``."""
-
-    name: str
-    dtype: str
-    shape: list[int]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * int(getattr(torch, self.dtype).itemsize)
 
 
 @dataclass
@@ -80,51 +67,35 @@ class BroadcastSync:
         self._store: dist.TCPStore | None = None
         self._group: Group | None = None
         self._rendezvous: Rendezvous | None = None
-        self._buckets: list[Tensor] = []
-        self._entries: list[list[Entry]] = []
-        self._bucket_bytes = NCCL_BUCKET_BYTES if backend == "nccl" else BUCKET_BYTES
-        self._spare: list[Tensor] = []  # buckets of the version before: their memory is used again
-        self._fill = 0  # bytes in the last bucket; 0: the next tensor opens a new one
+        pinned = self._device.type == "cuda"
+        self._buckets: Buckets[Tensor] = Buckets(
+            NCCL_BUCKET_BYTES if backend == "nccl" else BUCKET_BYTES,
+            lambda nbytes: torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned),
+            lambda bucket: bucket,
+            wait=not pinned,
+        )
         self.info: dict[str, Any] | None = None
 
     # ---- staging ------------------------------------------------------------------------------------------------
 
     def begin(self, version: int) -> None:
-        spare = self._buckets
-        self.discard()
-        self._spare = spare
+        self.info = None
+        self._buckets.begin()
 
     def send(self, name: str, tensor: Tensor) -> Tensor:
         """Stage a copy of one tensor on the host."""
-        entry = Entry(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
-        if not self._fill or self._fill + entry.nbytes > self._bucket_bytes:
-            self._buckets.append(self._take(max(self._bucket_bytes, layout([entry])[1])))
-            self._entries.append([])
-            self._fill = 0
-        place = self._buckets[-1][self._fill : self._fill + entry.nbytes]
-        placed = place.view(tensor.dtype).reshape(entry.shape)
-        placed.copy_(tensor.detach(), non_blocking=self._device.type == "cuda")  # pinned: `seal` waits
-        self._entries[-1].append(entry)
-        self._fill += -(-entry.nbytes // ALIGN_BYTES) * ALIGN_BYTES
-        return placed
-
-    def _take(self, nbytes: int) -> Tensor:
-        """Memory of the version before that is just large enough, or new: fresh pages cost more than the copy."""
-        fits = [index for index, bucket in enumerate(self._spare) if bucket.numel() >= nbytes]
-        if fits:
-            return self._spare.pop(min(fits, key=lambda index: self._spare[index].numel()))
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        return self._buckets.put(name, tensor)
 
     def seal(self, version: int, checksum: str, manifest: Mapping[str, str]) -> None:
-        self._spare = []
+        self._buckets.end()
         if self._device.type == "cuda":
             torch.cuda.current_stream().synchronize()
-        buckets = [[asdict(entry) for entry in entries] for entries in self._entries]
+        buckets = [[asdict(entry) for entry in entries] for entries in self._buckets.entries]
         self.info = {"version": version, "checksum": checksum, "digest": self.digest, "buckets": buckets}
 
     def discard(self) -> None:
-        self.info, self._fill = None, 0
-        self._buckets, self._entries, self._spare = [], [], []
+        self.info = None
+        self._buckets.clear()
 
     # ---- delivery -----------------------------------------------------------------------------------------------
 
@@ -154,7 +125,7 @@ class BroadcastSync:
 
     def _feed(self) -> str:
         assert self._group is not None and self._rendezvous is not None and self.info is not None
-        filled = [bucket[: layout(entries)[1]] for bucket, entries in zip(self._buckets, self._entries, strict=True)]
+        filled = self._buckets.filled()
         try:
             ahead: list[Tensor] = []
 
@@ -176,19 +147,13 @@ class BroadcastSync:
             self._group.abort()
             self._group = None
 
+    def free(self) -> None:
+        """The staged version is in host memory."""
+
     def close(self) -> None:
         self.disconnect()
         self.discard()
         self._store = None
-
-
-def layout(entries: Iterable[Entry]) -> tuple[list[int], int]:
-    """Byte offset of each tensor in its bucket, and the bucket's size."""
-    offsets, end = [], 0
-    for entry in entries:
-        offsets.append(end)
-        end += -(-entry.nbytes // ALIGN_BYTES) * ALIGN_BYTES
-    return offsets, end
 
 
 def open_store(host: str) -> dist.TCPStore:

@@ -53,13 +53,7 @@ class DiskSync:
         self, parent: Path | None = None, need_bytes: int = 0, digest: str = "xxh3", *, delta: bool = False
     ) -> None:
         self.digest, self._delta = digest, delta
-        parent = parent or default_parent(need_bytes)
-        parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(parent)
-        self.root = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))  # mkdtemp gives mode 0700
-        self._lock_fd = os.open(self.root / "lock.new", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
-        (self.root / "lock.new").rename(self.root / "lock")  # never visible unlocked
+        self.root, self._lock_fd = private_directory(parent or default_parent(need_bytes))
         self._in_memory = MEMORY in self.root.resolve().parents
         self._stage: Path | None = None
         self._shards: list[Shard] = []
@@ -128,6 +122,9 @@ class DiskSync:
 
     def feed(self) -> None:
         """The workers read by themselves."""
+
+    def free(self) -> None:
+        """Nothing is on the GPU."""
 
     def close(self) -> None:
         """Remove the private directory; safe to call twice."""
@@ -220,6 +217,17 @@ def default_parent(need_bytes: int) -> Path:
     """Memory if it has room (containers often get 64 MiB of /dev/shm), else the disk."""
     roomy = os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > need_bytes
     return MEMORY if roomy else Path(tempfile.gettempdir())
+
+
+def private_directory(parent: Path) -> tuple[Path, int]:
+    """A new directory (0700) in ``parent``, and a descriptor whose lock keeps it from being removed as abandoned."""
+    parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(parent)
+    root = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))  # mkdtemp gives mode 0700
+    lock_fd = os.open(root / "lock.new", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    fcntl.flock(lock_fd, fcntl.LOCK_EX)
+    (root / "lock.new").rename(root / "lock")  # never visible unlocked
+    return root, lock_fd
 
 
 def remove_abandoned(parent: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_ext.sync.base import Clock, WeightDigest, checksum_of
-from megatron_ext.sync.broadcast import Entry, broadcast, layout
+from megatron_ext.sync.broadcast import broadcast
+from megatron_ext.sync.buckets import Entry, layout, tensors_of
+from megatron_ext.sync.ipc import fetch
 from megatron_ext.sync.node import Checks
 
 LM_HEAD = "lm_head.weight"
@@ -23,16 +25,20 @@ LM_HEAD = "lm_head.weight"
 
 @dataclass
 class Update:
-    """One complete update, as `sync.disk` (directory, files) or `sync.broadcast` (buckets) describes it."""
+    """One complete update, as its transport describes it.
+
+    `sync.disk` gives directory and files, `sync.broadcast` buckets, `sync.ipc` buckets and a socket.
+    """
 
     version: int
     checksum: str
     digest: str = "xxh3"  # kind of `WeightDigest`
     directory: str = ""
     files: list[str] = field(default_factory=list)
-    tensors: dict[str, str] = field(default_factory=dict)  # `WeightDigest.manifest`, of files
+    tensors: dict[str, str] = field(default_factory=dict)  # `WeightDigest.manifest`; not of a broadcast
     delta: bool = False  # whether a receiver may keep layers that have not changed since its last update
     buckets: list[list[dict[str, Any]]] = field(default_factory=list)
+    socket: str = ""
 
 
 def receive_buckets(
@@ -56,10 +62,7 @@ def receive_buckets(
             data = coming.pop().result()
             if index + 1 < len(buckets):
                 coming.append(thread.submit(receive, buckets[index + 1]))
-            yield {
-                entry.name: data[offset : offset + entry.nbytes].view(getattr(torch, entry.dtype)).reshape(entry.shape)
-                for offset, entry in zip(layout(entries)[0], entries, strict=True)
-            }
+            yield tensors_of(data, entries)
 
 
 def read_verified(info: Update, clock: Clock, held: Mapping[str, str] | None = None) -> dict[str, Tensor]:
@@ -70,26 +73,66 @@ def read_verified(info: Update, clock: Clock, held: Mapping[str, str] | None = N
 
     ValueError if any tensor is not the announced one, whichever process found it.
     """
-    if checksum_of(info.digest, info.tensors) != info.checksum:
-        raise refusal(info, "its list of tensors is not the announced one")
+    check_list(info)
     found = {name: load_file(Path(info.directory) / name) for name in info.files}
     clock.lap("receive")
-    given = Counter(key for tensors in found.values() for key in tensors)
-    if given != Counter(info.tensors.keys()):
-        raise refusal(info, "its files hold other tensors than announced")
+    check_names(info, [key for tensors in found.values() for key in tensors])
 
     def check(file: str) -> None:
-        digest = WeightDigest(info.digest)
-        for key, tensor in found[file].items():
-            digest.add(key, tensor)
-        wrong = [key for key, entry in digest.manifest().items() if entry != info.tensors[key]]
-        if wrong:
-            raise refusal(info, f"{wrong[0]} in {file} is not what was sent")
+        check_tensors(info, found[file], f" in {file}")
 
     Checks(Path(info.directory), f"{info.version}-{info.checksum}").run(info.files, check)
     clock.lap("check")
     stale = changed(info.tensors, held or {})
     return {key: tensor for tensors in found.values() for key, tensor in tensors.items() if key in stale}
+
+
+def read_shared(
+    info: Update, device: torch.device, clock: Clock, held: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
+    """As `read_verified`, for an update in memory that the learner shares (`sync.ipc`). Tensors are on ``device``."""
+    check_list(info)
+    try:
+        buckets = fetch(info.socket, info.version, info.checksum, device)
+    except (OSError, ValueError) as error:
+        raise refusal(info, str(error)) from error
+    entries = [[Entry(**entry) for entry in bucket] for bucket in info.buckets]
+    check_names(info, [entry.name for bucket in entries for entry in bucket])
+    if len(buckets) != len(entries):
+        raise refusal(info, f"{len(buckets)} buckets arrived, {len(entries)} were announced")
+    found: dict[str, Tensor] = {}
+    try:
+        for bucket, inside in zip(buckets, entries, strict=True):
+            found |= tensors_of(bucket, inside)
+    except ValueError as error:
+        raise refusal(info, str(error)) from error
+    clock.lap("receive")
+    check_tensors(info, found, "")
+    clock.lap("check")
+    stale = changed(info.tensors, held or {})
+    return {key: tensor for key, tensor in found.items() if key in stale}
+
+
+def check_list(info: Update) -> None:
+    """ValueError unless the announced checksum is that of the announced list of tensors."""
+    if checksum_of(info.digest, info.tensors) != info.checksum:
+        raise refusal(info, "its list of tensors is not the announced one")
+
+
+def check_names(info: Update, given: Sequence[str]) -> None:
+    """ValueError unless every announced tensor is given, once."""
+    if Counter(given) != Counter(info.tensors.keys()):
+        raise refusal(info, "it holds other tensors than announced")
+
+
+def check_tensors(info: Update, tensors: Mapping[str, Tensor], where: str) -> None:
+    """ValueError unless these are as announced."""
+    digest = WeightDigest(info.digest)
+    for key, tensor in tensors.items():
+        digest.add(key, tensor)
+    wrong = [key for key, entry in digest.manifest().items() if entry != info.tensors[key]]
+    if wrong:
+        raise refusal(info, f"{wrong[0]}{where} is not what was sent")
 
 
 def changed(tensors: Mapping[str, str], held: Mapping[str, str]) -> set[str]:

@@ -3,10 +3,10 @@
 Given to the server as ``--worker-extension-cls megatron_ext.sync.vllm_worker.WorkerExtension`` and
 ``--weight-transfer-config '{"backend": "gppo"}'``; importing this module registers the backend (vLLM >= 0.22).
 
-vLLM calls start -> update -> finish. Names and shapes are verified before the model changes, and for files the checksum
-too, so a refused update leaves the old weights in place. A broadcast is loaded bucket by bucket, so that a worker never
-holds a second copy of the model. A wrong checksum is then found after the old weights were overwritten, and the server
-reports that it has no weights (`WorkerExtension.loaded_weights`) until an update succeeds.
+vLLM calls start -> update -> finish. Names and shapes are verified before the model changes, and for files and shared
+memory the checksum too, so a refused update leaves the old weights in place. A broadcast is loaded bucket by bucket, so
+that a worker never holds a second copy of the model. A wrong checksum is then found after the old weights were
+overwritten, and the server reports that it has no weights (`WorkerExtension.loaded_weights`) until an update succeeds.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from megatron_ext.sync.base import Clock, WeightDigest
-from megatron_ext.sync.broadcast import Entry, Rendezvous, join_group
+from megatron_ext.sync.broadcast import Rendezvous, join_group
+from megatron_ext.sync.buckets import Entry
 from megatron_ext.sync.receive import (
     LM_HEAD,
     Update,
     check_complete,
     layer_of,
+    read_shared,
     read_verified,
     receive_buckets,
     shape_of,
@@ -53,7 +55,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 @dataclass
 class InitInfo(WeightTransferInitInfo, Rendezvous):
-    """Where to join the learner for broadcasts; files need no initialisation."""
+    """Where to join the learner for broadcasts; the other transports need no initialisation."""
 
 
 @dataclass
@@ -73,7 +75,7 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.loaded: tuple[int, str] | None = None
         self._shapes = checkpoint_shapes(Path(self.model_config.model))  # now: the directory may be gone later
         self._tied = bool(getattr(self.model_config.hf_text_config, "tie_word_embeddings", False))
-        self._held: dict[str, str] = {}  # manifest of the last update by files
+        self._held: dict[str, str] = {}  # manifest of the last update by files or shared memory
         self._group: Any = None
         self._timeout_s = 0.0
         self.seconds: dict[str, float] = {}  # of the last update: "receive", "check", "load"
@@ -100,14 +102,17 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """Raises ValueError when the update is not exactly what was announced; see the module for what is left then."""
         self.seconds = {}
         clock = Clock(self.seconds)
-        if update_info.buckets:
+        if update_info.buckets and not update_info.socket:
             self._held = {}
             self._receive_broadcast(update_info, clock)
         else:
             held = self._held if self.loaded is not None and update_info.delta else {}
             shapes = {name: shape_of(entry) for name, entry in update_info.tensors.items()}
             check_complete(shapes, self._shapes, tied=self._tied)
-            weights = read_verified(update_info, clock, held)
+            if update_info.socket:
+                weights = read_shared(update_info, self.device, clock, held)
+            else:
+                weights = read_verified(update_info, clock, held)
             if weights:
                 with self._loading(embedding=any(not layer_of(name) for name in weights)):
                     self._load(weights)

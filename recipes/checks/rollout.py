@@ -42,6 +42,11 @@ def check_settings(c: Config) -> None:
     _check_quantization(c)
     _check_colocated(c)
     _check_server_gpus(rollout)
+    if rollout.weight_sync == "ipc" and rollout.urls:
+        raise ValueError(
+            f"rollout.weight_sync=ipc shares memory with servers that the run itself starts, and rollout.urls="
+            f"{rollout.urls} names others: set rollout.weight_sync=auto"
+        )
     if rollout.engine == "local":
         for key, usual in (("in_flight", "wait"), ("weight_sync", "auto"), ("batch_invariant", False)):
             if getattr(rollout, key) != usual:

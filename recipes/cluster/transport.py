@@ -59,6 +59,11 @@ def choose(gigabytes: float, server_nodes: int, *, one_node: bool, gpus: bool) -
 def transport(config: Config) -> tuple[str, str]:
     """What ``rollout.weight_sync`` of a job is, with "auto" decided."""
     rollout = config.rollout
+    if rollout.weight_sync == "ipc" and not rollout.colocated:
+        raise ValueError(
+            "rollout.weight_sync=ipc shares a GPU's memory with servers that the run itself starts, and the servers of "
+            "a job are started beside it: set it to auto"
+        )
     if rollout.weight_sync != "auto":
         return rollout.weight_sync, "as rollout.weight_sync says"
     if rollout.engine == "local" or rollout.replay is not None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -49,4 +52,26 @@ def make_engine(rollout: RolloutConfig, model_dir: Path, log_dir: Path) -> Rollo
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     learner = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     gpus = server_gpus(visible.split(","), learner, colocated=rollout.colocated)
+    rollout = dataclasses.replace(rollout, weight_sync=choose_sync(rollout, gpus, visible.split(",")[0]))
     return VLLMPool(rollout, Place(model_dir, log_dir, "cuda", gpus))
+
+
+def choose_sync(
+    rollout: RolloutConfig, gpus: Sequence[str], mine: str
+) -> Literal["auto", "disk", "ipc", "nccl", "gloo"]:
+    """The transport on a machine with GPUs: "auto" becomes "ipc" where all servers use the GPU of the learner's rank 0.
+
+    Args:
+        gpus: of the servers; ``mine``: that of rank 0.
+
+    Raises ValueError for "ipc" with other GPUs.
+    """
+    shared = not rollout.urls and set(gpus[: rollout.num_servers * rollout.server_gpus]) == {mine}
+    if rollout.weight_sync == "auto" and rollout.colocated and shared:
+        return "ipc"
+    if rollout.weight_sync == "ipc" and not shared:
+        raise ValueError(
+            f"rollout.weight_sync=ipc needs all servers on GPU {mine}, that of the learner's first rank, and they have "
+            f"{', '.join(gpus)}: set rollout.weight_sync=auto"
+        )
+    return rollout.weight_sync

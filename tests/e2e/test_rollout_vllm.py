@@ -27,6 +27,7 @@ from megatron_ext.rl.types import Rollout
 from megatron_ext.sync.base import WeightUpdateError, stage_weights
 from megatron_ext.sync.broadcast import BroadcastSync
 from megatron_ext.sync.disk import DiskSync
+from megatron_ext.sync.ipc import IpcSync
 from recipes.loop.journal import as_list
 from recipes.rollout.colocated import Turns
 from recipes.rollout.engine import Sampling
@@ -69,8 +70,8 @@ def settings(pool: VLLMPool, **changed: Any) -> Iterator[None]:
     """The same servers with other options: starting servers takes most of these tests' time."""
     rollout, sync, updater = pool._rollout, pool._sync, pool._updater
     pool._rollout = replace(rollout, **changed)
-    if pool._rollout.weight_sync == "gloo":
-        pool._sync = BroadcastSync("gloo")
+    if pool._rollout.weight_sync in ("gloo", "ipc"):
+        pool._sync = BroadcastSync("gloo") if pool._rollout.weight_sync == "gloo" else IpcSync()
         pool._updater = Updater(pool._sync, pool.fleet.post, pool.fleet.get, timeout_s=60.0, answer_s=8.0)
     try:
         yield
@@ -139,7 +140,7 @@ def test_seeds_decide_the_tokens(pool: VLLMPool) -> None:
     assert len({tuple(r.response_ids) for r in first}) > 24, "samples of a group must differ"
 
 
-@pytest.mark.parametrize("transport", ["disk", "gloo"])
+@pytest.mark.parametrize("transport", ["disk", "gloo", "ipc"])
 def test_push_changes_every_weight(pool: VLLMPool, qwen2: Path, weights: dict[str, Tensor], transport: str) -> None:
     """Regression: with tied embeddings vLLM's output head stays at the old weights after a reload."""
     with settings(pool, weight_sync=transport):
@@ -170,6 +171,16 @@ def test_layers_that_did_not_change_are_kept(pool: VLLMPool, qwen2: Path, weight
         assert {v for r in rollouts for v in r.weight_versions} == {pool.version}
 
 
+def test_staging_in_shared_memory_leaves_the_served_weights_alone(
+    pool: VLLMPool, qwen2: Path, weights: dict[str, Tensor]
+) -> None:
+    with settings(pool, weight_sync="ipc"):
+        served = changed(weights, 32)
+        pool.push(pool.version + 1, served.items())
+        stage_weights(pool._sync, pool.version + 1, changed(weights, 33).items())
+        assert worst_difference(qwen2, served, generate(pool))[1] < 2e-4
+
+
 def test_staging_in_place_leaves_the_served_weights_alone(
     pool: VLLMPool, qwen2: Path, weights: dict[str, Tensor]
 ) -> None:
@@ -189,6 +200,7 @@ def test_staging_in_place_leaves_the_served_weights_alone(
 FAULTS = [
     *(("disk", fault) for fault in ("missing tensor", "changed bytes", "truncated file", "sender fails")),
     *(("gloo", fault) for fault in ("wrong shape", "changed bytes")),
+    ("ipc", "changed bytes"),
 ]
 
 
@@ -243,9 +255,9 @@ def test_bad_update_is_refused(
 
 
 def tamper(sync: Any, name: str, fault: str) -> None:
-    """Damage the staged files."""
-    if isinstance(sync, BroadcastSync):
-        sync._buckets[0][5] += 1
+    """Damage what is staged."""
+    if isinstance(sync, BroadcastSync | IpcSync):
+        sync._buckets.filled()[0][5] += 1
         return
     assert isinstance(sync, DiskSync) and sync.info is not None
     path = Path(sync.info["directory"]) / sync.info["files"][0]

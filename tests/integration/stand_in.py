@@ -18,7 +18,10 @@ import torch
 from aiohttp import web
 
 from configs.schema import RolloutConfig
-from megatron_ext.sync.broadcast import Entry, Rendezvous, broadcast, join_group, layout
+from megatron_ext.sync.base import Clock
+from megatron_ext.sync.broadcast import Rendezvous, broadcast, join_group
+from megatron_ext.sync.buckets import Entry, layout, tensors_of
+from megatron_ext.sync.receive import Update, read_shared
 from recipes.rollout.vllm import fleet as vllm_fleet
 from recipes.rollout.vllm.pool import VLLMPool
 from recipes.rollout.vllm.server import Place
@@ -43,7 +46,7 @@ class StandIn:
         self.calls: list[str] = []
         self.bodies: list[dict[str, Any]] = []
         self.loaded: dict[str, Any] = {"version": None, "checksum": None}
-        self.received: dict[str, torch.Tensor] = {}  # by broadcast
+        self.received: dict[str, torch.Tensor] = {}  # by broadcast or shared memory
         self.group: Any = None
         self.cache_reset = True
         self.busy = self.most_busy = 0
@@ -117,8 +120,8 @@ class StandIn:
             self.group = await asyncio.to_thread(join_group, rendezvous, rendezvous.rank)
         if path == "/update_weights" and "buckets" in body["update_info"]:
             try:
-                await asyncio.to_thread(self._receive, body["update_info"]["buckets"])
-            except OSError as error:
+                await asyncio.to_thread(self._receive, body["update_info"])
+            except (OSError, ValueError) as error:
                 return web.Response(status=500, text=str(error))
         if path == "/update_weights" and path not in self.fault:
             self.loaded = {key: body["update_info"][key] for key in ("version", "checksum")}
@@ -137,15 +140,16 @@ class StandIn:
             return await self._generate(body)
         return web.json_response({})
 
-    def _receive(self, buckets: list[list[dict[str, Any]]]) -> None:
-        for part in buckets:
+    def _receive(self, info: dict[str, Any]) -> None:
+        if "socket" in info:
+            found = read_shared(Update(**info), torch.device("cpu"), Clock({}))
+            self.received = {name: tensor.clone() for name, tensor in found.items()}
+            return
+        for part in info["buckets"]:
             entries = [Entry(**entry) for entry in part]
-            offsets, total = layout(entries)
-            data = torch.empty(total, dtype=torch.uint8)
+            data = torch.empty(layout(entries)[1], dtype=torch.uint8)
             broadcast(self.group, data, timeout_s=5.0)
-            for offset, entry in zip(offsets, entries, strict=True):
-                raw = data[offset : offset + entry.nbytes]
-                self.received[entry.name] = raw.view(getattr(torch, entry.dtype)).reshape(entry.shape)
+            self.received |= tensors_of(data, entries)
 
     async def _generate(self, body: dict[str, Any]) -> web.Response:
         """Two tokens: the prompt's first, and the number of tokens of context. An update may come between them."""

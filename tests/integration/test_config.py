@@ -122,6 +122,7 @@ def paper(tmp_path: Path) -> list[str]:
         ("rollout.in_flight=stop", ["rollout.in_flight=stop", "wait | keep | abort"]),
         ("rollout.weight_sync=ncl", ["rollout.weight_sync=ncl", "'nccl'"]),
         ("rollout.weight_sync=gloo rollout.engine=local", ["rollout.weight_sync=gloo", "rollout.engine=local"]),
+        ("rollout.weight_sync=ipc rollout.urls=['http://a:1']", ["rollout.weight_sync=ipc", "rollout.urls", "auto"]),
         ("rollout.probe_s=0", ["rollout.probe_s=0", "above 0"]),
         ("rollout.update_timeout_s=0", ["rollout.update_timeout_s=0", "above 0"]),
         ("rollout.quantization=fp8", ["rollout.quantization=fp8", "train.tis_cap=2"]),

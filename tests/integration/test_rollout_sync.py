@@ -6,6 +6,7 @@ import asyncio
 import multiprocessing
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -23,13 +24,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_ext.sync import base, broadcast, disk, node, process_guard, receive
+from megatron_ext.sync import base, broadcast, disk, ipc, node, process_guard, receive
 from megatron_ext.sync.auth import RequireToken
 from megatron_ext.sync.base import WeightDigest, stage_weights
-from megatron_ext.sync.broadcast import BroadcastSync, Entry, Rendezvous, join_group, layout
+from megatron_ext.sync.broadcast import BroadcastSync, Rendezvous, join_group
 from megatron_ext.sync.broadcast import broadcast as broadcast_data
+from megatron_ext.sync.buckets import Entry, layout, tensors_of
 from megatron_ext.sync.disk import DiskSync
-from megatron_ext.sync.receive import Update, read_verified
+from megatron_ext.sync.ipc import IpcSync
+from megatron_ext.sync.receive import Update, read_shared, read_verified
 
 WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.tensor(3)}
 
@@ -171,26 +174,42 @@ def test_a_shard_ends_where_a_tensor_would_not_be_aligned_or_named(sync: DiskSyn
     assert sync.info is not None and len(sync.info["files"]) == 3
 
 
-def test_sender_may_reuse_its_buffer(sync: DiskSync) -> None:
+@pytest.fixture(params=["disk", "ipc"])
+def either(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[DiskSync | IpcSync]:
+    result = DiskSync(tmp_path) if request.param == "disk" else IpcSync()
+    yield result
+    result.close()
+    assert not result.root.exists()
+
+
+def take(sync: DiskSync | IpcSync) -> dict[str, Tensor]:
+    """What a worker loads, after its checks."""
+    assert sync.info is not None
+    info, clock = Update(**sync.info), base.Clock({})
+    return read_verified(info, clock) if isinstance(sync, DiskSync) else read_shared(info, torch.device("cpu"), clock)
+
+
+def test_sender_may_reuse_its_buffer(either: DiskSync | IpcSync) -> None:
     buffer = torch.zeros(2)
 
     def stream() -> Iterator[tuple[str, Tensor]]:
         for value, name in enumerate("xyz"):
             yield name, buffer.fill_(value)
 
-    stage_weights(sync, 1, stream())
-    assert [read(sync)[name].tolist() for name in "xyz"] == [[0, 0], [1, 1], [2, 2]]
+    stage_weights(either, 1, stream())
+    assert [take(either)[name].tolist() for name in "xyz"] == [[0, 0], [1, 1], [2, 2]]
 
 
-def test_failing_sender_leaves_nothing_staged(sync: DiskSync) -> None:
+def test_failing_sender_leaves_nothing_staged(either: DiskSync | IpcSync) -> None:
     def stream() -> Iterator[tuple[str, Tensor]]:
         yield "a", torch.ones(1)
         raise OSError("gone")
 
     with pytest.raises(OSError, match="gone"):
-        stage_weights(sync, 1, stream())
-    assert sync.info is None and [path.name for path in sync.root.iterdir()] == ["lock"]
-    stage_weights(sync, 1, WEIGHTS.items())  # the same version again, after the failure
+        stage_weights(either, 1, stream())
+    assert either.info is None and {path.name for path in either.root.iterdir()} <= {"lock", "socket"}
+    stage_weights(either, 1, WEIGHTS.items())  # the same version again, after the failure
+    assert digest(take(either)) == digest(WEIGHTS)
 
 
 def test_leftovers_of_killed_runs_are_removed_those_of_living_ones_kept(tmp_path: Path) -> None:
@@ -220,12 +239,9 @@ def receiver(body: dict[str, Any], buckets: list[list[dict[str, Any]]], rounds: 
     for _ in range(rounds):
         for part in buckets:
             entries = [Entry(**entry) for entry in part]
-            offsets, total = layout(entries)
-            data = torch.empty(total, dtype=torch.uint8)
+            data = torch.empty(layout(entries)[1], dtype=torch.uint8)
             broadcast_data(group, data, body["timeout_s"])
-            for offset, entry in zip(offsets, entries, strict=True):
-                raw = data[offset : offset + entry.nbytes]
-                found[entry.name] = raw.view(getattr(torch, entry.dtype)).reshape(entry.shape)
+            found |= tensors_of(data, entries)
     return found
 
 
@@ -238,9 +254,9 @@ def test_broadcast_reaches_all_and_tells_when_somebody_is_missing(
     sync = BroadcastSync("gloo")
     checksum = stage_weights(sync, 5, WEIGHTS.items())
     assert sync.info is not None and (sync.info["version"], sync.info["checksum"]) == (5, checksum)
-    first = [bucket.data_ptr() for bucket in sync._buckets]
+    first = [bucket.data_ptr() for bucket in sync._buckets.memory]
     assert stage_weights(sync, 5, WEIGHTS.items()) == checksum
-    reused = [bucket.data_ptr() for bucket in sync._buckets] == first
+    reused = [bucket.data_ptr() for bucket in sync._buckets.memory] == first
     assert reused or bucket_bytes == 1, "a version takes the memory of the one before"
     bodies = sync.connect(["http://127.0.0.1:80"] * 2, [1, 1], timeout_s=2.0)
     assert [(body["rank"], body["host"], body["world_size"]) for body in bodies] == [
@@ -284,6 +300,106 @@ def test_buckets_keep_every_dtype_aligned() -> None:
         Entry("d", "int8", [0]),
     ]
     assert layout(entries) == ([0, 16, 32, 48], 48)
+
+
+# ---- shared memory -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[IpcSync]:
+    monkeypatch.setattr(ipc, "BUCKET_BYTES", 32)  # two buckets
+    result = IpcSync()
+    yield result
+    result.close()
+
+
+def update(sync: IpcSync, version: int = 1, **changed: Any) -> Update:
+    checksum = stage_weights(sync, version, WEIGHTS.items())
+    assert sync.info is not None and sync.info["checksum"] == checksum
+    return Update(**(sync.info | changed))
+
+
+def test_a_worker_maps_what_the_learner_staged(shared: IpcSync) -> None:
+    assert stat.S_IMODE(shared.root.stat().st_mode) == 0o700
+    for version in (1, 2):
+        info = update(shared, version)
+        found = read_shared(info, torch.device("cpu"), base.Clock({}))
+        assert all(torch.equal(found[name], tensor) for name, tensor in WEIGHTS.items()) and len(info.buckets) == 2
+    memory = [bucket.view.data_ptr() for bucket in shared._buckets.memory]
+    found["a"].zero_()
+    again = read_shared(update(shared, 3), torch.device("cpu"), base.Clock({}))
+    assert torch.equal(again["a"], WEIGHTS["a"]), "a worker cannot write into the learner's memory"
+    assert memory == [bucket.view.data_ptr() for bucket in shared._buckets.memory], "memory is used again"
+    held = info.tensors | {"a": "torch.float32 (2, 3) other"}
+    assert read_shared(update(shared, 4), torch.device("cpu"), base.Clock({}), held).keys() == WEIGHTS.keys()
+    assert read_shared(update(shared, 5), torch.device("cpu"), base.Clock({}), info.tensors) == {}
+
+
+def test_shared_memory_that_is_not_as_announced_is_refused(shared: IpcSync) -> None:
+    def refused(info: Update, match: str) -> None:
+        with pytest.raises(ValueError, match=f"version 1 refused: .*{match}.*send the update again"):
+            read_shared(info, torch.device("cpu"), base.Clock({}))
+
+    info = update(shared)
+    shared._buckets.memory[0].view[5] ^= 1
+    refused(info, "a is not what was sent")
+    info = update(shared)
+    info.buckets[0][0]["shape"] = [3, 2]
+    refused(info, "a is not what was sent")
+    info = update(shared)
+    info.buckets[0], info.buckets[1] = info.buckets[1], info.buckets[0]
+    refused(info, "is not what was sent")
+    info = update(shared)
+    info.buckets[1][0]["shape"] = [1 << 40]
+    refused(info, "cannot hold its")
+    info = update(shared)
+    info.buckets.pop()
+    refused(info, "other tensors than announced")
+    info = update(shared)
+    info.tensors["a"] = info.tensors["b"]
+    refused(info, "list of tensors is not the announced one")
+    info = update(shared)
+    stage_weights(shared, 2, WEIGHTS.items())
+    refused(info, "the learner has version 2 to offer")
+    shared.discard()
+    refused(info, "the learner has nothing to offer")
+
+
+def test_a_socket_of_another_user_or_place_is_refused(shared: IpcSync, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(info: Update, match: str) -> None:
+        with pytest.raises(ValueError, match=match):
+            read_shared(info, torch.device("cpu"), base.Clock({}))
+
+    info = update(shared)
+    other = IpcSync()
+    try:
+        stage_weights(other, 1, {"a": torch.zeros(2, 3)}.items())
+        refused(Update(**(vars(info) | {"socket": other.info["socket"]})), "has version 1 to offer")  # type: ignore[index]
+    finally:
+        other.close()
+    refused(Update(**(vars(info) | {"socket": str(other.root / "socket")})), "No such file")
+    shared.root.chmod(0o755)
+    refused(info, "is not a private directory")
+    shared.root.chmod(0o700)
+    real = ipc.CREDENTIALS.unpack
+    monkeypatch.setattr(ipc, "CREDENTIALS", SimpleNamespace(size=12, unpack=lambda data: (real(data)[0], 12345, 0)))
+    refused(info, "belongs to user 12345|ended the connection|reset by peer")
+    monkeypatch.undo()
+    monkeypatch.setattr(ipc, "device_name", lambda device: f"GPU-{threading.current_thread().name}")
+    refused(info, "needs the same GPU, set it to disk")
+
+
+@pytest.mark.parametrize("sent", [b"", b"\x05\0\0\0ab", b"\xff\xff\xff\xff", b"\x02\0\0\0N.", b"\x01\0\0\0\x80"])
+def test_nonsense_on_the_socket_gets_no_answer(shared: IpcSync, sent: bytes, capfd: pytest.CaptureFixture[str]) -> None:
+    """Cut off, too long, a pickle, a message without its fields; the next worker is served."""
+    info = update(shared)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.connect(info.socket)
+        client.sendall(sent)
+        client.shutdown(socket.SHUT_WR)
+        assert client.recv(1) == b""
+    assert digest(read_shared(info, torch.device("cpu"), base.Clock({}))) == info.checksum
+    assert "weights by ipc: a worker got no answer" in capfd.readouterr().err
 
 
 # ---- authentication ------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from stand_in import WEIGHTS, StandIn, make_pool, prompts, wait_until
 
 from configs.schema import RolloutConfig
 from megatron_ext.sync.base import WeightUpdateError
+from megatron_ext.sync.ipc import IpcSync
 from recipes.rollout.engine import Sampling
 from recipes.rollout.vllm import update as vllm_update
 from recipes.rollout.vllm.client import ServerError
@@ -27,6 +29,16 @@ def test_update_phases_in_order_then_the_new_version(pool: VLLMPool, stand_ins: 
         assert server.calls == [*phases, "/collective_rpc", "/reset_prefix_cache", "/resume"]
     rollouts = pool.generate(prompts(2), n=1, sampling=Sampling(5), seeds=[0, 1])
     assert pool.version == 7 and all(r.weight_versions.tolist() == [7, 7] for r in rollouts)
+
+
+@pytest.fixture
+def sharing(stand_ins: list[StandIn], model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[VLLMPool]:
+    """A pool that shares memory with its servers."""
+    engine = make_pool(stand_ins, model_dir, monkeypatch, weight_sync="ipc")
+    for server in stand_ins:
+        server.bodies.clear()
+    yield engine
+    engine.close()
 
 
 PHASES = ["/pause", "/start_weight_update", "/update_weights", "/finish_weight_update", "/resume"]
@@ -56,6 +68,38 @@ def test_one_server_that_breaks_an_update_does_not_stop_the_others(
     pool.push(2, WEIGHTS.items())
     wait_until(lambda: pool.servers[1].usable, "the next update brings it back")
     assert stand_ins[1].loaded["version"] == 2
+
+
+@pytest.mark.parametrize("phase", [*PHASES, "stale", "cache"])
+def test_one_server_that_breaks_an_update_by_shared_memory(
+    sharing: VLLMPool, stand_ins: list[StandIn], phase: str
+) -> None:
+    test_one_server_that_breaks_an_update_does_not_stop_the_others(sharing, stand_ins, phase)
+    assert torch.equal(stand_ins[0].received["w"], WEIGHTS["w"])
+
+
+@pytest.mark.parametrize("phase", ["/update_weights", "stale"])
+def test_an_update_by_shared_memory_that_nobody_takes(sharing: VLLMPool, stand_ins: list[StandIn], phase: str) -> None:
+    test_an_update_that_nobody_takes_raises_and_serves_nothing(sharing, stand_ins, phase)
+
+
+def test_shared_memory_that_changed_after_the_checksum_is_refused_by_all(
+    sharing: VLLMPool, stand_ins: list[StandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync, seal = sharing._sync, sharing._sync.seal
+    assert isinstance(sync, IpcSync)
+
+    def damage(*args: Any) -> None:
+        seal(*args)
+        sync._buckets.memory[0].view[3] ^= 4
+
+    monkeypatch.setattr(sync, "seal", damage)
+    with pytest.raises(WeightUpdateError, match="w is not what was sent"):
+        sharing.push(1, WEIGHTS.items())
+    assert [server.loaded["version"] for server in stand_ins] == [0, 0] and sync.info is None
+    monkeypatch.undo()
+    sharing.push(2, WEIGHTS.items())
+    assert [server.loaded["version"] for server in stand_ins] == [2, 2]
 
 
 @pytest.mark.parametrize("phase", ["/update_weights", "stale"])

@@ -28,6 +28,7 @@ from megatron_ext.rl.types import Rollout
 from megatron_ext.sync.base import WeightSync, WeightUpdateError, stage_weights
 from megatron_ext.sync.broadcast import BroadcastSync
 from megatron_ext.sync.disk import DiskSync
+from megatron_ext.sync.ipc import IpcSync
 from recipes.rollout.engine import Request, Sampling, check_request, request_seed, stop_tokens, url_token
 from recipes.rollout.routing import FLAG, experts_of
 from recipes.rollout.vllm.client import (
@@ -334,6 +335,8 @@ class VLLMPool:
             checksum = stage_weights(self._sync, version, cast, self.sync_seconds)
             self._run(self._update(version, f"{version}-{checksum[:16]}"))
             self.sync_seconds |= self._updater.seconds
+            if self._rollout.colocated:
+                self._sync.free()
         finally:
             self._loop.call_soon_threadsafe(self._delivering.release)
 
@@ -468,6 +471,8 @@ def make_sync(rollout: RolloutConfig, model_dir: Path) -> WeightSync:
     if rollout.weight_sync == "nccl" and not torch.cuda.is_available():
         raise ValueError("rollout.weight_sync=nccl: there is no GPU here; set rollout.weight_sync to disk or gloo")
     digest = "sha256" if rollout.weight_digest == "sha256" else None  # None: the transport's fast one
+    if rollout.weight_sync == "ipc":
+        return IpcSync(digest=digest, delta=not rollout.colocated)
     if rollout.weight_sync not in ("auto", "disk"):  # a job decides on auto (recipes.cluster.transport)
         return BroadcastSync(rollout.weight_sync, digest=digest)
     on_disk = sum(path.stat().st_size for path in model_dir.glob("*.safetensors"))

@@ -26,6 +26,7 @@ def test_files_until_the_readers_are_too_many() -> None:
         ((), 1, "# weights by disk: learner and servers share one node"),
         ((), 64, "# weights by nccl: 46.6 GB to 64 nodes"),
         (("rollout.weight_sync=gloo",), 64, "# weights by gloo: as rollout.weight_sync says"),
+        (("rollout.weight_sync=ipc",), 1, "# weights: rollout.weight_sync=ipc shares a GPU's memory"),
         (("rollout.engine=local",), 64, "# weights by disk: no servers"),
     ],
 )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from configs.schema import RolloutConfig
 from recipes.checks.settings import load_checked
 from recipes.rollout.colocated import Phase, Turns
+from recipes.rollout.make import choose_sync
 
 CAPACITY = 80
 WEIGHTS, STATE, KV_CACHE = 15, 60, 60
@@ -162,3 +165,27 @@ def test_settings_that_cannot_take_turns_are_refused(arguments: list[str], said:
     with pytest.raises(ValueError, match=said) as error:
         load_checked(["rollout.colocated=true", *arguments])
     assert "rollout.colocated=false" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changed", "gpus", "chosen"),
+    [
+        ({"colocated": True}, ["0"], "ipc"),
+        ({"colocated": True, "num_servers": 2}, ["0", "1"], "auto"),
+        ({"colocated": True, "server_gpus": 2}, ["0", "1"], "auto"),
+        ({"colocated": True, "weight_sync": "disk"}, ["0"], "disk"),
+        ({}, ["0"], "auto"),
+        ({"weight_sync": "ipc"}, ["0"], "ipc"),
+        ({"weight_sync": "ipc"}, ["1"], "have 1:"),
+        ({"weight_sync": "ipc", "colocated": True, "num_servers": 2}, ["0", "1"], "have 0, 1:"),
+    ],
+)
+def test_weights_go_by_shared_memory_where_learner_and_servers_share_one_gpu(
+    changed: dict[str, Any], gpus: list[str], chosen: str
+) -> None:
+    rollout = RolloutConfig(**changed)
+    if chosen in ("ipc", "auto", "disk"):
+        assert choose_sync(rollout, gpus, "0") == chosen
+    else:
+        with pytest.raises(ValueError, match=f"rollout.weight_sync=ipc needs .*{chosen} set rollout.weight_sync=auto"):
+            choose_sync(rollout, gpus, "0")
