@@ -35,7 +35,7 @@ from conversion.publish import ManifestError, check_file, check_manifest, spans
 from conversion.sharding import VOCAB_TENSORS
 from conversion.stored_pieces import PieceReader
 
-BLOCK_BYTES = 1 << 22  # read, taken apart and written at a time: stays in a core's cache
+BLOCK_BYTES = 1 << 20  # read, taken apart and written at a time: stays in a core's cache
 HF_FILES = "hf"  # directory inside a Megatron checkpoint with config.json, tokenizer and the like
 
 _CHECKPOINT = "torch.distributed.checkpoint."
@@ -136,23 +136,29 @@ class MegatronReader:
     def dtype(self, name: str) -> torch.dtype:
         return self._tensor(self._slots[name].key).properties.dtype
 
-    def blocks(self, name: str) -> Iterator[tuple[int, Tensor]]:
+    def blocks(self, name: str, memory: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows) that together are the full tensor, in order, in blocks of about BLOCK_BYTES.
 
         Vocabulary padding stays on. ValueError when a part was not stored or its bytes are damaged.
+
+        Args:
+            memory: uint8, used for every block that fits: each block is then valid until the next one is requested.
         """
         slot = self._slots[name]
         rows, *tail = self._tensor(slot.key).size[len(slot.lead) :]
         unit = row_unit(self.hf, name)
         step = max(BLOCK_BYTES // (self.dtype(name).itemsize * math.prod(tail) * unit), 1) * unit
         for start in range(0, rows, step):
-            yield start, self.rows(name, start, min(start + step, rows))
+            yield start, self.rows(name, start, min(start + step, rows), memory)
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of the full tensor; errors as `blocks`."""
+    def rows(self, name: str, start: int, stop: int, memory: Tensor | None = None) -> Tensor:
+        """Rows [start, stop) of the full tensor; `memory` and errors as `blocks`."""
         slot = self._slots[name]
-        tail = self._tensor(slot.key).size[len(slot.lead) + 1 :]
-        block = torch.empty(stop - start, *tail, dtype=self.dtype(name))
+        shape, dtype = (stop - start, *self._tensor(slot.key).size[len(slot.lead) + 1 :]), self.dtype(name)
+        size = math.prod(shape) * dtype.itemsize
+        if memory is None or memory.numel() < size:
+            memory = torch.empty(size, dtype=torch.uint8)
+        block = memory[:size].view(dtype).view(shape)
         if self._fill(slot, self._pieces[slot.key, slot.lead], start, block) != block.numel():
             raise ValueError(f"{slot.key} is not stored completely: {self.directory} was not written to its end")
         return block

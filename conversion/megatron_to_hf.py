@@ -23,7 +23,7 @@ from conversion.config import HFConfig
 from conversion.hf_files import HFWriter, copy_side_files
 from conversion.locate import require
 from conversion.mapping import export_rows, hf_parts, hf_shapes, megatron_shape, stored_dtype
-from conversion.megatron_reader import HF_FILES, MegatronReader
+from conversion.megatron_reader import BLOCK_BYTES, HF_FILES, MegatronReader
 from conversion.megatron_writer import Progress
 from conversion.parse import in_dialect
 from conversion.publish import published, write_manifest
@@ -46,8 +46,9 @@ class _UnitWriter:
         """Write the tensors of a unit. Its record: their checksums, and numbers that are not finite."""
         hf, values = self._reader.hf, Values(self._check_finite)
         parts: list[str] = []
+        memory = torch.empty(BLOCK_BYTES, dtype=torch.uint8)  # new memory costs a page fault for every 4 KiB
         for name in unit.names:
-            for start, block in self._reader.blocks(name):
+            for start, block in self._reader.blocks(name, memory):
                 for part, row, rows in export_rows(hf, name, start, block):
                     self._writer.write(part, row, rows, values)
                 progress(block.nbytes)

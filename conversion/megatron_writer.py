@@ -41,6 +41,7 @@ from conversion.hf_files import PIECE_BYTES, WRITEBACK_BYTES, HFReader, start_wr
 from conversion.mapping import hf_parts, import_rows, megatron_names, megatron_shape, row_unit, stored_dtype
 from conversion.megatron_args import megatron_lm_arguments
 from conversion.megatron_keys import extra_state_keys, own_slots
+from conversion.megatron_reader import BLOCK_BYTES
 from conversion.pickled import PickledReader
 from conversion.publish import spans
 from conversion.quantised import DequantisedReader
@@ -50,7 +51,6 @@ from conversion.values import Values
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 FORMAT |= {"common_backend": "torch", "common_backend_version": 1}
 STORED_BYTES = 16 << 20  # of a piece, which a reader must check as a whole
-BLOCK_BYTES = 1 << 22  # in memory at a time, a few per thread
 Reader = HFReader | PickledReader | DequantisedReader | MergedReader
 Progress = Callable[[int], object]  # called with a number of bytes done, from any thread
 
