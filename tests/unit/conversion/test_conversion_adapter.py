@@ -113,7 +113,7 @@ def test_what_is_more_than_a_product_is_refused_by_name(
     ("key", "shape", "words"),
     [
         ("base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight", (3, 16), "do not fit together"),
-        ("base_model.model.model.embed_tokens.lora_embedding_A", (3, 37), "no factor of a linear layer"),
+        ("base_model.model.model.embed_tokens.lora_embedding_A", (3, 37), "not a factor of a linear layer"),
         ("base_model.model.lm_head.lora_B.weight", (36, 3), r"lm_head.weight of shape \(36, 16\)"),
     ],
 )
