@@ -28,7 +28,7 @@ DRY_RUN ?=
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help env train check test test-slurm test-distributed theory atlas study keys doctor test-integrations
+.PHONY: help env train check test test-runs test-distributed test-learner theory atlas study keys doctor test-integrations
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -63,16 +63,15 @@ check: env
 	$(PY) -m mypy
 	$(PY) -m pytest -n 2 tests/unit
 
-# A file's tests stay in one process: its fixtures are models, servers and process groups.
-# All Slurm tests share one cluster, and mostly wait. tests/distributed (4 to 8 processes that wait for each other) runs
-# beside them with what they leave of the two cores. GPU tests skip themselves without a GPU.
+# A file's tests stay in one process: its fixtures are models, servers, process groups and Slurm clusters.
+# Two streams. test-runs mostly waits: for servers to start, for faults to be noticed, for jobs to be requeued, so it has
+# three processes on two cores. tests/distributed (4 to 8 processes that wait for each other) computes with the CPU time
+# that is left. GPU tests skip themselves without a GPU.
 test: check
-	$(PY) -m pytest -n 2 tests/integration tests/gpu
-	$(MAKE) -j 2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) test-slurm test-distributed
-	$(PY) -m pytest -n 2 tests/e2e --ignore tests/e2e/slurm
+	$(MAKE) -j 2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) test-runs test-distributed
 
-test-slurm: env
-	$(PY) -m pytest tests/e2e/slurm
+test-runs: env
+	$(PY) -m pytest -n 3 tests/e2e tests/integration tests/gpu
 
 test-distributed: env
 	nice -n 19 $(PY) -m pytest tests/distributed

@@ -23,6 +23,7 @@ from megatron_ext.learner.critic import Critic
 from megatron_ext.learner.learner import Learner
 from megatron_ext.learner.model import distributed
 from megatron_ext.learner.resume import resume
+from megatron_ext.learner.step import TrainBatch
 from megatron_ext.rl.losses import Loss, build_loss
 from megatron_ext.rl.schedules import Controller, build_controller
 from megatron_ext.rl.selection import Selection, build_selection
@@ -66,9 +67,8 @@ def train(config: Config, model_dir: Path) -> None:
         state: dict[str, Any] = {"step": 0, "position": 0, "controller": controller.init()}
         progress.at("load")
         state = resume(learner, run.checkpoints, config.resume.checkpoint, critic=critic) or state
-        saver = checkpoint.Saver(
-            run.checkpoints, keep=config.train.keep_checkpoints, background=config.train.async_save
-        )
+        keep, background = config.train.keep_checkpoints, config.train.async_save
+        saver = checkpoint.Saver(run.checkpoints, keep=keep, background=background)
         run.begin(state["step"], learner.hf.vocab_size)
         guard, rank = Guard(config, run.path), torch.distributed.get_rank()
         check_profile(config, rank, torch.distributed.get_world_size())
@@ -77,21 +77,11 @@ def train(config: Config, model_dir: Path) -> None:
             if state["step"] == 0:
                 run.evaluated(stream.evaluate(0), before=True)
             metrics = StepMetrics(state["step"] + 1)
+            one_step = partial(train_step, config, learner, critic, controller, selection, guard)
             for step in range(state["step"], config.train.steps):
                 record, samples = stream.next(step, state["position"], metrics)
                 with profiled(config, rank, step):
-                    state["controller"] = train_step(
-                        config,
-                        learner,
-                        critic,
-                        controller,
-                        selection,
-                        guard,
-                        state["controller"],
-                        step,
-                        samples,
-                        metrics,
-                    )
+                    state["controller"] = one_step(state["controller"], step, samples, metrics)
                 metrics.learner(learner, critic)
                 state |= {"step": step + 1, "position": record["position"]}
                 last = step + 1 == config.train.steps
@@ -171,6 +161,18 @@ def train_step(
                 if (update := guard.update(step, members, step_on)) is not None:
                     metrics.update(update)
     metrics.add({"actor/nonfinite_updates": guard.skipped} if guard.skipped else {})
+    describe_updates(config, learner, batch, entropy, step, metrics)
+    return controller_state
+
+
+def describe_updates(
+    config: Config, learner: Learner, batch: TrainBatch, entropy: float, step: int, metrics: StepMetrics
+) -> None:
+    """Add the trace of every token, the predicted change of entropy and, where due, the measured one.
+
+    ``entropy``: of the batch before its first update, nats per token.
+    """
+    assert batch.trace is not None
     learner.gather_trace(batch.trace)
     metrics.trace = batch.trace
     metrics.add({f"theory/{name}": value for name, value in metrics.theory().items()})
@@ -178,7 +180,6 @@ def train_step(
         with metrics.clock("probe"):
             after = float(learner.statistics(batch).entropy.double().mean())
             metrics.add({"theory/entropy_change_same_tokens": after - entropy})
-    return controller_state
 
 
 def scheduled_loss(

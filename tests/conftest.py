@@ -21,11 +21,20 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)  # t
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "developer")
 
 MARKED_FOLDERS = ("distributed", "e2e", "gpu")  # tests/<folder>/ carries the marker of the same name
+# Files that take half a minute or more, longest first. Several test processes start with these, so that none of them is
+# left alone with one at the end.
+LONGEST = (
+    *("slurm/test_jobs.py", "slurm/test_servers.py", "test_train_processes.py", "test_rollout_vllm.py"),
+    *("slurm/test_gpu_templates.py", "test_reward_workers.py", "test_train_replay.py", "test_quickstart_gate.py"),
+    *("test_resume.py", "test_terminal.py"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by folder. GPU tests are skipped, not failed, without a GPU."""
+    """Mark tests by folder, long files first. GPU tests are skipped, not failed, without a GPU."""
     here = Path(__file__).parent
+    rank = {here / "e2e" / name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path, len(LONGEST)))
     for item in items:
         folder = item.path.relative_to(here).parts[0] if item.path.is_relative_to(here) else ""
         if folder in MARKED_FOLDERS:

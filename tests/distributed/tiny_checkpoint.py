@@ -24,6 +24,15 @@ LLAMA: dict[str, Any] = {
     "max_position_embeddings": 64,
     "torch_dtype": "float32",
 }
+QWEN2: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 37,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def write_random(directory: Path, raw: Mapping[str, Any] = LLAMA, dtype: torch.dtype = torch.float32) -> Path:

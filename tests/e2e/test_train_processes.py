@@ -16,10 +16,9 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from training import arguments, assert_same_run, journal, metrics, run_here
+from training import TIMEOUT_S, arguments, assert_same_run, journal, metrics, run_here, run_ranks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-TIMEOUT_S = 240.0
 pytestmark = pytest.mark.usefixtures("no_report")
 
 
@@ -43,7 +42,7 @@ def test_layouts_from_the_command_line(model: Path, tmp_path: Path) -> None:
     live, one, stages = tmp_path / "tp2-sp", tmp_path / "one", tmp_path / "pp2-cp2"
     assert "done in" in typed(arguments(model, live, *sgd, "parallel.tp=2", "parallel.sp=true"))
     run_here(model, one, *sgd, f"rollout.replay={live}")
-    typed(arguments(model, stages, *sgd, f"rollout.replay={live}", "parallel.pp=2", "parallel.cp=2"))
+    run_ranks(4, model, stages, *sgd, f"rollout.replay={live}", "parallel.pp=2", "parallel.cp=2")
     reference = metrics(one)
     assert [row["step"] for row in reference] == [1, 2, 3]
     for run in (live, stages):
@@ -69,7 +68,7 @@ def test_a_mixture_of_experts(model: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     Qwen3MoeForCausalLM(config).save_pretrained(mixture)
     run_here(mixture, live, "train.steps=3")
-    typed(arguments(mixture, spread, "train.steps=3", f"rollout.replay={live}", "parallel.ep=2"))
+    run_ranks(2, mixture, spread, "train.steps=3", f"rollout.replay={live}", "parallel.ep=2")
     for row, expected in zip(metrics(spread), metrics(live), strict=True):
         for name in ("actor/entropy", "actor/pg_loss", "actor/grad_norm", "rollout_agreement/abs_dp_mean"):
             assert math.isclose(row[name], expected[name], rel_tol=1e-3, abs_tol=1e-5), (row["step"], name)

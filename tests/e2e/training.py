@@ -9,13 +9,16 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
+TIMEOUT_S = 240.0
 SETTINGS = (
     *("rollout.engine=local", "reward.name=random", "optim.lr=2e-3", "run.report_every=0"),
     *("rollout.prompts_per_step=4", "rollout.n=4", "rollout.max_tokens=12", "train.steps=4"),
@@ -64,6 +67,28 @@ def run_here(model: Path, run_dir: Path, *extra: str) -> Path:
     """Run a command that must succeed; return its directory."""
     assert launch_here(arguments(model, run_dir, *extra)) == 0
     return run_dir
+
+
+def run_ranks(processes: int, model: Path, run_dir: Path, *extra: str) -> Path:
+    """Run a command that must succeed in several ranks, without the launcher and torchrun; return its directory."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    common |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    words, log = arguments(model, run_dir, *extra), run_dir.with_suffix(".log")
+    own = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    ranks = [start(words, log, partial(set_environment, variables)) for variables in own]
+    try:
+        for rank in ranks:
+            rank.join(TIMEOUT_S)
+        assert [rank.exitcode for rank in ranks] == [0] * processes, log.read_text()
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return run_dir
+
+
+def set_environment(variables: dict[str, str]) -> None:
+    os.environ |= variables
 
 
 def start(words: list[str], log: Path, fault: Callable[[], None] | None = None) -> Any:

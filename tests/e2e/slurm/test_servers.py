@@ -143,7 +143,7 @@ def test_a_hung_server_is_replaced(job: Job) -> None:
     (why,) = [
         e.details["error"] for e in events(job.run / "logs" / "latest") if e.name == "failed" and e.role == "server-1"
     ]
-    assert why == "the engine did not answer for 10 s"
+    assert why == "the engine did not answer for 20 s"
     assert len(attempts(job.run)) == 1
 
 

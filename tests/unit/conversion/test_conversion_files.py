@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_checkpoint import LLAMA
 
 import conversion
 from conversion import cli, hf_to_megatron, megatron_to_hf, megatron_writer
@@ -26,20 +27,8 @@ from conversion.publish import ManifestError, check_manifest, published, working
 from conversion.sources import open_source
 from conversion.verify import compare
 
-RAW = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 37,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-    "rms_norm_eps": 1e-5,
-    "dtype": "bfloat16",
-}
+BFLOAT16 = {"tie_word_embeddings": False, "rms_norm_eps": 1e-5, "dtype": "bfloat16"}
+RAW = {key: value for key, value in LLAMA.items() if key != "torch_dtype"} | BFLOAT16
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_checkpoint import write_random
+from tiny_checkpoint import QWEN2, write_random
 
 import conversion
 from conversion import cli, hf_to_megatron
@@ -19,18 +19,9 @@ from conversion.families import FAMILIES
 from conversion.locate import locate
 from conversion.publish import TRACKER
 
-RAW: dict[str, Any] = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "vocab_size": 37,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 32, "truncate": True}
 FULL: dict[str, Any] = {
-    **RAW,
+    **QWEN2,
     "head_dim": 4,
     "max_position_embeddings": 64,
     "rms_norm_eps": 1e-6,
@@ -89,7 +80,7 @@ def test_any_config_is_read_or_refused_in_one_sentence(family: str, changes: dic
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from(["rope_scaling", "rope_parameters"]), st.dictionaries(st.sampled_from(sorted(YARN)), JSON))
 def test_any_rope_parameters_are_read_or_refused(key: str, changes: dict[str, Any]) -> None:
-    config = {**RAW, key: {**YARN, **changes}}
+    config = {**QWEN2, key: {**YARN, **changes}}
     try:
         conversion.parse_config(config)
     except ValueError as error:
@@ -99,7 +90,7 @@ def test_any_rope_parameters_are_read_or_refused(key: str, changes: dict[str, An
 @given(st.sampled_from(["architectures"]), JSON)
 def test_any_architecture_is_refused_or_known(key: str, value: Any) -> None:
     try:
-        conversion.parse_config({**RAW, key: value})
+        conversion.parse_config({**QWEN2, key: value})
     except ValueError as error:
         assert "architecture" in str(error) and "\n" not in str(error)
 
@@ -113,7 +104,7 @@ def test_a_file_that_is_no_object_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def model(directory: Path) -> Path:
-    return write_random(directory, RAW)
+    return write_random(directory, QWEN2)
 
 
 def run(command: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

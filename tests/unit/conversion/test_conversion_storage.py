@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_checkpoint import write_random
+from tiny_checkpoint import QWEN2, write_random
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
@@ -26,16 +26,7 @@ from conversion.sources import open_source
 from conversion.stored_pieces import PieceReader
 from conversion.verify import scan
 
-RAW = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "vocab_size": 37,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": False,
-}
+RAW = {**QWEN2, "tie_word_embeddings": False}
 
 
 @pytest.fixture

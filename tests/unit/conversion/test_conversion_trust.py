@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_checkpoint import QWEN2
 
 import conversion
 from conversion import cli, hf_to_megatron, megatron_to_hf, verify
@@ -20,17 +21,7 @@ from conversion.sources import open_source
 from conversion.values import Values, count_nonfinite
 from conversion.verify import compare, config_differences
 
-RAW = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "vocab_size": 37,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
+RAW = {**QWEN2, "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
 VICTIM = "model.layers.1.mlp.up_proj.weight"
 
 
