@@ -126,7 +126,7 @@ def _share_gloo_device() -> None:
     gloo: Any = c10d.ProcessGroupGloo
     devices: dict[tuple[int, str], list[Any]] = {}  # by process, since threads do not survive a fork, and interfaces
 
-    class SharedDevice(gloo):  # type: ignore[misc]
+    class SharedDevice(gloo):
         """A group with the constructor that torch calls, on devices that all groups share."""
 
         def __init__(self, store: Any, rank: int, size: int, timeout: Any) -> None:
