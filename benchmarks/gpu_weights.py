@@ -34,7 +34,7 @@ from benchmarks.weight_sync import SHAPES, sizes_of
 from megatron_ext.sync.base import Clock, WeightDigest, stage_weights
 from megatron_ext.sync.broadcast import BroadcastSync
 from megatron_ext.sync.disk import DiskSync
-from megatron_ext.sync.ipc import IpcSync
+from megatron_ext.sync.ipc import IpcSync, problem
 from megatron_ext.sync.receive import Update, read_shared, read_verified
 
 TINY = "tiny"
@@ -254,6 +254,8 @@ def main() -> None:
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
     show({"date": str(date.today()), "device": card, "torch": torch.__version__, "cores": os.cpu_count()})
     begin = time.perf_counter()
+    why = problem(device)
+    show({"part": "probe", "ipc_works": why is None, "why_not": why, "seconds": round(time.perf_counter() - begin, 1)})
     for shape in [TINY] if options.tiny else options.shape:
         for row in measure(shape, device, options.turns):
             show(row)

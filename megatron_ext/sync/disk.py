@@ -6,6 +6,7 @@ are paused only once the files are complete. The files stay until the next versi
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import mmap
@@ -191,8 +192,8 @@ class Shard:
             self.close()
         elif not self._pinned and torch.cuda.is_available():
             # From the next version on, copies from the GPU run at the speed of the bus.
-            torch.cuda.cudart().cudaHostRegister(self._map.data_ptr(), HEADER_BYTES + self._end, 0)
-            self._pinned = self._end
+            if pin(self._map.data_ptr(), HEADER_BYTES + self._end):
+                self._pinned = self._end
 
     def _unpin(self) -> None:
         if self._pinned and self._map is not None:
@@ -205,6 +206,16 @@ class Shard:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def pin(address: int, nbytes: int) -> bool:
+    """Register memory with the GPU's driver; False where that is not allowed: copies then take the slow way."""
+    runtime = torch.cuda.cudart()
+    if runtime.cudaHostRegister(address, nbytes, 0) == runtime.cudaError.success:
+        return True
+    with contextlib.suppress(RuntimeError):  # the runtime reports its last error once more, at the next kernel
+        torch.zeros(1, device="cuda")
+    return False
 
 
 def _write(fd: int, data: memoryview, offset: int) -> None:

@@ -6,6 +6,8 @@ GPU the buckets are anonymous files in memory (memfd), and a worker gets their d
 
 The socket is in a private directory, both sides compare the user of the other one with their own, and messages are
 msgpack with fixed fields: nothing that arrives is unpickled. vLLM's own "ipc" engine sends pickles over HTTP.
+
+`python -m megatron_ext.sync.ipc SOCKET CHECKSUM DEVICE` is the other process of `problem`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import shutil
 import socket
 import stat
 import struct
+import subprocess
 import sys
 import tempfile
 import threading
@@ -29,11 +32,12 @@ import msgspec
 import torch
 from torch import Tensor
 
-from megatron_ext.sync.base import WeightUpdateError
+from megatron_ext.sync.base import WeightDigest, WeightUpdateError, stage_weights
 from megatron_ext.sync.buckets import Buckets
 from megatron_ext.sync.disk import MEMORY, private_directory
 
 BUCKET_BYTES = 512 << 20
+PROBE_S = 120.0  # for another process to start, and to map a few bytes
 SOCKET = "socket"
 ANSWER_S = 10.0  # for one message
 MESSAGE_BYTES = 64 << 20
@@ -96,11 +100,11 @@ class IpcSync:
 
     def __init__(self, device: torch.device | None = None, digest: str | None = None, *, delta: bool = False) -> None:
         on_gpu = torch.cuda.is_available()
-        self._device = device or torch.device(f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu")
-        self.digest = digest or ("lanes" if self._device.type == "cuda" else "xxh3")
+        self.device = device or torch.device(f"cuda:{torch.cuda.current_device()}" if on_gpu else "cpu")
+        self.digest = digest or ("lanes" if self.device.type == "cuda" else "xxh3")
         self._delta = delta
         self._buckets: Buckets[Any]
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             self._buckets = Buckets(BUCKET_BYTES, self._gpu_memory, lambda memory: memory, wait=False)
         else:
             self._buckets = Buckets(BUCKET_BYTES, HostMemory, lambda memory: memory.view, wait=True)
@@ -117,7 +121,7 @@ class IpcSync:
 
     def _gpu_memory(self, nbytes: int) -> Tensor:
         try:
-            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         except torch.OutOfMemoryError as error:
             raise WeightUpdateError(
                 "rollout.weight_sync=ipc: the GPU has no room for a copy of the weights beside those of learner and "
@@ -136,8 +140,8 @@ class IpcSync:
         return self._buckets.put(name, tensor)
 
     def seal(self, version: int, checksum: str, manifest: Mapping[str, str]) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
         with self._lock:
             self._buckets.end()
             buckets = [[asdict(entry) for entry in entries] for entries in self._buckets.entries]
@@ -148,13 +152,13 @@ class IpcSync:
         with self._lock:
             self.info = None
             self._buckets.clear()
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             torch.cuda.ipc_collect()  # memory that workers have let go of
             torch.cuda.empty_cache()
 
     def free(self) -> None:
         """On a GPU nothing stays staged: the servers need the memory. One that returns waits for the next update."""
-        if self._device.type == "cuda":
+        if self.device.type == "cuda":
             self.discard()
 
     # ---- delivery -----------------------------------------------------------------------------------------------
@@ -192,13 +196,13 @@ class IpcSync:
                 send_message(connection, Offer(refusal=f"the learner has {have} to offer; send the update again"))
                 return
             memory = self._buckets.memory
-            if self._device.type == "cuda":
-                with torch.cuda.device(self._device):
+            if self.device.type == "cuda":
+                with torch.cuda.device(self.device):
                     # Exported anew for each worker: torch counts one release per export.
                     handles = [Handle(*bucket.untyped_storage()._share_cuda_()[1:]) for bucket in memory]
-                send_message(connection, Offer(device_name(self._device), handles))
+                send_message(connection, Offer(device_name(self.device), handles))
                 return
-            send_message(connection, Offer(device_name(self._device), sizes=[bucket.nbytes for bucket in memory]))
+            send_message(connection, Offer(device_name(self.device), sizes=[bucket.nbytes for bucket in memory]))
             for bucket in memory:
                 socket.send_fds(connection, [b"\0"], [bucket.fd])
 
@@ -295,3 +299,44 @@ def _exactly(connection: socket.socket, count: int) -> bytes:
             raise ConnectionError("the other side ended the connection within a message")
         data += part
     return bytes(data)
+
+
+def problem(device: torch.device | None = None) -> str | None:
+    """Why another process cannot map memory of ``device`` here, found by trying; None if it can.
+
+    Some containers and virtual machines have no CUDA IPC. Takes the start of a process: some seconds.
+    """
+    sync = IpcSync(device)
+    try:
+        checksum = stage_weights(sync, 0, {PROBE: torch.arange(64, device=sync.device)}.items())
+        words = [str(sync.root / SOCKET), checksum, str(sync.device)]
+        path = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
+        tried = subprocess.run(
+            [sys.executable, "-P", "-m", "megatron_ext.sync.ipc", *words],
+            capture_output=True,
+            text=True,
+            timeout=PROBE_S,
+            check=False,
+            env=os.environ | {"PYTHONPATH": path},
+        )
+        return None if tried.returncode == 0 else (tried.stderr.strip().splitlines() or ["it ended without a word"])[-1]
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:  # torch's errors are RuntimeErrors
+        return f"{type(error).__name__}: {error}"
+    finally:
+        sync.close()
+
+
+PROBE = "probe"
+
+
+def main(path: str, checksum: str, name: str) -> None:
+    device = torch.device(name)
+    (bucket,) = fetch(path, 0, checksum, device)
+    digest = WeightDigest("lanes" if device.type == "cuda" else "xxh3")
+    digest.add(PROBE, bucket[:512].view(torch.int64))
+    if digest.hexdigest() != checksum:
+        sys.exit("the memory that was mapped holds other bytes")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from configs.schema import RolloutConfig
+from megatron_ext.sync import ipc
 from recipes.rollout.engine import RolloutEngine
 from recipes.rollout.local import LocalEngine
 from recipes.rollout.vllm.pool import VLLMPool
@@ -59,7 +60,8 @@ def make_engine(rollout: RolloutConfig, model_dir: Path, log_dir: Path) -> Rollo
 def choose_sync(
     rollout: RolloutConfig, gpus: Sequence[str], mine: str
 ) -> Literal["auto", "disk", "ipc", "nccl", "gloo"]:
-    """The transport on a machine with GPUs: "auto" becomes "ipc" where all servers use the GPU of the learner's rank 0.
+    """The transport on a machine with GPUs. "auto" becomes "ipc" where all servers use the GPU of the learner's rank 0,
+    and take turns with it, if processes can share its memory.
 
     Args:
         gpus: of the servers; ``mine``: that of rank 0.
@@ -68,7 +70,10 @@ def choose_sync(
     """
     shared = not rollout.urls and set(gpus[: rollout.num_servers * rollout.server_gpus]) == {mine}
     if rollout.weight_sync == "auto" and rollout.colocated and shared:
-        return "ipc"
+        why = ipc.problem()
+        if why is None:
+            return "ipc"
+        print(f"rollout.weight_sync=auto: weights go by files, since processes here cannot share GPU memory ({why})")
     if rollout.weight_sync == "ipc" and not shared:
         raise ValueError(
             f"rollout.weight_sync=ipc needs all servers on GPU {mine}, that of the learner's first rank, and they have "

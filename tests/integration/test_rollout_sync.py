@@ -402,6 +402,21 @@ def test_nonsense_on_the_socket_gets_no_answer(shared: IpcSync, sent: bytes, cap
     assert "weights by ipc: a worker got no answer" in capfd.readouterr().err
 
 
+def test_another_process_tries_whether_memory_can_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ipc.problem() is None
+    failed = SimpleNamespace(returncode=1, stderr="Traceback\n  ...\nRuntimeError: not supported\n")
+    monkeypatch.setattr(ipc.subprocess, "run", lambda *_, **__: failed)
+    assert ipc.problem() == "RuntimeError: not supported"
+
+
+def test_the_other_process_refuses_other_bytes(shared: IpcSync) -> None:
+    checksum = stage_weights(shared, 0, {ipc.PROBE: torch.arange(64)}.items())
+    ipc.main(str(shared.root / "socket"), checksum, "cpu")
+    shared._buckets.memory[0].view[7] ^= 1
+    with pytest.raises(SystemExit, match="holds other bytes"):
+        ipc.main(str(shared.root / "socket"), checksum, "cpu")
+
+
 # ---- authentication ------------------------------------------------------------------------------------------------
 
 

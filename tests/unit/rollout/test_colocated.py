@@ -9,6 +9,7 @@ import pytest
 
 from configs.schema import RolloutConfig
 from recipes.checks.settings import load_checked
+from recipes.rollout import make
 from recipes.rollout.colocated import Phase, Turns
 from recipes.rollout.make import choose_sync
 
@@ -181,11 +182,20 @@ def test_settings_that_cannot_take_turns_are_refused(arguments: list[str], said:
     ],
 )
 def test_weights_go_by_shared_memory_where_learner_and_servers_share_one_gpu(
-    changed: dict[str, Any], gpus: list[str], chosen: str
+    changed: dict[str, Any], gpus: list[str], chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(make.ipc, "problem", lambda: None)
     rollout = RolloutConfig(**changed)
     if chosen in ("ipc", "auto", "disk"):
         assert choose_sync(rollout, gpus, "0") == chosen
     else:
         with pytest.raises(ValueError, match=f"rollout.weight_sync=ipc needs .*{chosen} set rollout.weight_sync=auto"):
             choose_sync(rollout, gpus, "0")
+
+
+def test_weights_go_by_files_where_gpu_memory_cannot_be_shared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(make.ipc, "problem", lambda: "no CUDA IPC")
+    assert choose_sync(RolloutConfig(colocated=True), ["0"], "0") == "auto"
+    assert "weights go by files" in (said := capsys.readouterr().out) and "(no CUDA IPC)" in said
