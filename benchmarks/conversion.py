@@ -4,8 +4,9 @@
 
 Every measurement is a fresh process (unless `--one-process`); the candidates alternate, so that other load on the
 machine affects all of them. Time is from the first byte read to the last byte on disk (fsync included), without
-imports; the ratio is the median over turns of a candidate's time to that of safetensors in the same turn. Memory is the
-peak resident set above what the process held after its imports; mapped file pages count.
+imports, and with the source in the page cache; the ratio is the median over turns of a candidate's time to that of
+safetensors in the same turn. Memory is the peak resident set above what the process held after its imports; mapped file
+pages count.
 
     cp            read and write in 1 MiB pieces, no interpretation: the floor
     safetensors   load_file and save_file of every file: the usual way to touch every tensor
@@ -174,6 +175,16 @@ def import_all(name: str) -> None:
         import transformers  # noqa: F401
 
 
+def prepare(directory: Path) -> None:
+    """Remove the last output, wait for the disk, and read the sources: no candidate pays for another one."""
+    shutil.rmtree(directory / "out", ignore_errors=True)
+    os.sync()
+    for path in (path for source in ("hf", "megatron") for path in (directory / source).rglob("*") if path.is_file()):
+        with path.open("rb", buffering=0) as file:
+            while file.read(1 << 20):
+                pass
+
+
 def status_mib(key: str) -> float:
     """A value of /proc/self/status in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -194,8 +205,7 @@ def child(name: str, directory: Path, threads: int) -> None:
 
 
 def measure(name: str, directory: Path, threads: int) -> dict[str, float]:
-    shutil.rmtree(directory / "out", ignore_errors=True)
-    os.sync()  # no candidate waits for the writes of another one
+    prepare(directory)
     command = [
         sys.executable,
         "-m",
@@ -214,8 +224,7 @@ def measure(name: str, directory: Path, threads: int) -> dict[str, float]:
 
 def measure_here(name: str, directory: Path, threads: int) -> dict[str, float]:
     """As `measure`, in this process and without its memory: for a machine too busy to start processes."""
-    shutil.rmtree(directory / "out", ignore_errors=True)
-    os.sync()
+    prepare(directory)
     started, cpu = time.perf_counter(), time.process_time()
     RUNS[name](directory / "hf", directory / "out", threads)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu

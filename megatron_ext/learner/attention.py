@@ -5,9 +5,9 @@ format). Megatron's own ``DotProductAttention`` does not support it. Here sequen
 padded batches, ``scaled_dot_product_attention`` runs on each, and the results are gathered back into the row.
 
 On one rank the causal flag is the mask (right padding needs none, because a real query never attends to a later key).
-Under context parallelism a rank has the queries of its share of the row and gathers all keys. The mask compares
-positions. It is built for one block of queries at a time, in forward and again in backward, so nothing quadratic in the
-length of a sequence is kept.
+Under context parallelism a rank has the queries of its share of the row and gathers all keys. There, and in layers with
+a sliding window that is shorter than the sequences, the mask compares positions. It is built for one block of queries
+at a time, in forward and again in backward, so nothing quadratic in the length of a sequence is kept.
 
 Shapes: N sequences of a batch, Q and K their most queries and keys, T tokens of the row, h heads, g groups, d channels.
 """
@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -128,7 +129,8 @@ class PackedAttention(torch.nn.Module):
         if config.attention_dropout:
             raise ValueError(f"attention_dropout={config.attention_dropout}: reinforcement learning needs 0")
         self.softmax_scale = softmax_scale
-        self.window = config.window_size
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if windowed else None  # tokens that a query sees, itself included
 
     def forward(
         self,
@@ -142,12 +144,6 @@ class PackedAttention(torch.nn.Module):
     ) -> Tensor:
         packed = packed_seq_params
         assert packed is not None, "packed input only"
-        if self.window is not None and packed.max_seqlen_q > self.window[0] + 1:
-            raise ValueError(
-                f"a sequence of {packed.max_seqlen_q} tokens exceeds the model's sliding window of "
-                f"{self.window[0] + 1}, which needs Transformer Engine's attention: shorten data.max_prompt_tokens + "
-                "rollout.max_tokens"
-            )
         batches, place_T = packed.batches()
         key, value = context_parallel.gather_keys(torch.cat([key, value], -1)).split(key.shape[-1], -1)
         outputs = []
@@ -163,14 +159,19 @@ class PackedAttention(torch.nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, position_NQ: Tensor | None) -> Tensor:
         """(N, h, Q, v) of queries (N, h, Q, d), keys (N, g, K, d) and values (N, g, K, v)."""
         gqa = q.shape[1] != k.shape[1]
-        if position_NQ is None:
+        window = self.window if self.window is not None and self.window < k.shape[2] else None
+        if position_NQ is None and window is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=gqa)
+        if position_NQ is None:
+            position_NQ = torch.arange(q.shape[2], device=q.device).expand(q.shape[0], -1)
 
         def block(q: Tensor, k: Tensor, v: Tensor, position_NB: Tensor) -> Tensor:
-            seen = int(position_NB.max()) + 1
-            mask = torch.arange(seen, device=q.device) <= position_NB[:, None, :, None]  # (N, 1, B, keys seen)
+            first = 0 if window is None else max(int(position_NB.min()) + 1 - window, 0)
+            seen = slice(first, int(position_NB.max()) + 1)
+            behind = position_NB[:, None, :, None] - torch.arange(first, seen.stop, device=q.device)  # (N, 1, B, keys)
+            mask = behind >= 0 if window is None else (behind >= 0) & (behind < window)
             return F.scaled_dot_product_attention(
-                q, k[:, :, :seen], v[:, :, :seen], attn_mask=mask, scale=self.softmax_scale, enable_gqa=gqa
+                q, k[:, :, seen], v[:, :, seen], attn_mask=mask, scale=self.softmax_scale, enable_gqa=gqa
             )
 
         queries, step = q.shape[2], max(1, MASK_ELEMENTS // (q.shape[0] * k.shape[2]))

@@ -154,11 +154,11 @@ def _local_layers(config: Config) -> bool:
 
 
 def _check_window(config: Config, hf: HFConfig) -> None:
-    """Sliding windows need Transformer Engine, and whole sequences; those that fit into a window need nothing."""
+    """Transformer Engine's sliding windows need whole sequences; the local layers' do not."""
     longest = config.rollout.max_model_len
-    if hf.window is not None and longest > hf.window and (_local_layers(config) or config.parallel.cp > 1):
+    if hf.window is not None and longest > hf.window and config.parallel.cp > 1 and not _local_layers(config):
         raise ValueError(
-            f"rollout.max_model_len={longest} exceeds the model's sliding window of {hf.window} tokens, which needs "
-            "Transformer Engine's attention (bfloat16, on a GPU) and parallel.cp=1: set "
-            f"rollout.max_model_len={hf.window} at most"
+            f"parallel.cp={config.parallel.cp} with rollout.max_model_len={longest}, more than the model's sliding "
+            f"window of {hf.window} tokens, is not supported by Transformer Engine: set parallel.cp=1 or "
+            "model.transformer_impl=local"
         )

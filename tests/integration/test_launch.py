@@ -83,7 +83,6 @@ LATENT = {"num_key_value_heads": 4, "kv_lora_rank": 17, "qk_rope_head_dim": 8, "
     [
         ("Qwen3MoeForCausalLM", MIXTURE, ["parallel.ep=3"], "parallel.ep=3 does not divide the model's 4 experts"),
         ("Qwen3MoeForCausalLM", MIXTURE, ["parallel.tp=2"], "needs sequence parallelism: parallel.sp=true"),
-        ("MistralForCausalLM", {"sliding_window": 64}, [], "sliding window of 64 tokens"),
         ("DeepseekV3ForCausalLM", LATENT, ["parallel.tp=2", "parallel.sp=true"], "does not divide the 25 channels"),
         ("LlamaForCausalLM", {"quantization_config": {"quant_method": "fp8"}}, [], "make a plain copy with conversion"),
         ("LlamaForCausalLM", {"num_attention_heads": 6, "num_key_value_heads": 2}, ["parallel.tp=3"], "multiple of"),

@@ -1,11 +1,13 @@
 """Attention and rotary positions over packed sequences cut between ranks, against textbook formulas on whole ones.
 
 In float64, forward and backward, at context-parallel sizes 1, 2 and 4: sequences of every kind of length, an empty
-segment, grouped queries, a head size that is not hidden / heads, a softmax scale; with masks whole and in small blocks.
+segment, grouped queries, a head size that is not hidden / heads, a softmax scale; with masks whole and in small blocks,
+with and without a sliding window.
 """
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ SIZES = (1, 2, 4)
 LENGTHS = (1, 2, 7, 0, 130, 16, 65, 3)  # real tokens; more than 64 get batches of their own
 HEADS, GROUPS, CHANNELS, SCALE = 4, 2, 6, 0.3
 BLOCK = 1000  # mask elements of the runs with blocks
+WINDOWS = (None, 5)
 
 
 def _inputs(size: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -49,13 +52,13 @@ def _process(rank: int, root: Path) -> None:
     for size in SIZES:
         if rank < size:
             with gloo.group(rank, size, root / f"store-{size}"), distributed(ParallelConfig(cp=size), seed=1):
-                for elements in (attention.MASK_ELEMENTS, BLOCK):
+                for elements, window in itertools.product((attention.MASK_ELEMENTS, BLOCK), WINDOWS):
                     attention.MASK_ELEMENTS, whole = elements, attention.MASK_ELEMENTS
-                    save_file(_attended(size), root / f"{size}-{elements == BLOCK}-{rank}")
+                    save_file(_attended(size, window), root / f"{size}-{elements == BLOCK}-{window}-{rank}")
                     attention.MASK_ELEMENTS = whole
 
 
-def _attended(size: int) -> dict[str, Tensor]:
+def _attended(size: int, window: int | None) -> dict[str, Tensor]:
     """This rank's part of the output, the gradients, its tokens, and the size of the largest mask."""
     import torch.nn.functional as F
     from megatron.core import parallel_state
@@ -73,7 +76,8 @@ def _attended(size: int) -> dict[str, Tensor]:
         return plain(*args, attn_mask=attn_mask, **kwargs)
 
     F.scaled_dot_product_attention = recorded
-    shape = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": HEADS, "num_query_groups": GROUPS}
+    shape: dict[str, Any] = {"num_layers": 1, "hidden_size": 32, "num_attention_heads": HEADS}
+    shape |= {"num_query_groups": GROUPS, "window_size": (window - 1, 0) if window else None}
     config = TransformerConfig(**shape, kv_channels=CHANNELS, attention_dropout=0.0, context_parallel_size=size)
     cu_seqlens, _, tensors = _inputs(size)
     packed = packed_sequences(cu_seqlens, int(cu_seqlens.diff().max()))
@@ -106,7 +110,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _textbook() -> dict[str, Tensor]:
+def _textbook(window: int | None) -> dict[str, Tensor]:
     """Attention of the real tokens per sequence: rotation by position, then softmax over all earlier tokens."""
     _, _, tensors = _inputs(1)
     leaves = {name: tensor.requires_grad_(name != "weight") for name, tensor in tensors.items()}
@@ -118,6 +122,8 @@ def _textbook() -> dict[str, Tensor]:
         query, key = _rotated(query), _rotated(key).repeat_interleave(repeat, 1)
         scores = torch.einsum("qhd,khd->hqk", query, key) * SCALE
         scores = scores + torch.full((length, length), float("-inf")).triu(1)
+        if window:
+            scores = scores + torch.full((length, length), float("-inf")).tril(-window)
         outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), value.repeat_interleave(repeat, 1)))
     out = torch.cat(outputs).flatten(1)
     (out * leaves["weight"].flatten(1)).sum().backward()
@@ -132,22 +138,23 @@ def _rotated(x: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
+@pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize("size", SIZES)
-def test_attention_is_that_of_whole_sequences(root: Path, size: int, blocks: bool) -> None:
+def test_attention_is_that_of_whole_sequences(root: Path, size: int, blocks: bool, window: int | None) -> None:
     cu_seqlens, real, _ = _inputs(size)
-    parts = [load_file(root / f"{size}-{blocks}-{rank}") for rank in range(size)]
+    parts = [load_file(root / f"{size}-{blocks}-{window}-{rank}") for rank in range(size)]
     held = torch.cat([part["held"] for part in parts])
     assert torch.equal(held.sort().values, torch.arange(int(cu_seqlens[-1]))), "every token on one rank"
     assert len({len(part["held"]) for part in parts}) == 1, "equal shares"
-    for name, expected in _textbook().items():
+    for name, expected in _textbook(window).items():
         row = torch.empty(len(held), *expected.shape[1:], dtype=torch.float64)
         row[held] = torch.cat([part[name] for part in parts])
         torch.testing.assert_close(row[real], expected, rtol=1e-10, atol=1e-10)
         if name != "out":
             assert not row[~real].any(), "padding gets no gradient"
     largest = max(int(part["largest mask"]) for part in parts)
-    assert (largest > 0) == (size > 1)
+    assert (largest > 0) == (size > 1 or window is not None)
     assert not blocks or largest <= BLOCK
 
 
@@ -156,5 +163,5 @@ def test_the_work_is_the_same_on_every_rank(root: Path) -> None:
     cu_seqlens, _, _ = _inputs(4)
     segment = torch.repeat_interleave(torch.arange(len(LENGTHS)), cu_seqlens.diff().long())
     position = torch.arange(int(cu_seqlens[-1])) - cu_seqlens[:-1].long()[segment]
-    pairs = {int((position[load_file(root / f"4-False-{rank}")["held"]] + 1).sum()) for rank in range(4)}
+    pairs = {int((position[load_file(root / f"4-False-None-{rank}")["held"]] + 1).sum()) for rank in range(4)}
     assert len(pairs) == 1
