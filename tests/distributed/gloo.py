@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import multiprocessing.forkserver
+import socket
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ if not torch.cuda.is_available():
     multiprocessing.forkserver.set_forkserver_preload(["megatron_ext.learner.checkpoint", "recipes.train"])
 
 
+_port = 0  # of the store, in processes started by `run`
+
+
 def run(
     processes: int, function: Callable[..., None], *args: Any, timeout_s: float, start_method: str = "forkserver"
 ) -> None:
@@ -31,8 +34,9 @@ def run(
     Raises the error of `torch.multiprocessing.spawn` for the first process that fails, and TimeoutError when a process
     has not ended in time. No process is left in either case.
     """
+    store = _serve_store()
     context = mp.start_processes(
-        _entry, args=(function, *args), nprocs=processes, join=False, start_method=start_method
+        _entry, args=(store.port, function, *args), nprocs=processes, join=False, start_method=start_method
     )
     deadline = time.monotonic() + timeout_s
     try:
@@ -45,21 +49,31 @@ def run(
             process.join()
 
 
-def _entry(rank: int, function: Callable[..., None], *args: Any) -> None:
+def _serve_store() -> dist.TCPStore:
+    """The store in which all groups of a call of `run` meet, on this machine only. A file's would be polled."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        descriptor = listener.detach()
+    return dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor)
+
+
+def _entry(rank: int, port: int, function: Callable[..., None], *args: Any) -> None:
+    global _port
+    _port = port
     torch.set_num_threads(1)
     function(rank, *args)
 
 
 @contextlib.contextmanager
-def group(rank: int, world: int, store: Path) -> Iterator[None]:
-    """Make this process ``rank`` of a default process group of ``world``, with the file ``store`` as rendezvous.
+def group(rank: int, world: int, name: object) -> Iterator[None]:
+    """Make this process ``rank`` of a default process group of ``world``, inside a function started by `run`.
 
-    Several groups can follow each other in the same processes, each with a file of its own. No timeout is shorter than
+    Several groups can follow each other in the same processes, each with a name of its own. No timeout is shorter than
     the time limit of `run`: a process without a part in one group waits in the next one for the others.
     """
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(minutes=30)
-    )
+    limit = timedelta(minutes=30)
+    store = dist.PrefixStore(str(name), dist.TCPStore("127.0.0.1", _port, is_master=False, timeout=limit))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
     yield
     dist.destroy_process_group()  # not after an error: the other ranks may never reach it
     gc.collect()  # models hold Megatron's groups, and so their threads, in reference cycles

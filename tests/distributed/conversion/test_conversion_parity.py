@@ -7,6 +7,7 @@ its float32 logits are compared with transformers'. In the largest layout Megatr
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,7 @@ def _load(chunks: list[Any], directory: Path) -> dict[str, Any]:
 def _check(case: str, layout: str, parallel: dict[str, int], root: Path, save: bool) -> float:
     """Return the largest logit difference on this rank (0 where there are no logits); optionally save the model."""
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     from configs.schema import ModelConfig, OptimConfig, ParallelConfig
     from megatron_ext.learner import model as learner
@@ -232,6 +234,8 @@ def _check(case: str, layout: str, parallel: dict[str, int], root: Path, save: b
             state = _load(chunks, root / case / "megatron")
             logits = _logits([chunk.eval() for chunk in chunks], expected["tokens"], hf.vocab_size)
         if save:
+            # Megatron starts this queue's process with `spawn`, which imports everything again.
+            filesystem_async._results_queue = multiprocessing.get_context("fork").Manager().Queue()
             saved = root / case / f"saved-{layout}"
             if dist.get_rank() == 0:
                 saved.mkdir()
