@@ -2,10 +2,11 @@
 
 Runs the measurements that describe this machine, the most valuable first: the doctor, the quick start with the local
 engine, the head kernels against their peers, the learner in bfloat16 (Transformer Engine, local layers, FP8 recipes),
-checkpoint memory, utilisation at a 1.5B model and at a 7B model's shape with fewer layers, the memory plan against
-measurements, a trace of one step, a short study. Every part is a process of its own with its own limit. Its result is
-written when it ends (``DIR/PART.json``), and ``DIR/day.json`` names all of them with card, driver, versions and date;
-so an interruption loses no finished result. A part that fails or takes too long does not affect the others.
+checkpoint memory, weight updates on one GPU, utilisation at a 1.5B model and at a 7B model's shape with fewer layers,
+the memory plan against measurements, a trace of one step, a short study. Every part is a process of its own with its
+own limit. Its result is written when it ends (``DIR/PART.json``), and ``DIR/day.json`` names all of them with card,
+driver, versions and date; so an interruption loses no finished result. A part that fails or takes too long does not
+affect the others.
 
 Without a GPU the same parts run with tiny sizes. This tests the program; the figures mean nothing.
 """
@@ -85,6 +86,13 @@ PARTS = (
         ("benchmarks.checkpoint_memory", "--ranks", "1"),
         1.5,
         ("benchmarks.checkpoint_memory", "--ranks", "1", "--tiny"),
+    ),
+    Part(
+        "weights",
+        "weights to a process on the same GPU: shared memory beside files",
+        ("benchmarks.gpu_weights",),
+        2.5,
+        ("benchmarks.gpu_weights", "--tiny"),
     ),
     Part(
         "mfu_1.5b",

@@ -86,6 +86,7 @@ def distributed(
     # Warnings that Megatron causes itself: old names of collectives, missing `.grad` in its distributed optimizer.
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use `torch.distributed", category=FutureWarning)
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf", module="megatron")
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
     warnings.filterwarnings("ignore", message="The next bucket's parameter all-gather", module="megatron")  # settle()
     if parallel.tp > 1:  # Megatron needs kernels to start in the order of their launch; read when CUDA starts
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")

@@ -1,7 +1,7 @@
 """The code inside a vLLM worker: receive weights from files or a broadcast, verify them, change the model.
 
 Given to the server as ``--worker-extension-cls megatron_ext.sync.vllm_worker.WorkerExtension`` and
-``--weight-transfer-config '{"backend": "gppo"}'``; importing this module registers the backend (vLLM >= 0.22).
+``--weight-transfer-config '{"backend": "gppo"}'``; importing this module registers the backend (vLLM >= 0.32).
 
 vLLM calls start -> update -> finish. Names and shapes are verified before the model changes, and for files and shared
 memory the checksum too, so a refused update leaves the old weights in place. A broadcast is loaded bucket by bucket, so
@@ -47,7 +47,7 @@ try:
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 except ImportError as error:
-    raise ImportError("weight updates need vLLM 0.22 or newer: upgrade the servers' vLLM") from error
+    raise ImportError("weight updates need vLLM 0.32 or newer: upgrade the servers' vLLM") from error
 
 BACKEND = "gppo"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
