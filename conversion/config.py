@@ -97,6 +97,8 @@ class HFConfig:
     qk_norm: bool = False  # RMSNorm on queries and keys
     qk_norm_over_heads: bool = False  # over all heads together; else each head alone
     norms: str = "before"  # where attention and MLP are normalised: "before" | "after" | "both"
+    norm_plus_one: bool = False  # norms multiply by 1 + weight
+    activation: str = "silu"  # of the gate: "silu" | "gelu_tanh"
     no_rope_layers: tuple[bool, ...] = ()  # layers without rotary embedding; empty: none
     embedding_scale: float = 1.0
     residual_scale: float = 1.0  # of the outputs of attention and MLP
@@ -104,6 +106,7 @@ class HFConfig:
     logits_divisor: float = 1.0
     window: int | None = None  # a token sees itself and the `window - 1` tokens before it
     window_layers: tuple[bool, ...] = ()  # which layers have the window; empty: all
+    local_rope: Rope | None = None  # of the layers with the window; None: that of the others
     experts: Experts | None = None
     latent: Latent | None = None  # then `head_dim` is that of queries and keys
 

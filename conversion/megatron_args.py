@@ -15,8 +15,8 @@ from conversion.sharding import padded_vocab
 def transformer_config(hf: HFConfig) -> dict[str, Any]:
     """Keyword arguments for `megatron.core.transformer.TransformerConfig` that follow from the architecture.
 
-    `activation_func` is given by name ("silu"): this module does not import what it does not need. Dropout is 0, as
-    reinforcement learning requires (old and new log-probabilities must come from the same function).
+    `activation_func` is given by name (`HFConfig.activation`): this module does not import what it does not need.
+    Dropout is 0, as reinforcement learning requires (old and new log-probabilities must come from the same function).
     """
     kwargs: dict[str, Any] = {
         "num_layers": hf.num_layers,
@@ -31,7 +31,7 @@ def transformer_config(hf: HFConfig) -> dict[str, Any]:
         "add_bias_linear": hf.linear_bias,
         "qk_layernorm": hf.qk_norm and not hf.qk_norm_over_heads,
         "gated_linear_unit": True,
-        "activation_func": "silu",
+        "activation_func": hf.activation,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
     }
@@ -42,6 +42,8 @@ def transformer_config(hf: HFConfig) -> dict[str, Any]:
             kwargs["window_attn_skip_freq"] = [int(windowed) for windowed in hf.window_layers]
     if hf.no_rope_layers:
         kwargs["no_rope_freq"] = [int(without) for without in hf.no_rope_layers]
+    if hf.norm_plus_one:
+        kwargs["layernorm_zero_centered_gamma"] = True
     if hf.rope.interleaved:
         kwargs["rotary_interleaved"] = True
     if hf.attention_scale is not None:
@@ -146,7 +148,7 @@ def megatron_lm_arguments(hf: HFConfig) -> dict[str, Any]:
         "num_experts": core.get("num_moe_experts"),
         "group_query_attention": True,
         "norm_epsilon": core["layernorm_epsilon"],
-        "swiglu": True,
+        "swiglu": hf.activation == "silu",
         "max_position_embeddings": model["max_sequence_length"],
         "position_embedding_type": model["position_embedding_type"],
         "add_position_embedding": False,
@@ -188,6 +190,8 @@ def beyond_gpt_model(hf: HFConfig) -> list[str]:
             ("norms of the latents whose epsilon is not that of the other norms", _own_latent_epsilon(hf)),
             ("constants that scale embedding, residual branches or logits", _scaled(hf)),
             ("rope constants other than Llama 3.1's", inverse_frequencies(hf) is not None),
+            ("a rotary embedding of its own in layers with a window", hf.local_rope is not None),
+            ("a gated tanh GELU without fused kernels", hf.activation == "gelu_tanh"),
         )
         if present
     ]

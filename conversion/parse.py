@@ -7,15 +7,15 @@ kept in `HFConfig.raw`, so that exporting a checkpoint can give back exactly the
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conversion.config import HFConfig, Llama3Rope, Rope, Yarn
+from conversion.config import HFConfig, Rope
 from conversion.families import find_family
-from conversion.fields import Fields, shown
+from conversion.fields import Fields
 from conversion.locate import refuse_lfs_pointer
+from conversion.rope import by_layer_in_dialect, mscale, read_rope
 
 MOST_LAYERS = 10_000
 
@@ -58,6 +58,8 @@ def parse_config(raw: Mapping[str, Any]) -> HFConfig:
         raise ValueError(f"hidden_size={hidden} is not a multiple of num_attention_heads={heads}: set head_dim")
     if heads % kv_heads:
         raise ValueError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
+    width = head_dim or hidden // heads
+    turned = config.integer("rotary_dim", default=width) if family.rotary == "partial" else width  # channels of a head
     config.only("hidden_act", "silu", "swish", why="every known family here uses silu")
     fields: dict[str, Any] = {
         "architecture": family.architecture,
@@ -67,11 +69,11 @@ def parse_config(raw: Mapping[str, Any]) -> HFConfig:
         "ffn_hidden_size": config.integer("intermediate_size"),
         "num_heads": heads,
         "num_kv_heads": kv_heads,
-        "head_dim": head_dim or hidden // heads,
+        "head_dim": width,
         "vocab_size": config.integer("vocab_size"),
         "max_positions": config.integer("max_position_embeddings"),
         "norm_eps": config.number("rms_norm_eps"),
-        "rope": _rope(config, family.rotary),
+        "rope": read_rope(config, family.rotary, turned / width),
         "tied": config.flag("tie_word_embeddings"),
     }
     hf = HFConfig(**{**fields, **family.options(config)})
@@ -87,66 +89,11 @@ def _check_latent_rope(rope: Rope) -> None:
     if rope.yarn is None:
         return
     above, below = rope.yarn.mscale or 1.0, rope.yarn.mscale_all_dim
-    if not rope.yarn.truncate or rope.yarn.attention_factor != _mscale(rope.factor, above) / _mscale(
-        rope.factor, below
-    ):
+    if not rope.yarn.truncate or rope.yarn.attention_factor != mscale(rope.factor, above) / mscale(rope.factor, below):
         raise ValueError(
             f"truncate={rope.yarn.truncate} with attention_factor={rope.yarn.attention_factor} is not supported with "
             "latent attention: Megatron truncates, and derives the factor from mscale and mscale_all_dim"
         )
-
-
-def _rope(config: Fields, rotary: str) -> Rope:
-    """transformers 5 keeps everything in `rope_parameters`, transformers 4 in `rope_theta` and `rope_scaling`."""
-    both = {**config.section("rope_scaling"), **config.section("rope_parameters")}
-    rope = Fields({"rope_theta": config.get("rope_theta"), **both}, "the rope parameters")
-    kind = rope.text("rope_type", rope.text("type", "default"))
-    if kind not in ("default", "linear", "dynamic", "llama3", "yarn"):
-        raise ValueError(f"rope_type={shown(kind)} is not supported: default, linear, dynamic, llama3 and yarn are")
-    fraction = rope.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
-    if fraction > 1 or (fraction != 1 and (rotary == "whole" or kind != "default")):
-        raise ValueError(f"partial_rotary_factor={fraction} is not supported for this family, or not with {kind} RoPE")
-    theta, factor = rope.number("rope_theta", 10000.0), rope.number("factor", 1.0, least=1.0, above=False)
-    yarn = _yarn(rope, factor, config.integer("max_position_embeddings")) if kind == "yarn" else None
-    llama3 = _llama3(rope) if kind == "llama3" else None
-    return Rope(theta, kind, factor, yarn, llama3, fraction, interleaved=rotary == "partial, in pairs")
-
-
-def _llama3(rope: Fields) -> Llama3Rope:
-    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-    if low >= high:
-        raise ValueError(f"rope parameter low_freq_factor={low} must be below high_freq_factor={high}")
-    return Llama3Rope(low, high, rope.integer("original_max_position_embeddings"))
-
-
-_YARN_KEYS = {"rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings", "partial_rotary_factor"}
-_YARN_KEYS |= {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
-
-
-def _yarn(rope: Fields, factor: float, positions: int) -> Yarn:
-    """As transformers' `_compute_yarn_parameters` reads it (modeling_rope_utils.py)."""
-    if unknown := sorted(set(rope.values) - _YARN_KEYS):
-        names = ", ".join(map(shown, unknown[:3]))
-        raise ValueError(f"rope parameters {names} are not known together with YaRN: remove them")
-    attention = rope.number("attention_factor", 0.0)
-    top, bottom = (rope.number(key, 0.0, above=False) for key in ("mscale", "mscale_all_dim"))
-    if rope.get("attention_factor") is None:
-        attention = _mscale(factor, top) / _mscale(factor, bottom) if top and bottom else _mscale(factor, 1.0)
-    if factor == 1 and attention != 1:
-        raise ValueError(f"attention_factor={attention} with factor=1 is not supported: Megatron derives one from both")
-    return Yarn(
-        original_positions=rope.integer("original_max_position_embeddings", default=positions),
-        beta_fast=rope.number("beta_fast", 32.0, above=False) or 32.0,
-        beta_slow=rope.number("beta_slow", 1.0, above=False) or 1.0,
-        truncate=rope.flag("truncate", True),
-        attention_factor=attention,
-        mscale=top,
-        mscale_all_dim=bottom,
-    )
-
-
-def _mscale(factor: float, weight: float) -> float:
-    return 0.1 * weight * math.log(factor) + 1.0
 
 
 def in_dialect(raw: Mapping[str, Any], version: int) -> dict[str, Any]:
@@ -160,8 +107,11 @@ def in_dialect(raw: Mapping[str, Any], version: int) -> dict[str, Any]:
         source, target = (new, old) if version == 4 else (old, new)
         if source in config:
             config[target] = config.pop(source)
+    family = find_family(raw["architectures"][0])
+    theta = family.defaults.get("rope_theta", 10000.0)
+    if family.local_theta is not None:
+        return by_layer_in_dialect(config, theta, family.local_theta, version)
     scaling = config.pop("rope_scaling", None) or {}
-    theta = find_family(raw["architectures"][0]).defaults.get("rope_theta", 10000.0)
     rope = {"rope_theta": config.pop("rope_theta", theta), **scaling, **(config.pop("rope_parameters", None) or {})}
     rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
     outside = config.pop("partial_rotary_factor", None)

@@ -61,7 +61,10 @@ class Family:
     rules: tuple[Rule, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)  # what transformers assumes when a key is missing
     options: Callable[[Fields], dict[str, Any]] = _no_options
-    rotary: str = "whole"  # of each head: "whole", "partial" (`partial_rotary_factor`) or "partial, in pairs"
+    rotary: str = "whole"  # of each head: "whole" or "partial" (`partial_rotary_factor`); ", in pairs" of channels
+    local_theta: float | None = (
+        None  # usual base in layers with a window, if these have a rotary embedding of their own
+    )
     ignored: tuple[str, ...] = (
         r".*\.rotary_emb\.inv_freq",
     )  # patterns of tensors that can be computed from the config, or with a group `beyond` of layers behind the last

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from conversion.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
+from conversion.families.ernie4_5 import ERNIE4_5
+from conversion.families.gemma3 import GEMMA3
 from conversion.families.glm4 import GLM4
 from conversion.families.glm4_moe import GLM4_MOE
+from conversion.families.glm4_moe_lite import GLM4_MOE_LITE
 from conversion.families.granite import GRANITE
 from conversion.families.internlm3 import INTERNLM3
 from conversion.families.llama import LLAMA
+from conversion.families.minimax_m2 import MINIMAX_M2
 from conversion.families.mistral import MISTRAL
 from conversion.families.mixtral import MIXTRAL
 from conversion.families.olmo2 import OLMO2
+from conversion.families.olmo3 import OLMO3
 from conversion.families.phi3 import PHI3
 from conversion.families.qwen2 import QWEN2
 from conversion.families.qwen2_moe import QWEN2_MOE
@@ -24,14 +29,19 @@ from conversion.table import Family
 FAMILIES: dict[str, Family] = {
     "DeepseekV2ForCausalLM": DEEPSEEK_V2,
     "DeepseekV3ForCausalLM": DEEPSEEK_V3,
+    "Ernie4_5ForCausalLM": ERNIE4_5,
+    "Gemma3ForCausalLM": GEMMA3,
     "Glm4ForCausalLM": GLM4,
     "Glm4MoeForCausalLM": GLM4_MOE,
+    "Glm4MoeLiteForCausalLM": GLM4_MOE_LITE,
     "GraniteForCausalLM": GRANITE,
     "InternLM3ForCausalLM": INTERNLM3,
     "LlamaForCausalLM": LLAMA,
+    "MiniMaxM2ForCausalLM": MINIMAX_M2,
     "MistralForCausalLM": MISTRAL,
     "MixtralForCausalLM": MIXTRAL,
     "Olmo2ForCausalLM": OLMO2,
+    "Olmo3ForCausalLM": OLMO3,
     "Phi3ForCausalLM": PHI3,
     "Qwen2ForCausalLM": QWEN2,
     "Qwen2MoeForCausalLM": QWEN2_MOE,
@@ -41,16 +51,28 @@ FAMILIES: dict[str, Family] = {
     "SmolLM3ForCausalLM": SMOLLM3,
 }
 
-_GEMMA3 = (
-    "Gemma-3 has two rotary bases, one for local and one for global layers, where Megatron-Core 0.16 has one, and "
-    "windows that our packed attention lacks"
-)
+_DELTA = "its layers with a gated delta rule are missing in Megatron-Core 0.16, and no table has those of 0.19 yet"
+_MAMBA = "it has Mamba layers, which no layer here trains"
 REFUSED: dict[str, str] = {
-    "Gemma3ForCausalLM": _GEMMA3,
-    "Gemma3ForConditionalGeneration": _GEMMA3,
-    "GptOssForCausalLM": "gpt-oss needs attention sinks and windows, which our packed attention lacks, and stores its "
-    "experts transposed, interleaved and in 4 bits, which no table reads",
-    "Olmo3ForCausalLM": "OLMo-3 scales the rotary embedding of its global layers alone; Megatron has one for all",
+    "ArceeForCausalLM": "its MLP has no gate, and squares a ReLU: every table here has a gated MLP",
+    "Ernie4_5_MoeForCausalLM": "its router adds a bias to a softmax; Megatron's adds one only to sigmoids",
+    "Gemma3ForConditionalGeneration": "a vision tower has no counterpart here: save the language model alone, as "
+    "Gemma3ForCausalLM",
+    "GptOssForCausalLM": "its experts are stored transposed, interleaved and in 4 bits, which no table reads, and its "
+    "attention has sinks, which our packed attention lacks",
+    "HunYuanDenseV1ForCausalLM": "it normalises queries and keys behind the rotary embedding; Megatron does so before",
+    "HunYuanMoEV1ForCausalLM": "it normalises queries and keys behind the rotary embedding; Megatron does so before",
+    "Llama4ForCausalLM": "its attention in chunks and its scaled queries have no counterpart here",
+    "Llama4ForConditionalGeneration": "its attention in chunks and its vision tower have no counterpart here",
+    "Ministral3ForCausalLM": "it scales queries by their position, which Megatron-Core's GPTModel does not",
+    "Mistral3ForConditionalGeneration": "a vision tower has no counterpart here",
+    "NemotronForCausalLM": "its MLP has no gate, and squares a ReLU: every table here has a gated MLP",
+    "NemotronHForCausalLM": _MAMBA,
+    "Qwen3NextForCausalLM": _DELTA,
+    "Qwen3_5ForCausalLM": _DELTA,
+    "Qwen3_5MoeForCausalLM": _DELTA,
+    "Qwen3_5ForConditionalGeneration": _DELTA,
+    "Qwen3_5MoeForConditionalGeneration": _DELTA,
 }
 
 

@@ -1,8 +1,8 @@
 """Megatron's local transformer layers for every family that conversion supports, as a layer spec.
 
 Some families need modules that Megatron-Core does not have: norms after attention and MLP, an RMSNorm over all heads,
-constant factors on branches, embedding and logits, other rotary frequencies, and latent attention with correct
-gradients under tensor parallelism.
+constant factors on branches, embedding and logits, other rotary frequencies, also by layer, and latent attention with
+correct gradients under tensor parallelism.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig, multi_latent_attention
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
@@ -45,6 +46,14 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=_device())
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.plus_one = config.layernorm_zero_centered_gamma
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.plus_one:
+            return super().forward(x)
+        wide = torch.promote_types(x.dtype, torch.float32)  # as Gemma: 1 + weight would lose bits in bfloat16
+        normalised = torch.nn.functional.rms_norm(x.to(wide), self.normalized_shape, eps=self.eps)
+        return (normalised * (1 + self.weight.to(wide))).to(x.dtype)
 
 
 class NormOverHeads(torch.nn.Module):
@@ -103,6 +112,24 @@ class BranchProjection(RowParallelLinear):
         return output, bias
 
 
+class LocalRotaryAttention(SelfAttention):
+    """Attention of a layer whose rotary embedding is not the model's: unscaled, with another base."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, theta: float, **kwargs: Any) -> None:
+        config = copy.copy(config)
+        for key in [key for key in vars(config) if key.startswith("yarn_")]:
+            delattr(config, key)  # their presence alone scales cosine and sine
+        super().__init__(config, *args, **kwargs)
+        channels = torch.arange(0, config.kv_channels, 2, dtype=torch.float32, device=_device())
+        self.frequencies = 1.0 / theta ** (channels / config.kv_channels)
+
+    def forward(self, *args: Any, rotary_pos_emb: Any = None, **kwargs: Any) -> Any:
+        model_wide = rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb
+        positions = torch.arange(len(model_wide), dtype=torch.float32, device=self.frequencies.device)
+        angles = torch.outer(positions, self.frequencies)
+        return super().forward(*args, rotary_pos_emb=torch.cat((angles, angles), -1)[:, None, None], **kwargs)
+
+
 class LatentNorm(RMSNorm):
     """The norm of a latent, whose epsilon is fixed."""
 
@@ -131,7 +158,8 @@ class LatentAttention(MLASelfAttention):
 
 def needs_own_modules(hf: conversion.HFConfig) -> bool:
     """Whether a model needs modules of this file, which exist only for Megatron's local layers."""
-    return hf.norms != "before" or hf.qk_norm_over_heads or hf.residual_scale != 1 or hf.latent is not None
+    branches = hf.norms != "before" or hf.residual_scale != 1
+    return branches or hf.qk_norm_over_heads or hf.latent is not None or hf.local_rope is not None
 
 
 _FUSED_WITH_LATENT = {
@@ -143,11 +171,15 @@ _FUSED_WITH_LATENT = {
 
 def local_layer_specs(config: TransformerConfig, hf: conversion.HFConfig) -> list[ModuleSpec]:
     """The layers of the whole model, in order."""
-    dense, sparse = (_local_layer(config, hf, experts) for experts in (None, config.num_moe_experts))
-    return [sparse if hf.sparse(layer) else dense for layer in range(hf.num_layers)]
+    kinds = [(hf.sparse(layer), hf.window_layers[layer : layer + 1] != (False,)) for layer in range(hf.num_layers)]
+    specs = {
+        (sparse, windowed): _local_layer(config, hf, config.num_moe_experts if sparse else None, windowed)
+        for sparse, windowed in set(kinds)
+    }
+    return [specs[kind] for kind in kinds]
 
 
-def _local_layer(config: TransformerConfig, hf: conversion.HFConfig, experts: int | None) -> ModuleSpec:
+def _local_layer(config: TransformerConfig, hf: conversion.HFConfig, experts: int | None, windowed: bool) -> ModuleSpec:
     spec = get_gpt_layer_local_spec(
         num_experts=experts,
         qk_layernorm=config.qk_layernorm,
@@ -162,6 +194,9 @@ def _local_layer(config: TransformerConfig, hf: conversion.HFConfig, experts: in
         # Saved under the names of Transformer Engine's layers, which fuse these norms. Megatron's local spec does not
         # do so.
         layer.sharded_state_dict_keys_map = dict(_FUSED_WITH_LATENT)
+    if hf.local_rope is not None and windowed:
+        layer.self_attention.module = LocalRotaryAttention
+        layer.self_attention.params = {**layer.self_attention.params, "theta": hf.local_rope.theta}
     attention.core_attention = PackedAttention
     identity = layer.pre_cross_attn_layernorm
     layer.input_layernorm = layer.pre_mlp_layernorm = identity if hf.norms == "after" else RMSNorm
@@ -194,7 +229,11 @@ def finish_model(model: Any, hf: conversion.HFConfig) -> None:
     if (frequencies := conversion.inverse_frequencies(hf)) is not None:
         model.rotary_pos_emb.inv_freq = frequencies.to(model.rotary_pos_emb.inv_freq.device)
     if model.pre_process and hf.embedding_scale != 1:
-        model.embedding.register_forward_hook(lambda module, inputs, output: output * hf.embedding_scale)
+
+        def scale(module: Any, inputs: Any, output: Tensor) -> Tensor:
+            return output * torch.tensor(hf.embedding_scale, dtype=output.dtype).item()  # rounded, as transformers does
+
+        model.embedding.register_forward_hook(scale)
     if model.post_process and hf.logits_divisor != 1:
         # on the hidden state, because the policy head never computes all logits
         model.decoder.final_layernorm.register_forward_hook(lambda module, inputs, output: output / hf.logits_divisor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import warnings
 from collections.abc import Iterator
@@ -36,6 +37,10 @@ from megatron_ext.learner import ON_GPU, control, cpu
 from megatron_ext.learner.layers import RMSNorm, finish_model, first_layer, local_layer_specs, needs_own_modules
 from megatron_ext.learner.value_head import put_value_head
 
+ACTIVATIONS = {
+    "silu": torch.nn.functional.silu,
+    "gelu_tanh": functools.partial(torch.nn.functional.gelu, approximate="tanh"),
+}
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -190,8 +195,7 @@ def transformer_config(hf: conversion.HFConfig, parallel: ParallelConfig, model:
     """Megatron's configuration: architecture from the checkpoint, layout and precision from the run."""
     # The dispatcher is set for dense models too, because Megatron checks it against variable sequence lengths anyway.
     architecture = {"moe_token_dispatcher_type": "alltoall", **conversion.transformer_config(hf)}
-    if isinstance(architecture.get("activation_func"), str):
-        architecture["activation_func"] = getattr(torch.nn.functional, architecture["activation_func"])
+    architecture["activation_func"] = ACTIVATIONS[architecture["activation_func"]]
     torch_dtype = DTYPES[model.dtype]
     if "moe_router_dtype" in architecture and torch_dtype is torch.float64:
         architecture["moe_router_dtype"] = "fp64"
@@ -236,7 +240,7 @@ def transformer_config(hf: conversion.HFConfig, parallel: ParallelConfig, model:
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_dropout_fusion=ON_GPU,
-        bias_activation_fusion=ON_GPU,
+        bias_activation_fusion=ON_GPU and hf.activation == "silu",  # Megatron has no fused kernel for the other
         persist_layer_norm=False,
         # With two ranks, interleaved stages send activations and gradients between the same two at once. Batched, they
         # are told apart by nothing but their order, which differs on the two sides; overlapped calls are separate.

@@ -43,7 +43,12 @@ LAYOUTS: dict[str, dict[str, dict[str, int]]] = {  # by case, where not DENSE; t
     "glm4-moe": {"tp2-sp-ep2-pp2": {"tp": 2, "sp": True, "ep": 2, "pp": 2}},
     "qwen2-moe-mixed": {"tp2-sp-ep2-pp2": {"tp": 2, "sp": True, "ep": 2, "pp": 2}},
     "olmo2": {"tp2-sp": {"tp": 2, "sp": True}, "tp2-pp2": {"tp": 2, "pp": 2}},
-    **dict.fromkeys(("llama3-odd", "smollm3", "granite", "glm4", "phi3"), {"tp2-pp2": {"tp": 2, "pp": 2}}),
+    "minimax-m2": {"tp2-sp-ep2-pp2": {"tp": 2, "sp": True, "ep": 2, "pp": 2}},
+    "glm4-moe-lite": {"pp2-ep2": {"pp": 2, "ep": 2}},
+    "gemma3": {"tp2-sp": {"tp": 2, "sp": True}, "tp2-pp2": {"tp": 2, "pp": 2}},
+    **dict.fromkeys(
+        ("llama3-odd", "smollm3", "granite", "glm4", "phi3", "olmo3", "ernie4-5"), {"tp2-pp2": {"tp": 2, "pp": 2}}
+    ),
 }
 SMALL: dict[str, Any] = {
     "vocab_size": 131,
@@ -75,9 +80,29 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
         | {"norm_topk_prob": True},
     ),
-    "mistral": ("Mistral", {"sliding_window": 16, "head_dim": 16}),
+    "mistral": ("Mistral", {"sliding_window": 6, "head_dim": 16}),
     "seed-oss": ("SeedOss", {"head_dim": 16, "attention_dropout": 0.0, "residual_dropout": 0.0}),
     "olmo2": ("Olmo2", {"rms_norm_eps": 1e-4}),
+    "olmo3": (
+        "Olmo3",
+        {"sliding_window": 5, "rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_theta": 5e5}}},
+    ),
+    "gemma3": (
+        "Gemma3",
+        {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2, "query_pre_attn_scalar": 20}
+        | {"head_dim": 16, "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0}}},
+    ),
+    "ernie4-5": ("Ernie4_5", {"head_dim": 16, "use_bias": True}),
+    "minimax-m2": (
+        "MiniMaxM2",
+        {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
+        | {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    ),
+    "glm4-moe-lite": (
+        "Glm4MoeLite",
+        {**LATENT, "q_lora_rank": 24, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        | {"mlp_layer_types": ["dense", "dense", "sparse", "sparse"]},
+    ),
     "llama3-odd": (
         "Llama",
         {"rope_parameters": {**LLAMA3, "low_freq_factor": 0.5, "original_max_position_embeddings": 16}},
@@ -138,13 +163,16 @@ def _make(case: str, root: Path) -> None:
     import transformers
 
     prefix, extra = CASES[case]
-    config = getattr(transformers, prefix + "Config")(**{**SMALL, **extra})
+    kind = getattr(transformers, prefix + "ForCausalLM")
+    config = kind.config_class(**{**SMALL, **extra})
     torch.manual_seed(1)
-    model = getattr(transformers, prefix + "ForCausalLM")(config).eval()
+    model = kind(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:  # transformers initialises biases to 0 and norms to 1, which hides errors
-                parameter.copy_(torch.randn_like(parameter) * 0.2 + (1.0 if "norm" in name else 0.0))
+                parameter.copy_(
+                    torch.randn_like(parameter) * 0.2 + (1.0 if "norm" in name and case != "gemma3" else 0.0)
+                )
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(torch.randn_like(buffer) * 0.2)

@@ -81,6 +81,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "deepseek-v3": ("DeepseekV3", LATENT | ROUTED | {"q_lora_rank": 24, "n_group": 1, "topk_group": 1}),
     "glm4-moe": ("Glm4Moe", ROUTED | {"head_dim": 16, "attention_bias": True, "use_qk_norm": True}),
+    "olmo3": ("Olmo3", {}),
+    "gemma3": ("Gemma3", {"head_dim": 16}),
+    "ernie4-5": ("Ernie4_5", {"head_dim": 16, "use_bias": True}),
+    "minimax-m2": ("MiniMaxM2", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "glm4-moe-lite": ("Glm4MoeLite", LATENT | ROUTED | {"q_lora_rank": 24}),
 }
 
 
@@ -93,21 +98,22 @@ def make(case: str) -> tuple[conversion.HFConfig, dict[str, Tensor]]:
 @cache
 def _make(case: str) -> tuple[conversion.HFConfig, dict[str, Tensor]]:
     prefix, extra = CASES[case]
-    config = getattr(transformers, prefix + "Config")(**{**SMALL, **extra})
+    kind = getattr(transformers, prefix + "ForCausalLM")
+    config = kind.config_class(**{**SMALL, **extra})
     torch.manual_seed(0)
-    model = getattr(transformers, prefix + "ForCausalLM")(config)
+    model = kind(config)
     raw = {**config.to_dict(), "architectures": [prefix + "ForCausalLM"]}
     state = {name: torch.randn_like(tensor) for name, tensor in model.state_dict().items()}
     if raw["tie_word_embeddings"]:
         del state["lm_head.weight"]
-    gate, up, down = ("w1", "w3", "w2") if prefix == "Mixtral" else ("gate_proj", "up_proj", "down_proj")
+    gate, up, down = ("w1", "w3", "w2") if prefix in ("Mixtral", "MiniMaxM2") else ("gate_proj", "up_proj", "down_proj")
     for name in [name for name in state if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
         fused = state.pop(name)  # in memory transformers fuses the experts, on disk they are separate
         stem = name.removesuffix("gate_up_proj").removesuffix("down_proj")
         for expert, tensor in enumerate(fused):
             parts = [(down, tensor)] if name.endswith("down_proj") else zip((gate, up), tensor.chunk(2), strict=True)
             state |= {f"{stem}{expert}.{part}.weight": piece for part, piece in parts}
-    if prefix == "Mixtral":
+    if prefix in ("Mixtral", "MiniMaxM2"):
         state = {name.replace(".mlp.", ".block_sparse_moe."): tensor for name, tensor in state.items()}
     return conversion.parse_config(raw), state
 
@@ -227,7 +233,7 @@ def test_transforms_are_bijections_for_any_shape(heads: int, groups: int, head_d
     ("changes", "words"),
     [
         ({"architectures": ["GPT2LMHeadModel"]}, ["GPT2LMHeadModel", "Llama,", "Qwen2,", "--backend megatron-bridge"]),
-        ({"architectures": ["Gemma3ForCausalLM"]}, ["two rotary bases"]),
+        ({"architectures": ["GptOssForCausalLM"]}, ["sinks"]),
         ({"architectures": None}, ["None", "supported"]),
         ({"hidden_size": "48"}, ["hidden_size='48'", "positive integer"]),
         ({"num_key_value_heads": 3}, ["num_attention_heads=8", "num_key_value_heads=3"]),
@@ -340,7 +346,7 @@ def test_a_config_rewritten_in_another_dialect_means_the_same_and_returns(case: 
     assert "rope_parameters" in new and "rope_theta" not in new and "torch_dtype" not in new
     assert in_dialect(old, 5) == new and in_dialect(new, 4) == old
     assert replace(conversion.parse_config(old), raw={}) == replace(conversion.parse_config(new), raw={})
-    config_class = getattr(transformers, CASES[case][0] + "Config")
+    config_class = getattr(transformers, CASES[case][0] + "ForCausalLM").config_class
     assert config_class(**old).rope_parameters == config_class(**new).rope_parameters
     assert getattr(config_class(**old), "num_experts", None) == getattr(config_class(**new), "num_experts", None)
 

@@ -55,6 +55,13 @@ FULL: dict[str, Any] = {
     "qkv_bias": False,
     "bias": False,
     "torch_dtype": "bfloat16",
+    "rotary_dim": 2,
+    "use_bias": False,
+    "mlp_layer_types": ["dense", "sparse"],
+    "attn_type_list": [1, 1],
+    "query_pre_attn_scalar": 4,
+    "rope_local_base_freq": 1e4,
+    "sliding_window_pattern": 2,
 }
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.just(10**400),
@@ -67,6 +74,8 @@ JSON = st.recursive(
 @given(st.sampled_from(sorted(FAMILIES)), st.dictionaries(st.sampled_from(sorted(FULL)), JSON, min_size=1, max_size=2))
 def test_any_config_is_read_or_refused_in_one_sentence(family: str, changes: dict[str, Any]) -> None:
     config = {**copy.deepcopy(FULL), "architectures": [family], **changes}
+    if FAMILIES[family].local_theta is not None:
+        config["rope_parameters"] = {"full_attention": config["rope_parameters"]}
     try:
         hf = conversion.parse_config(config)
     except ValueError as error:
