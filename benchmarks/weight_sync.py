@@ -1,7 +1,7 @@
 """Seconds of a weight update, stage by stage, into receivers that only check and load: no vLLM, no HTTP.
 
     python -m benchmarks.weight_sync [--shape smollm2-135m qwen2.5-0.5b] [--dtype float32] [--receivers 1] [--json OUT]
-    python -m benchmarks.weight_sync --server DIR     a running vLLM server of that model is refreshed instead
+    python -m benchmarks.weight_sync --server DIR [--dtype float32]     a running vLLM server of that model is refreshed
 
 Each row is compared with two measurements of the same bytes in the same run, taken between the updates: one copy in
 memory into mapped pages (memcpy), and one transfer through a loopback TCP connection to another process (network).
@@ -64,7 +64,7 @@ def receiver(pipe: Any, sizes: dict[str, tuple[torch.Size, torch.dtype]]) -> Non
     from megatron_ext.sync.base import Clock, WeightDigest
     from megatron_ext.sync.broadcast import Rendezvous, join_group
     from megatron_ext.sync.buckets import Entry
-    from megatron_ext.sync.receive import Update, read_verified, receive_buckets, verify
+    from megatron_ext.sync.receive import Update, read_shared, read_verified, receive_buckets, verify
 
     torch.set_num_threads(1)
     parameters = {name: torch.zeros(size, dtype=dtype) for name, (size, dtype) in sizes.items()}
@@ -77,8 +77,10 @@ def receiver(pipe: Any, sizes: dict[str, tuple[torch.Size, torch.dtype]]) -> Non
             info = Update(**body)
             seconds: dict[str, float] = {}
             clock = Clock(seconds)
-            if info.files:
-                for name, tensor in read_verified(info, clock).items():
+            if info.files or info.socket:
+                device = torch.device("cpu")
+                found = read_shared(info, device, clock) if info.socket else read_verified(info, clock)
+                for name, tensor in found.items():
                     parameters[name].copy_(tensor)
                 clock.lap("load")
             else:
@@ -137,6 +139,7 @@ def update(sync: Any, pipes: list[Any], version: int, tensors: dict[str, Tensor]
 def measure(shape: str, dtype: torch.dtype, receivers: int, turns: int) -> Iterator[dict[str, Any]]:
     from megatron_ext.sync.broadcast import BroadcastSync
     from megatron_ext.sync.disk import DiskSync
+    from megatron_ext.sync.ipc import IpcSync
 
     tensors = weights(shape, dtype)
     nbytes = sum(t.nbytes for t in tensors.values())
@@ -154,7 +157,11 @@ def measure(shape: str, dtype: torch.dtype, receivers: int, turns: int) -> Itera
     for pipe, body in zip(pipes, bodies, strict=True):
         pipe.send(("join", body))
     gloo.join()
-    for name, sync in (("disk", DiskSync(need_bytes=2 * nbytes)), ("gloo", gloo)):
+    for name, sync in (
+        ("disk", DiskSync(need_bytes=2 * nbytes)),
+        ("ipc", IpcSync(torch.device("cpu"))),
+        ("gloo", gloo),
+    ):
         rows: list[dict[str, float]] = []
         for turn in range(turns + 1):
             begin = time.perf_counter()
@@ -182,7 +189,7 @@ def measure(shape: str, dtype: torch.dtype, receivers: int, turns: int) -> Itera
         process.join()
 
 
-def refresh(directory: Path, turns: int) -> Iterator[dict[str, Any]]:
+def refresh(directory: Path, dtype: str, turns: int) -> Iterator[dict[str, Any]]:
     """Update a real server through the pool."""
     from safetensors.torch import load_file
 
@@ -190,13 +197,16 @@ def refresh(directory: Path, turns: int) -> Iterator[dict[str, Any]]:
     from recipes.rollout.make import make_engine
 
     tensors = {k: v for file in sorted(directory.glob("*.safetensors")) for k, v in load_file(file).items()}
-    for transport in ("disk", "gloo"):
+    for transport in ("disk", "ipc", "gloo"):
         with tempfile.TemporaryDirectory() as logs:
-            rollout = RolloutConfig(engine="vllm", max_model_len=256, max_num_seqs=16, weight_sync=transport)
+            limits: dict[str, Any] = {"max_model_len": 256, "max_num_seqs": 16, "dtype": dtype}
+            rollout = RolloutConfig(engine="vllm", weight_sync=transport, **limits)
             pool = make_engine(rollout, directory, Path(logs))
             try:
                 rows = []
                 for turn in range(turns + 1):
+                    for tensor in tensors.values():  # as training does: no layer stays what it was
+                        tensor.reshape(-1)[:1] += 1
                     begin = time.perf_counter()
                     pool.push(turn + 1, tensors.items())
                     if turn:
@@ -205,8 +215,9 @@ def refresh(directory: Path, turns: int) -> Iterator[dict[str, Any]]:
                 pool.close()
         yield {
             "server": directory.name,
+            "dtype": dtype,
             "transport": transport,
-            "MB": sum(t.nbytes for t in tensors.values()) // 10**6,
+            "MB": sum(t.numel() for t in tensors.values()) * getattr(torch, dtype).itemsize // 10**6,
         } | {"seconds": {key: round(statistics.median(row[key] for row in rows), 3) for key in rows[0]}}
 
 
@@ -221,7 +232,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.server:
-        rows = list(refresh(options.server, options.turns))
+        rows = list(refresh(options.server, options.dtype, options.turns))
     else:
         dtype = getattr(torch, options.dtype)
         rows = [row for shape in options.shape for row in measure(shape, dtype, options.receivers, options.turns)]
