@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, Protocol
@@ -126,23 +126,48 @@ def lanes(flat: Tensor) -> Tensor:
     """
     weights = _lane_weights(flat.device)
     row_bytes = 4 * LANE_WORDS
-    pieces = []
+    found = []
+    whole = len(flat) // row_bytes * row_bytes
+    if whole and not flat.data_ptr() % 4 and (fused := _fused_lanes(flat.device)) is not None:
+        found.append(fused(flat[:whole].view(torch.int32).view(-1, LANE_WORDS), weights))
+        flat = flat[whole:]
     for start in range(0, len(flat), LANE_PIECE_ROWS * row_bytes):
         piece = flat[start : start + LANE_PIECE_ROWS * row_bytes]
         if len(piece) % row_bytes or piece.data_ptr() % 4:
             padded = piece.new_zeros(-(-len(piece) // row_bytes) * row_bytes)
             padded[: len(piece)] = piece
             piece = padded
-        words = piece.view(torch.int32).view(-1, LANE_WORDS)
-        pieces.append(torch.stack([(words * weight).sum(1) for weight in weights], dim=1))
-    return torch.cat(pieces) if pieces else torch.empty(0, 2, dtype=torch.int64, device=flat.device)
+        found.append(_lanes_of(piece.view(torch.int32).view(-1, LANE_WORDS), weights))
+    return torch.cat(found) if found else torch.empty(0, 2, dtype=torch.int64, device=flat.device)
+
+
+def _lanes_of(words: Tensor, weights: Tensor) -> Tensor:
+    return torch.stack([(words * weight).sum(1) for weight in weights], dim=1)
 
 
 @cache
-def _lane_weights(device: torch.device) -> list[Tensor]:
-    """Two rows of odd constants, the same in every process: the first outputs of Philox with key 0."""
+def _lane_weights(device: torch.device) -> Tensor:
+    """(2, LANE_WORDS) odd constants, the same in every process: the first outputs of Philox with key 0."""
     words = np.random.Philox(key=0).random_raw(2 * LANE_WORDS) | np.uint64(1)
-    return list(torch.from_numpy(words.view(np.int64).copy()).view(2, LANE_WORDS).to(device))
+    return torch.from_numpy(words.view(np.int64).copy()).view(2, LANE_WORDS).to(device)
+
+
+@cache
+def _fused_lanes(device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """The same as one kernel, on a GPU where Triton works, found by trying: it must give the same numbers."""
+    if device.type != "cuda":
+        return None
+    try:
+        from megatron_ext.sync.triton_lanes import lanes as fused
+
+        words = torch.arange(5 * LANE_WORDS, dtype=torch.int32, device=device).view(5, LANE_WORDS) * -77_777_777
+        if torch.equal(fused(words, _lane_weights(device)), _lanes_of(words, _lane_weights(device))):
+            return fused
+        why = "its results differ"
+    except Exception as error:  # no compiler, an unknown GPU, another Triton: its errors have many classes
+        why = f"{type(error).__name__}: {error}"
+    print(f"weight updates: the digest takes torch's slower operations, since Triton does not work here ({why})")
+    return None
 
 
 def stage_weights(
