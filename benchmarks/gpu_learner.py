@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import re
 import tempfile
@@ -63,6 +64,11 @@ def seconds(call: Callable[[], object], repeats: int) -> float:
         _synchronize()
         times.append(time.perf_counter() - start)
     return min(times[1:])
+
+
+def _empty_cache() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _synchronize() -> None:
@@ -177,6 +183,8 @@ def main() -> None:
                 figures = measure(config, Path(directory), lengths, args.repeats, args.trace)
                 results.append({"shape": args.shape, "layers": args.layers, "kind": layers, **figures})
             print(json.dumps(results[-1]), flush=True)
+            gc.collect()  # the learner is part of reference cycles
+            _empty_cache()
     if not (args.tiny or args.no_file):
         name = re.sub(r"\W+", "_", card()).lower()
         path = Path(__file__).parent / "results" / f"gpu_learner_{name}_{datetime.date.today():%Y-%m-%d}.json"

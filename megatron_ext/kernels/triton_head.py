@@ -22,8 +22,13 @@ import triton.language as tl
 from torch import Tensor
 
 _LOG_ZERO = tl.constexpr(-1e4)  # see vocab_statistics
-_SUM_BLOCK, _SUM_WARPS = 4096, 8
+_SUM_BLOCK, _SUM_WARPS = 4096, 4
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@triton.jit
+def _add_all(a, b, c, d, e, f, g, h):  # type: ignore[no-untyped-def]
+    return a + e, b + f, c + g, d + h
 
 
 @triton.jit
@@ -48,10 +53,12 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
         u = tl.maximum(x - base, _LOG_ZERO, propagate_nan=tl.PropagateNan.ALL)
         e = tl.exp(u)
         e2 = e * e
-        zu = scale * (zu + shift * z) + tl.sum(e * u, axis=0)
-        z = scale * z + tl.sum(e, axis=0)
-        z2u = scale * scale * (z2u + shift * z2) + tl.sum(e2 * u, axis=0)
-        z2 = scale * scale * z2 + tl.sum(e2, axis=0)
+        # One reduction of four numbers waits for the other warps once, four reductions four times.
+        new_z, new_zu, new_z2, new_z2u = tl.reduce((e, e * u, e2, e2 * u), 0, _add_all)
+        zu = scale * (zu + shift * z) + new_zu
+        z = scale * z + new_z
+        z2u = scale * scale * (z2u + shift * z2) + new_z2u
+        z2 = scale * scale * z2 + new_z2
         top = new
     tl.store(top_T + row, top)
     tl.store(sums_5T + row, z)

@@ -237,7 +237,7 @@ def transformer_config(hf: conversion.HFConfig, parallel: ParallelConfig, model:
         init_method=_leave_as_is,
         output_layer_init_method=_leave_as_is,
         embedding_init_method=_leave_as_is,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=False,  # see _accumulate_in_products
         masked_softmax_fusion=False,
         bias_dropout_fusion=ON_GPU,
         bias_activation_fusion=ON_GPU and hf.activation == "silu",  # Megatron has no fused kernel for the other
@@ -301,9 +301,21 @@ def build_chunks(
             check_for_nan_in_grad=False,  # the optimizer step reports it
         )
         wrapped = [DistributedDataParallel(config, ddp, c, disable_bucketing=i > 0) for i, c in enumerate(chunks)]
+        _accumulate_in_products(wrapped)
     config.finalize_model_grads_func = finalize_model_grads
     config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     return wrapped
+
+
+def _accumulate_in_products(chunks: list[DistributedDataParallel]) -> None:
+    """Let Transformer Engine's layers add weight gradients to the float32 sums inside their matrix products.
+
+    Otherwise Megatron adds each micro-batch's gradients in a pass of its own. Megatron's own switch
+    (``gradient_accumulation_fusion``) is for all layers, and its output layer refuses it without apex's kernel.
+    """
+    for module in (module for chunk in chunks for module in chunk.modules()):
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
 
 
 def build_optimizer(

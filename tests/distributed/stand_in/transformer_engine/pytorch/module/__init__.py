@@ -19,6 +19,7 @@ class TransformerEngineBaseModule(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.fuse_wgrad_accumulation = False
         self.fp8_meta: dict[str, Any] = {"fp8_checkpoint": False}
         self.fp8 = self.fp8_calibration = self.save_original_input = False
         self.amax: dict[str, AmaxHistory] = {}
@@ -50,6 +51,8 @@ class TransformerEngineBaseModule(torch.nn.Module):
     def _product(self, x: Tensor, weight: Tensor, is_first_microbatch: bool | None) -> Tensor:
         """In FP8 the weight is rounded for the first micro-batch of a pass, or for every one if None is given."""
         recipe = FP8GlobalStateManager.recipe
+        if self.fuse_wgrad_accumulation and hasattr(weight, "main_grad"):
+            weight = _AddToMainGrad.apply(weight, is_first_microbatch)
         if recipe is None:
             return F.linear(x, weight)
         rows = self._operand(x.flatten(0, -2), recipe, "input")
@@ -57,6 +60,22 @@ class TransformerEngineBaseModule(torch.nn.Module):
             self._fp8_workspaces["weight"] = self._operand(weight, recipe, "weight").detach()
         used = weight + (self._fp8_workspaces["weight"] - weight).detach()
         return F.linear(rows, used).unflatten(0, x.shape[:-1])
+
+
+class _AddToMainGrad(torch.autograd.Function):
+    """As with ``fuse_wgrad_accumulation``: the gradient goes to ``main_grad``, and what autograd gets means nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, is_first_microbatch: bool | None) -> Tensor:
+        ctx.weight, ctx.first = weight, is_first_microbatch is True
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        main = ctx.weight.main_grad
+        main.copy_(gradient) if ctx.first else main.add_(gradient)
+        ctx.weight.grad_added_to_main_grad = True
+        return torch.full_like(gradient, torch.nan), None
 
 
 def _parameter(*size: int, dtype: torch.dtype, device: Any, init: Callable[[Tensor], Any] | None = None) -> Any:
@@ -137,7 +156,10 @@ class GroupedLinear(TransformerEngineBaseModule):
     def forward(self, x: Tensor, m_splits: Sequence[int], is_first_microbatch: bool | None = None) -> Tensor:
         assert FP8GlobalStateManager.recipe is None, "experts are not emulated in FP8"
         return torch.cat(
-            [F.linear(part, getattr(self, f"weight{i}")) for i, part in enumerate(x.split(list(m_splits)))]
+            [
+                self._product(part, getattr(self, f"weight{i}"), is_first_microbatch)
+                for i, part in enumerate(x.split(list(m_splits)))
+            ]
         )
 
 
