@@ -28,7 +28,8 @@ DRY_RUN ?=
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help env train check test test-runs test-distributed test-learner theory atlas study keys doctor test-integrations
+.PHONY: help env train check test test-runs test-distributed test-learner test-learner-short theory atlas study keys
+.PHONY: doctor test-integrations
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
@@ -77,9 +78,16 @@ test-distributed: env
 	nice -n 19 $(PY) -m pytest tests/distributed
 
 # Python 3.12 has Megatron-Core 0.19.2 (3.11: 0.16.1), and Triton, whose interpreter runs the kernels' tests on a CPU.
+# The short form is what CI runs: what the learner computes in every kind of layout, its checkpoints, the head kernels,
+# and Transformer Engine's layers.
+LEARNER_SHORT := tests/distributed/kernels $(addprefix tests/distributed/learner/test_,transformer_engine.py \
+  learner_checkpoint.py checkpoint_pieces.py context_parallel.py reference.py critic.py routing_replay.py)
 test-learner: env
 	$(PY) -m pytest -n 2 tests/unit/learner tests/unit/kernels tests/unit/rl tests/unit/planning tests/unit/checks
 	$(PY) -m pytest tests/distributed/learner tests/distributed/kernels
+
+test-learner-short: env
+	$(PY) -m pytest -n 2 tests/unit/learner tests/unit/kernels $(LEARNER_SHORT)
 
 # Our losses inside other trainers, with their own packages: one environment each, minutes to install.
 test-integrations: $(addprefix .venv-,$(INTEGRATIONS))
