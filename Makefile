@@ -61,8 +61,8 @@ check: env
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/lint-imports
-	$(PY) -m mypy
-	$(PY) -m pytest -n 2 tests/unit
+	@echo "mypy, beside the unit tests"; $(PY) -m mypy & types=$$!; \
+	  $(PY) -m pytest -n 2 tests/unit; tests=$$?; wait $$types && exit $$tests
 
 # A file's tests stay in one process: its fixtures are models, servers, process groups and Slurm clusters.
 # Two streams. test-runs mostly waits: for servers to start, for faults to be noticed, for jobs to be requeued, so it has
