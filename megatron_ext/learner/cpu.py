@@ -102,12 +102,17 @@ def enable() -> None:
 
 
 def _import_megatron_without_compile() -> None:
-    """Import Megatron-Core with ``torch.compile`` as the identity.
+    """Import Megatron-Core with ``torch.compile`` as the identity, and without TensorBoard.
 
     Megatron decorates helpers with it at import. Compilation on a CPU needs a C++ compiler, and the decorator alone
-    imports torch._dynamo, which takes seconds at every start.
+    imports torch._dynamo, which takes seconds at every start. TensorBoard, which takes half a second, is imported for
+    the type of a timer's argument.
     """
     compile_, torch_ = torch.compile, cast(Any, torch)
+    blocked = "torch.utils.tensorboard"
+    unseen = blocked not in sys.modules
+    if unseen:
+        sys.modules[blocked] = None  # type: ignore[assignment]  # importing it fails, as where it is not installed
     torch_.compile = lambda function=None, **_: function if function is not None else (lambda f: f)
     try:
         with warnings.catch_warnings():
@@ -118,6 +123,8 @@ def _import_megatron_without_compile() -> None:
             import megatron.core.tensor_parallel.random  # noqa: F401
     finally:
         torch_.compile = compile_
+        if unseen:
+            del sys.modules[blocked]
 
 
 def _share_gloo_device() -> None:
