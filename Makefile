@@ -81,7 +81,7 @@ test-distributed: env
 # The short form is what CI runs: what the learner computes in every kind of layout, its checkpoints, the head kernels,
 # and Transformer Engine's layers.
 LEARNER_SHORT := tests/distributed/kernels $(addprefix tests/distributed/learner/test_,transformer_engine.py \
-  learner_checkpoint.py checkpoint_pieces.py context_parallel.py reference.py critic.py routing_replay.py)
+  learner_checkpoint.py checkpoint_pieces.py context_parallel.py routing_replay.py)
 test-learner: env
 	$(PY) -m pytest -n 2 tests/unit/learner tests/unit/kernels tests/unit/rl tests/unit/planning tests/unit/checks
 	$(PY) -m pytest tests/distributed/learner tests/distributed/kernels

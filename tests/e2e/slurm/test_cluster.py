@@ -15,7 +15,7 @@ def test_two_clusters_live_side_by_side(cluster: Cluster, tmp_path: Path) -> Non
         for one in (cluster, other):
             out = tmp_path / f"{one.link}.out"
             numbers.append(one.ask("sbatch", "--parsable", f"--output={out}", "--wrap=hostname; hostname -I"))
-            until("the job", lambda one=one, out=out: out.exists() and one.subnet in out.read_text())  # type: ignore[misc]
+            until("the job", lambda one=one, out=out: out.exists() and one.subnet in out.read_text(), 120)  # type: ignore[misc]
             assert out.read_text().startswith("node1\n")
         assert len(set(numbers)) == 2 and cluster.subnet != other.subnet
     finally:
