@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 # Started by other programs, by path or under torchrun, not by users.
 INTERNAL = {
     "megatron_ext.learner.logits",
+    "megatron_ext.sync.ipc",
     "megatron_ext.sync.process_guard",
     "recipes.cluster.foreground",
     "recipes.cluster.beat",
