@@ -337,6 +337,18 @@ def side_files(directory: Path) -> Iterable[Path]:
             yield path
 
 
+def refuse_foreign_links(directory: Path) -> None:
+    """ValueError for a side file that links out of a model: a copy would publish its target.
+
+    A hub's cache, which links to its blobs, is accepted.
+    """
+    root = directory.resolve()
+    for path in side_files(directory):
+        real = path.resolve()
+        if not any(real.is_relative_to(place) for place in (root, root.parent.parent / "blobs")):
+            raise ValueError(f"{path} is a link to {real}, outside the model: copy that file here, or remove the link")
+
+
 def copy_side_files(source: Path, target: Path) -> None:
     """Copy the side files of one directory into another, which is made if need be."""
     target.mkdir(exist_ok=True)

@@ -13,7 +13,7 @@ import torch
 from conversion import bridge, cli
 from conversion.adapter import Adapter, MergedReader
 from conversion.config import HFConfig
-from conversion.hf_files import copy_side_files
+from conversion.hf_files import copy_side_files, refuse_foreign_links
 from conversion.locate import RELEASE, require
 from conversion.mapping import HF_OUTPUT, hf_shapes, left_out, unconsumed
 from conversion.megatron_args import beyond_gpt_model, megatron_lm_flags
@@ -24,7 +24,7 @@ from conversion.pickled import open_hf
 from conversion.publish import TRACKER, check_manifest, require_space, write_manifest
 from conversion.quantised import describe_unquantised
 from conversion.together import ALONE, Team, add_team, team_of
-from conversion.units import Record, Work, job, kept_report
+from conversion.units import Record, Work, job, kept_report, listing, require_unchanged
 from conversion.values import nonfinite_report
 
 LAYOUTS = ("flat", "megatron-lm")
@@ -83,12 +83,14 @@ def convert(
         ValueError, OSError: what is wrong with the source or the destination.
     """
     hf_dir = require(hf_dir, "Hugging Face", "conversion.megatron_to_hf")
-    check_manifest(hf_dir, contents=False)
+    refuse_foreign_links(hf_dir)
+    manifest = check_manifest(hf_dir, contents=False)
     hf, sources = read_config(hf_dir), [hf_dir, *([adapter] if adapter else [])]
     reader = _open(hf, hf_dir, adapter, allow_pickle)
     try:
         plan = Plan(hf, reader, dtype)
-        this = job(sources, dtype=dtype, check_finite=check_finite, layout=layout)
+        files = listing(sources)
+        this = job(files, dtype=dtype, check_finite=check_finite, layout=layout)
 
         def prepare(partial: Path) -> None:
             require_space(partial, plan.total_bytes)
@@ -100,6 +102,8 @@ def convert(
             work = Work(plan.units, writer.write, writer.holds)
             kept = work.run(partial, team.rank, team.world, threads, lambda count: (progress(count), alive(count)))
             found = reader.check_rest(())
+            if manifest is None:
+                require_unchanged(sources, files)
             if team.rank == 0:
                 team.collect(partial)
                 records = work.records(partial)

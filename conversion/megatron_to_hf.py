@@ -20,7 +20,7 @@ from torch import Tensor
 
 from conversion import bridge, cli
 from conversion.config import HFConfig
-from conversion.hf_files import HFWriter, copy_side_files
+from conversion.hf_files import HFWriter, copy_side_files, refuse_foreign_links
 from conversion.locate import require
 from conversion.mapping import export_rows, hf_parts, hf_shapes, megatron_shape, stored_dtype
 from conversion.megatron_reader import BLOCK_BYTES, HF_FILES, MegatronReader
@@ -29,7 +29,7 @@ from conversion.parse import in_dialect
 from conversion.publish import published, write_manifest
 from conversion.quantised import QUANTISATION
 from conversion.together import ALONE, Team, add_team, team_of
-from conversion.units import Record, Unit, Work, cut, job, kept_report
+from conversion.units import Record, Unit, Work, cut, job, kept_report, listing, require_unchanged
 from conversion.values import Values, nonfinite_report
 
 MAX_SHARD_SIZE = 5 * 10**9
@@ -96,11 +96,13 @@ def convert(
         ValueError, OSError: what is wrong with the source or the destination, in one sentence.
     """
     reader = MegatronReader(megatron_dir, hf_config)
+    refuse_foreign_links(reader.hf_dir)
     hf, sources = reader.hf, [reader.directory, reader.hf_dir]
     dtypes = {part: stored_dtype(n, dtype) or reader.dtype(n) for n in reader.names() for part in hf_parts(hf, n)}
     facts = {key: (reader.manifest or {}).get(key) for key in CARD_KEYS} | dict(card or {})
     units = cut({n: reader.dtype(n).itemsize * math.prod(megatron_shape(hf, n)) for n in reader.names()})
-    this = job(sources, dtype=dtype, check_finite=check_finite, max_shard_size=max_shard_size)
+    before = listing(sources)
+    this = job(before, dtype=dtype, check_finite=check_finite, max_shard_size=max_shard_size)
 
     def files(partial: Path, make: bool = False) -> HFWriter:
         return HFWriter(partial, hf_shapes(hf), dtypes, max_shard_size, make=make)
@@ -115,6 +117,8 @@ def convert(
             work = Work(units, unit_writer.write, unit_writer.holds)
             kept = work.run(partial, team.rank, team.world, threads, lambda count: (progress(count), alive(count)))
         found = reader.check_rest(())
+        if reader.manifest is None:
+            require_unchanged(sources, before)
         if team.rank == 0:
             team.collect(partial)
             records = work.records(partial)

@@ -93,7 +93,10 @@ def published(
         raise ValueError(f"{out} was made by another process in the meantime: choose another directory") from error
     except OSError as error:
         if error.errno in _NO_SPACE:
-            raise ValueError(f"no space left for {out}: free some or choose another file system") from error
+            raise ValueError(
+                f"no space left for {out} ({error.strerror}): free some, raise the limit (quota, ulimit -f) or choose "
+                "another file system"
+            ) from error
         raise
     finally:
         if (target.exists() or not old.exists()) and not (resume and new.is_dir()):
@@ -117,15 +120,23 @@ def _target(out: str | Path, sources: Iterable[str | Path]) -> Path:
         raise ValueError(f"{out} is the current directory or contains it: give the name of a directory to be made")
     for source in sources:
         real = Path(os.path.realpath(source))
-        if target.is_relative_to(real) or real.is_relative_to(target):
+        if _inside(target, real) or _inside(real, target):
             raise ValueError(f"output {out} overlaps source {source}: choose a directory outside it")
     return target
+
+
+def _inside(path: Path, directory: Path) -> bool:
+    """Whether a path is a directory or lies in it, also under another name (a bind mount, other upper case)."""
+    same = (os.path.samefile(place, directory) for place in (path, *path.parents) if place.exists())
+    return path.is_relative_to(directory) or (directory.exists() and any(same))
 
 
 def require_replaceable(directory: Path, overwrite: bool) -> None:
     """ValueError unless the directory holds only a checkpoint that this project wrote, according to its manifest."""
     if not directory.is_dir():
         raise ValueError(f"{directory} exists and is not a directory: choose another name")
+    if directory.is_mount():
+        raise ValueError(f"{directory} is a mount point, which cannot be replaced: choose a directory inside it")
     if not overwrite:
         raise ValueError(f"{directory} exists already: choose another directory, or replace it with --overwrite")
     keep = f"{directory} is not replaced: "
@@ -161,7 +172,7 @@ def require_space(directory: Path, size: int) -> None:
     """ValueError when the file system of a directory has not room for `size` bytes, those in the directory included."""
     size -= sum(512 * path.stat().st_blocks for path in directory.rglob("*") if path.is_file())
     if (free := shutil.disk_usage(directory).free) < size:
-        raise ValueError(f"{size / 2**30:.1f} GiB are needed for {directory} but {free / 2**30:.1f} GiB are free")
+        raise ValueError(f"{size / 2**20:,.0f} MiB are needed for {directory} but {free / 2**20:,.0f} MiB are free")
 
 
 def _lock_directory(work: Path) -> int:

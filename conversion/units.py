@@ -51,18 +51,27 @@ def cut(sizes: dict[str, int]) -> list[Unit]:
     return [*units, Unit(len(units), tuple(names), size)]
 
 
-def job(sources: Iterable[str | Path], **options: Any) -> str:
-    """Identity of a conversion: only an interrupted conversion with the same identity is continued.
-
-    Files of a source count by name, size and time of change: a digest of their bytes would take as long as the job.
-    """
-    files = []
+def listing(sources: Iterable[str | Path]) -> list[list[Any]]:
+    """Name, size and time of change of all files: a digest of their bytes would take as long as a conversion."""
+    files: list[list[Any]] = []
     for source in map(Path, sources):
         for path in sorted(path for path in source.rglob("*") if path.is_file()):
             status = path.stat()
             files.append([path.relative_to(source).as_posix(), status.st_size, status.st_mtime_ns])
+    return files
+
+
+def job(files: Sequence[Any], **options: Any) -> str:
+    """Identity of a conversion of some `listing`: an interrupted conversion is continued only by the same one."""
     facts = {"layout": _LAYOUT, "files": files, "options": {key: str(value) for key, value in options.items()}}
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def require_unchanged(sources: Iterable[str | Path], before: list[list[Any]]) -> None:
+    """ValueError if a file of the sources is not as in an earlier `listing`: its bytes may be old and new ones."""
+    after = listing(sources)
+    if changed := [file[0] for file in after + before if file not in after or file not in before]:
+        raise ValueError(f"{changed[0]} changed while the source was read: convert again when nothing writes to it")
 
 
 class Stopped(Exception):

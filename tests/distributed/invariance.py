@@ -95,7 +95,7 @@ TP2_SP = {"tp": 2, "sp": True}
 VARIANTS = (
     _variant("one"),
     _variant("one-moe", moe=True),
-    _variant("one-olmo2", other="olmo2"),
+    _variant("one-olmo3", other="olmo3"),
     _variant("one-shared-expert", other="shared-expert"),
     _variant("one-deepseek", other="deepseek"),
     _variant("one, a sample each, recompute", tokens=1, recompute=True),
@@ -111,7 +111,7 @@ VARIANTS = (
     _variant("ep2", 2, {"ep": 2}, moe=True),
     _variant("tp2 sp ep2", 2, {**TP2_SP, "ep": 2}, moe=True),
     _variant("tp4, 2 key-value heads", 4, {"tp": 4}, tokens=40),
-    _variant("tp2 sp, OLMo-2", 2, TP2_SP, other="olmo2", recompute=True),
+    _variant("tp2 sp, OLMo-3", 2, TP2_SP, other="olmo3", recompute=True),
     _variant("tp2 sp pp2 ep2, shared expert", 4, {**TP2_SP, "pp": 2, "ep": 2}, other="shared-expert"),
     _variant("tp2 sp, DeepSeek", 2, TP2_SP, other="deepseek"),
     _variant("tp2 sp cp2 ep2, DeepSeek", 4, {**TP2_SP, "cp": 2, "ep": 2}, other="deepseek", tokens=40, recompute=True),

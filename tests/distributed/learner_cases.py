@@ -53,12 +53,15 @@ def make_moe_model(directory: Path) -> Path:
     return _save(Qwen3MoeForCausalLM, config, directory)
 
 
-def make_olmo2_model(directory: Path) -> Path:
-    """Random OLMo-2: norms after attention and MLP, and over all heads of queries and of keys."""
-    from transformers import Olmo2Config, Olmo2ForCausalLM
+def make_olmo3_model(directory: Path) -> Path:
+    """Random OLMo-3: norms after attention and MLP, and over all heads of queries and of keys; windows in one of two
+    layers, each with a rotary embedding of its own."""
+    from transformers import Olmo3Config, Olmo3ForCausalLM
 
-    config = Olmo2Config(**_SHAPE, num_hidden_layers=2, tie_word_embeddings=False)
-    return _save(Olmo2ForCausalLM, config, directory)
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 3, "num_hidden_layers": 2}
+    config = Olmo3Config(**_SHAPE, **layers, rope_parameters={"full_attention": yarn}, tie_word_embeddings=False)
+    return _save(Olmo3ForCausalLM, config, directory)
 
 
 def make_shared_expert_model(directory: Path) -> Path:

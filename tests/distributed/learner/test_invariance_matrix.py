@@ -38,7 +38,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("layouts")
     cases.make_model(root / "dense", layers=4)
     cases.make_moe_model(root / "moe")
-    cases.make_olmo2_model(root / "olmo2")
+    cases.make_olmo3_model(root / "olmo3")
     cases.make_shared_expert_model(root / "shared-expert")
     cases.make_deepseek_model(root / "deepseek")
     gloo.run(PROCESSES, invariance.run, root, timeout_s=900)

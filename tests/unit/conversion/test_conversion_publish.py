@@ -130,6 +130,54 @@ def test_output_that_overlaps_the_source_is_refused(hf_dir: Path, tmp_path: Path
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_another_name_of_the_source_is_no_output(
+    hf_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: bool
+) -> None:
+    """A bind mount, whose name does not reveal it; here a link that is not resolved."""
+    hf_to_megatron.convert(hf_dir, tmp_path / "megatron")
+    (tmp_path / "other name").symlink_to(tmp_path / "megatron")
+    monkeypatch.setattr("conversion.publish.os.path.realpath", lambda path, **_: os.path.abspath(path))
+    before = contents(tmp_path / "megatron")
+    with pytest.raises(ValueError, match="overlaps source"):
+        out = tmp_path / "other name" / ("new" if inside else "")
+        megatron_to_hf.convert(tmp_path / "megatron", out, overwrite=True)
+    assert contents(tmp_path / "megatron") == before
+
+
+@pytest.mark.parametrize("direction", ["to megatron", "to hf"])
+def test_a_source_that_changes_while_it_is_read_is_an_error(hf_dir: Path, tmp_path: Path, direction: str) -> None:
+    source, file = hf_dir, "model.safetensors"
+    if direction == "to hf":
+        source, file = tmp_path / "megatron", "__0_0.distcp"
+        hf_to_megatron.convert(hf_dir, source)
+    (source / MANIFEST).unlink(missing_ok=True)  # with one, the bytes are compared
+
+    def change(_: int) -> None:
+        with (source / file).open("r+b") as opened:
+            opened.seek(-8, os.SEEK_END)
+            opened.write(b"trained!")
+
+    with pytest.raises(ValueError, match=f"{file} changed while the source was read"):
+        (megatron_to_hf if direction == "to hf" else hf_to_megatron).convert(source, tmp_path / "out", progress=change)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_link_out_of_the_model_is_not_published_but_a_hub_cache_is_read(hf_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("secret")
+    (hf_dir / "notes.txt").symlink_to(tmp_path / "key")
+    with pytest.raises(ValueError, match=r"notes.txt is a link to .*key, outside the model"):
+        hf_to_megatron.convert(hf_dir, tmp_path / "out")
+    (hf_dir / "notes.txt").unlink()
+    snapshot = tmp_path / "cache" / "snapshots" / "revision"
+    snapshot.mkdir(parents=True)
+    hf_dir.rename(tmp_path / "cache" / "blobs")
+    for file in (tmp_path / "cache" / "blobs").iterdir():
+        (snapshot / file.name).symlink_to(Path("../../blobs", file.name))
+    hf_to_megatron.convert(snapshot, tmp_path / "out")
+    assert (tmp_path / "out" / "hf" / "config.json").is_file()
+
+
 @pytest.mark.parametrize("out", [".", "..", "/"])
 def test_the_current_directory_is_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str) -> None:
     (tmp_path / "deep").mkdir()
