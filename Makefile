@@ -66,8 +66,8 @@ check: env
 
 # A file's tests stay in one process: its fixtures are models, servers, process groups and Slurm clusters.
 # Two streams. test-runs mostly waits: for servers to start, for faults to be noticed, for jobs to be requeued, so it has
-# three processes on two cores. tests/distributed (4 to 8 processes that wait for each other) computes with the CPU time
-# that is left. GPU tests skip themselves without a GPU.
+# three processes on two cores. tests/distributed (4 to 8 processes that wait for each other) computes beside it, with less
+# priority: tests of faults have time limits. GPU tests skip themselves without a GPU.
 test: check
 	$(MAKE) -j 2 $(if $(filter output-sync,$(.FEATURES)),--output-sync) test-runs test-distributed
 
@@ -75,7 +75,7 @@ test-runs: env
 	$(PY) -m pytest -n 3 tests/e2e tests/integration tests/gpu
 
 test-distributed: env
-	nice -n 19 $(PY) -m pytest tests/distributed
+	nice -n 5 $(PY) -m pytest tests/distributed
 
 # Python 3.12 has Megatron-Core 0.19.2 (3.11: 0.16.1), and Triton, whose interpreter runs the kernels' tests on a CPU.
 # The short form is what CI runs: what the learner computes in every kind of layout, its checkpoints, the head kernels,
