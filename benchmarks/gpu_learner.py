@@ -5,7 +5,7 @@ pass and one CE-GPPO optimizer step over packed sequences. Writes
 benchmarks/results/gpu_learner_<card>_<date>.json: tokens/s, TFLOP/s and its share of the card's dense bfloat16 peak
 (MFU, also for FP8, so that figures compare), and peak memory. FLOPs are counted as in `megatron_ext.flops`.
 `--trace FILE.json.gz` records one optimizer step with torch's profiler (open it in Perfetto) and prints the kernels
-that took longest. `--tiny` tests the program, also on a CPU. Not yet run on a GPU.
+that took longest. `--tiny` tests the program, also on a CPU.
 """
 
 from __future__ import annotations

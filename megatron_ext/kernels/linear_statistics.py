@@ -37,6 +37,7 @@ _ALIGNMENT = 128  # columns; a good multiple for matrix units
 # Default number of elements of a block. Matrix products are faster with more than the caches of a CPU hold.
 _CPU_BLOCK_ELEMENTS = 2**22
 _GPU_BLOCK_ELEMENTS = 2**26
+_ADDS_IN_FLOAT32 = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)  # `torch.addmm(out_dtype=)`
 
 
 def linear_vocab_statistics(
@@ -172,6 +173,8 @@ class _LinearVocabStatistics(torch.autograd.Function):
             if grad_hidden_TH is not None:
                 if grad_hidden_TH.dtype == grad_TB.dtype:
                     grad_hidden_TH.addmm_(grad_TB, weight_BH)
+                elif grad_TB.is_cuda and _ADDS_IN_FLOAT32:
+                    torch.addmm(grad_hidden_TH, grad_TB, weight_BH, out_dtype=grad_hidden_TH.dtype, out=grad_hidden_TH)
                 else:
                     grad_hidden_TH += grad_TB @ weight_BH
             if grad_weight_VH is not None:

@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -176,8 +176,11 @@ class Trainable:
         """
         for chunk in self.chunks:
             chunk.restore_grad_buffers()
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        if self.config.model.fp8 and self.config.model.fp8_recipe == "delayed" and self.lr_schedule.num_steps == 0:
+            # Delayed scaling has no scale for gradients before the first backward pass, and they would vanish in FP8.
+            self._zero_gradients()
+            self._run(replace(batch, trace=None), samples, weights_B, step, forward_only=False)
+        self._zero_gradients()
         collected = self._run(batch, samples, weights_B, step, forward_only=False)
         sums = self._reduce_sums(collected)
         try:
@@ -198,6 +201,11 @@ class Trainable:
             "lr": float(self.optimizer.param_groups[0]["lr"]),
         }
         return sums, about
+
+    def _zero_gradients(self) -> None:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
 
     def _require_finite(self, sums: dict[str, float]) -> None:
         """NotFinite, on every rank, when the loss or any gradient is not finite: before the optimizer touches weights.

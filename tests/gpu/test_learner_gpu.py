@@ -1,4 +1,4 @@
-"""The learner on a GPU against transformers on the same tokens. Written without a GPU at hand; not yet run on one."""
+"""The learner on a GPU against transformers on the same tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory on a GPU: blocks of logits, storages that leave and return. Written without a GPU; not yet run on one."""
+"""Memory on a GPU: blocks of logits, storages that leave and return."""
 
 from __future__ import annotations
 

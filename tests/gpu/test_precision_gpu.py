@@ -1,4 +1,4 @@
-"""Precision on a GPU: Transformer Engine against Megatron's layers, and FP8 against bfloat16. Not yet run on one.
+"""Precision on a GPU: Transformer Engine against Megatron's layers, and FP8 against bfloat16.
 
 The figures are printed (`pytest -s`), because they are worth more than that they pass. Thresholds: users of comparable
 systems call a mean |dp| below 0.005 fine and above 0.01 bad; the random model here is harder than a trained one.

@@ -1,4 +1,4 @@
-"""Whole runs on a GPU: quick start, layouts over NCCL, a checkpoint from a CPU, colocated mode. Not yet run on one."""
+"""Whole runs on a GPU: quick start, layouts over NCCL, a checkpoint from a CPU, colocated mode."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from transformer_engine.common.recipe import DelayedScaling, Recipe
-from transformer_engine.pytorch.fp8 import AmaxHistory, FP8GlobalStateManager, rounded
+from transformer_engine.pytorch.fp8 import E4M3_MAX, AmaxHistory, FP8GlobalStateManager, rounded
 
 
 class TransformerEngineBaseModule(torch.nn.Module):
@@ -59,7 +59,19 @@ class TransformerEngineBaseModule(torch.nn.Module):
         if "weight" not in self._fp8_workspaces or is_first_microbatch is not False:
             self._fp8_workspaces["weight"] = self._operand(weight, recipe, "weight").detach()
         used = weight + (self._fp8_workspaces["weight"] - weight).detach()
-        return F.linear(rows, used).unflatten(0, x.shape[:-1])
+        out = F.linear(rows, used)
+        if isinstance(recipe, DelayedScaling) and out.requires_grad:
+            out.register_hook(self._rounded_gradient)
+        return out.unflatten(0, x.shape[:-1])
+
+    def _rounded_gradient(self, gradient: Tensor) -> Tensor:
+        """At the scale of earlier backward passes, which is 1 before the first: small gradients become 0."""
+        state = self.amax.setdefault("gradient", AmaxHistory(1))
+        scaled = (gradient.float() * state.scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).float()
+        out = (scaled / state.scale).to(gradient.dtype)
+        state.history[0] = gradient.float().abs().max()
+        state.update()
+        return out
 
 
 class _AddToMainGrad(torch.autograd.Function):
