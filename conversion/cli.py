@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -60,6 +61,12 @@ def add_backend(parser: argparse.ArgumentParser, choices: Sequence[str]) -> None
         default="auto",
         help="auto (default): Megatron-Bridge, where it is installed, for an architecture that has no table here",
     )
+
+
+def common(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_common` read, as arguments of both `convert` functions."""
+    given = {key: getattr(args, key) for key in ("threads", "overwrite", "resume", "check_finite")}
+    return {"dtype": DTYPES.get(args.dtype), **given}
 
 
 def default_threads() -> int:

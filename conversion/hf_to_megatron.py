@@ -179,12 +179,8 @@ def main() -> int:
         report = convert(
             args.hf,
             args.out,
-            dtype=dtype,
-            threads=args.threads,
-            overwrite=args.overwrite,
-            resume=args.resume,
+            **cli.common(args),
             allow_pickle=args.allow_pickle,
-            check_finite=args.check_finite,
             layout=args.layout,
             adapter=args.adapter,
             team=team,

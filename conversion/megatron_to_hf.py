@@ -228,11 +228,11 @@ def main() -> int:
     add_team(parser)
     add_export(parser)
     args = parser.parse_args()
-    dtype, team = cli.DTYPES.get(args.dtype), team_of(args)
+    team = team_of(args)
     found = require(args.megatron, "Megatron", "conversion.hf_to_megatron")
     config = Path(args.hf_config) if args.hf_config else found / HF_FILES
     if (config / "config.json").is_file() and bridge.wanted(args.backend, config):
-        given = {"--dtype": dtype, "--resume": args.resume, "--world": team.world > 1}
+        given = {"--dtype": args.dtype, "--resume": args.resume, "--world": team.world > 1}
         given |= {"--check-finite": args.check_finite, "--config-dialect": args.config_dialect}
         bridge.refuse_options(given)
         print(bridge.export_checkpoint(args.megatron, args.out, args.hf_config, overwrite=args.overwrite))
@@ -243,16 +243,12 @@ def main() -> int:
         report = convert(
             args.megatron,
             args.out,
+            **cli.common(args),
             hf_config=args.hf_config,
-            dtype=dtype,
             max_shard_size=args.max_shard_size,
-            threads=args.threads,
-            overwrite=args.overwrite,
-            resume=args.resume,
             team=team,
             card={key: value for key in CARD_KEYS if (value := getattr(args, key)) is not None},
             dialect=args.config_dialect,
-            check_finite=args.check_finite,
             progress=advance,
         )
     print(report)

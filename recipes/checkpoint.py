@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.load import load_saved_config
-from conversion.cli import DTYPES
+from conversion import cli
 from conversion.megatron_to_hf import add_export, convert
 from conversion.publish import ManifestError, check_manifest
 from recipes.checks.messages import sentence
@@ -64,13 +64,9 @@ def main(argv: list[str] | None = None) -> int:
         report = convert(
             found[step],
             args.export,
-            dtype=DTYPES.get(args.dtype),
+            **cli.common(args),
             max_shard_size=args.max_shard_size,
             dialect=args.config_dialect,
-            threads=args.threads,
-            overwrite=args.overwrite,
-            resume=args.resume,
-            check_finite=args.check_finite,
             card=card,
         )
     except (ValueError, OSError) as error:

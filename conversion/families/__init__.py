@@ -53,15 +53,19 @@ FAMILIES: dict[str, Family] = {
 
 _DELTA = "its layers with a gated delta rule are missing in Megatron-Core 0.16, and no table has those of 0.19 yet"
 _MAMBA = "it has Mamba layers, which no layer here trains"
+_INDEXER = "its attention looks only at the tokens that an indexer chooses, which no layer here does"
 REFUSED: dict[str, str] = {
     "ArceeForCausalLM": "its MLP has no gate, and squares a ReLU: every table here has a gated MLP",
+    "DeepseekV32ForCausalLM": _INDEXER,
     "Ernie4_5_MoeForCausalLM": "its router adds a bias to a softmax; Megatron's adds one only to sigmoids",
     "Gemma3ForConditionalGeneration": "a vision tower has no counterpart here: save the language model alone, as "
     "Gemma3ForCausalLM",
+    "GlmMoeDsaForCausalLM": _INDEXER,
     "GptOssForCausalLM": "its experts are stored transposed, interleaved and in 4 bits, which no table reads, and its "
     "attention has sinks, which our packed attention lacks",
     "HunYuanDenseV1ForCausalLM": "it normalises queries and keys behind the rotary embedding; Megatron does so before",
     "HunYuanMoEV1ForCausalLM": "it normalises queries and keys behind the rotary embedding; Megatron does so before",
+    "KimiLinearForCausalLM": _DELTA,
     "Llama4ForCausalLM": "its attention in chunks and its scaled queries have no counterpart here",
     "Llama4ForConditionalGeneration": "its attention in chunks and its vision tower have no counterpart here",
     "Ministral3ForCausalLM": "it scales queries by their position, which Megatron-Core's GPTModel does not",

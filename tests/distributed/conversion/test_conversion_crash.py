@@ -6,6 +6,7 @@ Real processes, real SIGKILL; no Megatron, no gloo.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -42,16 +43,14 @@ def die(*_: Any, **__: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def dying(moment: int) -> Callable[[int], None]:
+    """A callback that kills the process when it is called for the `moment`-th time."""
+    calls = itertools.count(1)
+    return lambda _: die() if next(calls) == moment else None
+
+
 def convert_and_die(converter: Any, source: Path, out: Path, moment: int) -> None:
-    left = moment
-
-    def progress(_: int) -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            die()
-
-    converter.convert(source, out, progress=progress)
+    converter.convert(source, out, progress=dying(moment))
 
 
 @pytest.mark.parametrize("direction", ["in", "out"])
@@ -73,17 +72,9 @@ def test_killed_at_any_moment_it_leaves_nothing_that_loads_and_starts_again(
 
 def convert_as(rank: int, attempt: str, converter: Any, source: Path, out: Path, moment: int) -> None:
     """One of two processes; dies before its block number `moment`, if it has so many."""
-    left = moment
-
-    def progress(_: int) -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            die()
-
     team = Team(rank, 2, attempt, patience_s=2.0 if moment else 60.0)
     with contextlib.suppress(ValueError) if moment else contextlib.nullcontext():
-        converter.convert(source, out, resume=True, team=team, progress=progress)
+        converter.convert(source, out, resume=True, team=team, progress=dying(moment))
 
 
 @pytest.mark.parametrize("victim", [0, 1])

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_checkpoint import LLAMA
+from tiny_checkpoint import LLAMA, contents
 
 import conversion
 from conversion import cli, hf_to_megatron, megatron_to_hf, megatron_writer
@@ -58,17 +58,13 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
-def snapshot(directory: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
-
-
 @pytest.mark.parametrize("block_bytes", [1, 200, 1 << 24])
 @pytest.mark.parametrize(("shard_size", "files"), [(10**9, 1), (3000, 5)])
 def test_round_trip_is_bit_identical_whatever_the_blocks(
     hf_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int, shard_size: int, files: int
 ) -> None:
     monkeypatch.setattr(megatron_writer, "BLOCK_BYTES", block_bytes)
-    before = snapshot(hf_dir)
+    before = contents(hf_dir)
     hf_to_megatron.convert(hf_dir, tmp_path / "megatron", threads=2)
     megatron_to_hf.convert(tmp_path / "megatron", tmp_path / "back", threads=2, max_shard_size=shard_size)
     first, second = tensors(hf_dir), tensors(tmp_path / "back")
@@ -78,7 +74,7 @@ def test_round_trip_is_bit_identical_whatever_the_blocks(
         assert (tmp_path / "back" / name).read_bytes() == (hf_dir / name).read_bytes()
     assert not list((tmp_path / "back").glob("*.py"))
     assert len(list((tmp_path / "back").glob("*.safetensors"))) >= files
-    assert snapshot(hf_dir) == before
+    assert contents(hf_dir) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "megatron", "source"]
 
 
@@ -86,7 +82,7 @@ def test_nothing_written_names_a_directory_of_this_machine(hf_dir: Path, tmp_pat
     hf_to_megatron.convert(hf_dir, tmp_path / "megatron")
     megatron_to_hf.convert(tmp_path / "megatron", tmp_path / "back", card={"step": 7, "recipe": "demo"})
     for directory in ("megatron", "back"):
-        for name, data in snapshot(tmp_path / directory).items():
+        for name, data in contents(tmp_path / directory).items():
             assert tmp_path.name.encode() not in data, name  # pickles store the parts of a path, not its string
     card = (tmp_path / "back" / "README.md").read_text()
     assert "Step: 7" in card and "Recipe: demo" in card and 'base_model: "source"' in card
@@ -165,12 +161,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
 def test_a_bad_source_is_refused_in_a_sentence_and_nothing_is_left(hf_dir: Path, tmp_path: Path, damage: str) -> None:
     spoil, words = DAMAGES[damage]
     spoil(hf_dir)
-    before = snapshot(hf_dir)
+    before = contents(hf_dir)
     with pytest.raises(ValueError) as error:
         hf_to_megatron.convert(hf_dir, tmp_path / "out", threads=2)
     assert all(word in str(error.value) for word in words), str(error.value)
     assert "\n" not in str(error.value)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"] and snapshot(hf_dir) == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source"] and contents(hf_dir) == before
 
 
 def test_tied_model_with_a_different_output_layer_is_refused(hf_dir: Path, tmp_path: Path) -> None:
@@ -185,7 +181,7 @@ def test_full_disk_is_one_sentence_and_leaves_nothing(hf_dir: Path, tmp_path: Pa
     if direction == "to hf":
         hf_to_megatron.convert(hf_dir, tmp_path / "megatron")
         converter, source = megatron_to_hf, tmp_path / "megatron"
-    before = snapshot(source)
+    before = contents(source)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (9000, limits[1]))  # the kernel refuses the rest of a larger file
     try:
@@ -194,7 +190,7 @@ def test_full_disk_is_one_sentence_and_leaves_nothing(hf_dir: Path, tmp_path: Pa
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not (tmp_path / "out").exists() and not working_directory(tmp_path / "out").parent.exists()
-    assert snapshot(source) == before
+    assert contents(source) == before
 
 
 @pytest.mark.parametrize("direction", ["to megatron", "to hf"])
