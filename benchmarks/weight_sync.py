@@ -5,12 +5,14 @@
 
 Each row is compared with two measurements of the same bytes in the same run, taken between the updates: one copy in
 memory into mapped pages (memcpy), and one transfer through a loopback TCP connection to another process (network).
-Copies per byte are counted in the code, on the host: `docs/rollout.md` has the table.
+With vLLM installed, its own packed broadcast runs beside ours, over the same gloo group and without a checksum. Copies
+per byte are counted in the code, on the host: `docs/rollout.md` has the table.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -19,9 +21,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -96,12 +101,53 @@ def receiver(pipe: Any, sizes: dict[str, tuple[torch.Size, torch.dtype]]) -> Non
                     clock.lap("load")
                 verify(digest, info)
             pipe.send(seconds)
+        elif kind == "vllm":
+            with vllm_broadcast(group) as (packed, communicator):
+                packed.packed_nccl_broadcast_consumer(
+                    ((name, (list(size), dtype)) for name, (size, dtype) in sizes.items()),
+                    communicator,
+                    0,
+                    lambda part: [parameters[name].copy_(tensor) for name, tensor in part],
+                    device="cpu",
+                )
+            pipe.send({})
         elif kind == "drain":
             with socket.create_connection(body[:2]) as connection:
                 buffer, left = bytearray(1 << 20), body[2]
                 while left:
                     left -= connection.recv_into(buffer)
             pipe.send({})
+
+
+@contextmanager
+def vllm_broadcast(group: Any) -> Iterator[tuple[Any, Any]]:
+    """vLLM's packed broadcast, of its example of weight transfer, on CPUs: over gloo, and without streams.
+
+    It has no checksum. Two buffers of 1 GiB are its default.
+    """
+    from vllm.distributed.weight_transfer import packed_tensor
+
+    from megatron_ext.sync.broadcast import broadcast
+
+    communicator = SimpleNamespace(broadcast=lambda tensor, src: broadcast(group, tensor, 60.0))
+    idle = SimpleNamespace(synchronize=lambda: None)
+    with (
+        mock.patch.object(packed_tensor, "_get_streams", lambda _, count: (idle,) * count),
+        mock.patch.object(torch.cuda, "stream", lambda _: nullcontext()),
+        mock.patch.object(torch.accelerator, "current_device_index", lambda: 0),
+    ):
+        yield packed_tensor, communicator
+
+
+def vllm_update(group: Any, pipes: list[Any], tensors: dict[str, Tensor]) -> dict[str, float]:
+    begin = time.perf_counter()
+    for pipe in pipes:
+        pipe.send(("vllm", None))
+    with vllm_broadcast(group) as (packed, communicator):
+        packed.packed_nccl_broadcast_producer(iter(tensors.items()), communicator, 0, lambda item: item[1])
+    for pipe in pipes:
+        pipe.recv()
+    return {"all": time.perf_counter() - begin}
 
 
 def network(pipe: Any, data: Tensor) -> float:
@@ -157,21 +203,20 @@ def measure(shape: str, dtype: torch.dtype, receivers: int, turns: int) -> Itera
     for pipe, body in zip(pipes, bodies, strict=True):
         pipe.send(("join", body))
     gloo.join()
-    for name, sync in (
-        ("disk", DiskSync(need_bytes=2 * nbytes)),
-        ("ipc", IpcSync(torch.device("cpu"))),
-        ("gloo", gloo),
-    ):
+    transports: dict[str, Any] = {"disk": DiskSync(need_bytes=2 * nbytes), "ipc": IpcSync(torch.device("cpu"))}
+    transports |= {"vllm packed, gloo": None} if importlib.util.find_spec("vllm") else {}
+    for name, sync in (transports | {"gloo": gloo}).items():
         rows: list[dict[str, float]] = []
         for turn in range(turns + 1):
             begin = time.perf_counter()
             copy.copy_(flat)
             references = {"memcpy": time.perf_counter() - begin, "network": network(pipes[0], flat)}
-            row = update(sync, pipes, turn, tensors)
+            row = update(sync, pipes, turn, tensors) if sync else vllm_update(gloo._group, pipes, tensors)
             if turn:  # the first one allocates memory
                 rows.append(row | references)
-        sync.close()
-        best = {key: round(statistics.median(row[key] for row in rows), 3) for key in rows[0]}
+        if sync is not None:
+            sync.close()
+        best = {key: round(statistics.median(row[key] for row in rows), 4) for key in rows[0]}
         floor = best["memcpy"] + best["network"]
         yield {
             "shape": shape,

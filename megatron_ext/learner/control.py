@@ -73,6 +73,25 @@ def broadcast_bytes(data: bytes, *, src: int) -> bytes:
     return data if dist.get_rank() == src else buffer.numpy().tobytes()
 
 
+def gather_bytes(data: bytes) -> list[bytes]:
+    """The data of every rank, in order, on rank 0; [] on the others. Not pickled. Waits without a practical limit."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    sizes = torch.zeros(world, dtype=torch.int64)
+    sizes[rank] = len(data)
+    dist.all_reduce(sizes, group=group())
+    if rank:
+        if data:
+            dist.send(torch.frombuffer(bytearray(data), dtype=torch.uint8), 0, group=group())
+        return []
+    found = [data]
+    for source in range(1, world):
+        buffer = torch.empty(int(sizes[source]), dtype=torch.uint8)
+        if len(buffer):
+            dist.recv(buffer, source, group=group())
+        found.append(buffer.numpy().tobytes())
+    return found
+
+
 def deal(parts: Sequence[Tensor], replica: int, into: Tensor) -> None:
     """Write rank 0's ``parts[replica]`` into ``into`` on every rank of data-parallel replica ``replica``. A collective.
 

@@ -419,10 +419,13 @@ class Learner(Trainable):
         self.settle()
         return self.reference.logp(batch)
 
-    def export(self, *, explicit_lm_head: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """All weights under Hugging Face names, full, on rank 0; a collective that every rank must exhaust."""
+    def export(self, *, explicit_lm_head: bool = False, spread: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """All weights under Hugging Face names, full, on rank 0; a collective that every rank must exhaust.
+
+        With ``spread`` every tensor is on one of the ranks that hold it (`weights.export_hf`).
+        """
         self.settle()
-        return weights.export_hf(self.hf, self.chunks, explicit_lm_head=explicit_lm_head)
+        return weights.export_hf(self.hf, self.chunks, explicit_lm_head=explicit_lm_head, spread=spread)
 
     def _statistics_step(self, iterator: Iterator[MicroBatch], model: Any) -> Any:
         return statistics_step(iterator, model, device=self.device, head=self.head)

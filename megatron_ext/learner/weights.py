@@ -113,12 +113,14 @@ def import_hf(hf: conversion.HFConfig, directory: Path, chunks: list[Any], *, sk
 
 @torch.no_grad()
 def export_hf(
-    hf: conversion.HFConfig, chunks: list[Any], *, explicit_lm_head: bool = False
+    hf: conversion.HFConfig, chunks: list[Any], *, explicit_lm_head: bool = False, spread: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
     """Every weight as a full Hugging Face tensor on global rank 0, a bucket of Megatron tensors at a time.
 
     A collective: all ranks must exhaust the iterator, which yields nothing on ranks other than 0. The ranks that hold
     the first replica of a bucket's slices gather them; when rank 0 is not the first of these, it is sent the result.
+
+    With ``spread`` each tensor is yielded on one of the ranks that gathered it, about as many bytes on each of these.
     """
     mine, slices = named_weights(chunks), _slices()
     rank = torch.distributed.get_rank()
@@ -133,6 +135,16 @@ def export_hf(
     for bucket in _buckets(names, owners, {name: math.prod(shapes[name]) * some.itemsize for name in names}):
         part, owner = slices(bucket[0]), owners[bucket[0]]
         fulls: list[Tensor] = []
+        if spread:
+            if (
+                all(name in mine for name in bucket)
+                and torch.distributed.get_process_group_ranks(part.group)[0] == owner
+            ):
+                fulls = _gather([mine[name].detach() for name in bucket], bucket, part)
+                for index in _share([full.nbytes for full in fulls], part.rank, part.size):
+                    name, full = bucket[index], fulls[index]
+                    yield from conversion.export_tensors(hf, name, full, explicit_lm_head=explicit_lm_head)
+            continue
         if all(name in mine for name in bucket) and part.first_replica:
             fulls = _gather([mine[name].detach() for name in bucket], bucket, part)
             if owner != 0 and rank == owner:
@@ -145,6 +157,17 @@ def export_hf(
                 fulls = _unpack(packed, empty)
             for name, full in zip(bucket, fulls, strict=True):
                 yield from conversion.export_tensors(hf, name, full, explicit_lm_head=explicit_lm_head)
+
+
+def _share(sizes: list[int], rank: int, count: int) -> list[int]:
+    """Indices that ``rank`` of ``count`` takes: each goes to the rank that has the fewest bytes so far."""
+    loads, taken = [0] * count, []
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        least = min(range(count), key=loads.__getitem__)
+        loads[least] += sizes[index]
+        if least == rank:
+            taken.append(index)
+    return taken
 
 
 def _padded_shape(hf: conversion.HFConfig, name: str, tp_size: int) -> list[int]:

@@ -63,6 +63,13 @@ def _hash_threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0))), thread_name_prefix="digest")
 
 
+class Ranks(Protocol):
+    """The other ranks of the learner, which stage a part of every version themselves."""
+
+    def begin(self, sync: Any) -> None: ...
+    def collect(self) -> list[dict[str, str]]: ...  # manifests, once this rank has staged its part; WeightUpdateError
+
+
 class WeightDigest:
     """A digest over names, dtypes, shapes and bytes of a set of tensors, independent of their order.
 
@@ -175,15 +182,19 @@ def stage_weights(
     version: int,
     tensors: Iterable[tuple[str, Tensor]],
     seconds: dict[str, float] | None = None,
+    ranks: Ranks | None = None,
 ) -> str:
     """Stage one whole version and return its checksum. Whatever ``tensors`` raises leaves nothing staged.
 
-    ``seconds`` gets the time of "export" (waiting for ``tensors``), "stage" (the copy) and "digest".
+    ``seconds`` gets the time of "export" (waiting for ``tensors``), "stage" (the copy), "digest", and "ranks": waiting
+    for the other ``ranks``, which stage the tensors that this one does not have.
     """
     digest = WeightDigest(sync.digest)
     clock = Clock({} if seconds is None else seconds)
     try:
         sync.begin(version)
+        if ranks is not None:
+            ranks.begin(sync)
         for name, tensor in tensors:
             clock.lap("export")
             placed = sync.send(name, tensor)
@@ -195,6 +206,13 @@ def stage_weights(
             digest.add(name, source)
             clock.lap("digest")
         manifest = digest.manifest()
+        if ranks is not None:
+            clock.lap("digest")
+            for part in ranks.collect():
+                if twice := sorted(manifest.keys() & part.keys()):
+                    raise ValueError(f"weight {twice[0]!r} occurs twice in one update: every name is sent once")
+                manifest |= part
+            clock.lap("ranks")
         checksum = checksum_of(sync.digest, manifest)
         clock.lap("digest")
         sync.seal(version, checksum, manifest)

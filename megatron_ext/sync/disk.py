@@ -55,64 +55,43 @@ class DiskSync:
     ) -> None:
         self.digest, self._delta = digest, delta
         self.root, self._lock_fd = private_directory(parent or default_parent(need_bytes))
-        self._in_memory = MEMORY in self.root.resolve().parents
-        self._stage: Path | None = None
-        self._shards: list[Shard] = []
-        self._spare: list[Shard] = []
+        self._in_memory = in_memory(self.root)
+        self.stage: Path | None = None  # directory of the version
+        self._files = Files("shard")
+        self._others: list[str] = []  # files that other ranks wrote
         self.info: dict[str, Any] | None = None
 
     def begin(self, version: int) -> None:
         stage = self.root / f"v{version:06d}"
-        if self._in_memory and self._stage is not None:
+        if self._in_memory and self.stage is not None:
             self.info = None
-            if stage != self._stage:
-                self._stage.rename(stage)
-            self._spare, self._shards = [*self._shards, *self._spare], []
+            if stage != self.stage:
+                self.stage.rename(stage)
         else:
             self.discard()
             stage.mkdir(mode=0o700)
-        self._stage = stage
+        self.stage, self._others = stage, []
+        self._files.begin(stage)
 
     def send(self, name: str, tensor: Tensor) -> Tensor:
         """Stage a copy of one tensor: one copy, into the file itself where that is in memory."""
-        assert self._stage is not None, "send() before begin()"
-        if not self._shards or not self._shards[-1].takes(name, tensor):
-            if self._shards:
-                self._shards[-1].finish()
-            nbytes = max(SHARD_BYTES, tensor.nbytes)
-            if self._spare and self._spare[0].capacity >= nbytes:
-                shard = self._spare.pop(0)
-                shard.begin()
-            else:
-                self._remove_spare()
-                shard = Shard(f"shard-{len(self._shards):05d}.safetensors", self._stage, nbytes, self._in_memory)
-            self._shards.append(shard)
-        return self._shards[-1].put(name, tensor.detach())
+        return self._files.put(name, tensor)
+
+    def adopt(self, files: Sequence[str]) -> None:
+        """Files in `stage` that other ranks wrote belong to the version."""
+        self._others += files
 
     def seal(self, version: int, checksum: str, manifest: Mapping[str, str]) -> None:
-        assert self._stage is not None, "seal() before begin()"
-        if self._shards:
-            self._shards[-1].finish()
-        self._remove_spare()
-        files = [shard.name for shard in self._shards]
-        self.info = {"directory": str(self._stage), "files": files, "version": version, "checksum": checksum}
+        files = [*self._files.end(), *self._others]
+        self.info = {"directory": str(self.stage), "files": files, "version": version, "checksum": checksum}
         self.info |= {"digest": self.digest, "tensors": dict(manifest), "delta": self._delta}
-
-    def _remove_spare(self) -> None:
-        assert self._stage is not None
-        for shard in self._spare:
-            shard.close()
-            (self._stage / shard.name).unlink(missing_ok=True)
-        self._spare = []
 
     def discard(self) -> None:
         self.info = None
-        for shard in (*self._shards, *self._spare):
-            shard.close()
-        self._shards, self._spare = [], []
-        if self._stage is not None:
-            shutil.rmtree(self._stage, ignore_errors=True)
-            self._stage = None
+        self._files.clear()
+        if self.stage is not None:
+            shutil.rmtree(self.stage, ignore_errors=True)
+            self.stage = None
 
     def connect(self, urls: Sequence[str], workers: Sequence[int], timeout_s: float) -> list[dict[str, Any]]:
         """Files need no connection."""
@@ -137,18 +116,75 @@ class DiskSync:
             self._lock_fd = -1
 
 
+class Files:
+    """The safetensors files that one process writes of a version, called ``prefix-00000.safetensors`` and so on."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self._stage: Path | None = None
+        self._shards: list[Shard] = []
+        self._spare: list[Shard] = []  # in memory, from the version before
+
+    def begin(self, stage: Path) -> None:
+        """Start a version in the directory ``stage``, which may be that of the version before under a new name."""
+        kept: list[Shard] = []
+        for shard in (*self._shards, *self._spare):
+            if in_memory(stage) and (stage / shard.name).exists():
+                kept.append(shard)
+            else:
+                shard.close()
+        self._stage, self._shards, self._spare = stage, [], kept
+
+    def put(self, name: str, tensor: Tensor) -> Tensor:
+        """Append a copy of the tensor, which is returned."""
+        assert self._stage is not None, "put() before begin()"
+        if not self._shards or not self._shards[-1].takes(name, tensor):
+            if self._shards:
+                self._shards[-1].finish()
+            nbytes = max(SHARD_BYTES, tensor.nbytes)
+            if self._spare and self._spare[0].capacity >= nbytes:
+                shard = self._spare.pop(0)
+                shard.begin()
+            else:
+                self._remove_spare()
+                file = f"{self._prefix}-{len(self._shards):05d}.safetensors"
+                shard = Shard(file, self._stage, nbytes, in_memory(self._stage))
+            self._shards.append(shard)
+        return self._shards[-1].put(name, tensor.detach())
+
+    def end(self) -> list[str]:
+        """The version is complete; returns its files."""
+        if self._shards:
+            self._shards[-1].finish()
+        self._remove_spare()
+        return [shard.name for shard in self._shards]
+
+    def _remove_spare(self) -> None:
+        for shard in self._spare:
+            shard.close()
+            if self._stage is not None:
+                (self._stage / shard.name).unlink(missing_ok=True)
+        self._spare = []
+
+    def clear(self) -> None:
+        """Give up all memory; the files stay."""
+        for shard in (*self._shards, *self._spare):
+            shard.close()
+        self._shards, self._spare = [], []
+
+
 class Shard:
     """One safetensors file being written, with its data at a fixed offset: the header before it comes last.
 
     In memory the file is mapped and stays so for the versions that follow; else it is written and closed.
     """
 
-    def __init__(self, name: str, directory: Path, capacity: int, in_memory: bool) -> None:
+    def __init__(self, name: str, directory: Path, capacity: int, mapped: bool) -> None:
         self.name, self.capacity = name, capacity
         self._fd = os.open(directory / name, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
         self._map: Tensor | None = None
         self._pinned = 0  # bytes of the map that are registered with the GPU's driver
-        if in_memory:
+        if mapped:
             os.ftruncate(self._fd, HEADER_BYTES + capacity)  # takes no memory yet
             self._map = torch.frombuffer(mmap.mmap(self._fd, HEADER_BYTES + capacity), dtype=torch.uint8)
         self.begin()
@@ -222,6 +258,10 @@ def _write(fd: int, data: memoryview, offset: int) -> None:
     while data:
         written = os.pwrite(fd, data, offset)  # at most 2 GiB at a time
         data, offset = data[written:], offset + written
+
+
+def in_memory(path: Path) -> bool:
+    return MEMORY in path.resolve().parents
 
 
 def default_parent(need_bytes: int) -> Path:

@@ -21,7 +21,9 @@ from recipes.loop.batch import split
 from recipes.loop.collect import Collector
 from recipes.loop.deal import deal
 from recipes.loop.metrics import StepMetrics
+from recipes.loop.spread import Spread, everyone_sees
 from recipes.rollout.colocated import Sleeper, Turns
+from recipes.rollout.engine import cast_floats
 
 
 class RolloutStream:
@@ -36,6 +38,7 @@ class RolloutStream:
         self._collector: Collector | None = None
         self._journal: journal.Journal | None = None
         self._served = -1  # weight version that the engine serves
+        self._spread: Spread | bool | None = None  # None: not known yet; False: all weights go through rank 0
         self._turns: Turns | None = None
         if config.rollout.colocated:
             models = [model for model in (learner, critic) if model is not None]
@@ -164,14 +167,20 @@ class RolloutStream:
             self._send(version)
 
     def _send(self, version: int) -> None:
-        tensors = self._learner.export(explicit_lm_head=True)
+        if self._spread is None and torch.distributed.get_world_size() > 1:
+            all_see = everyone_sees(self._live().engine.staging_root if self._first else None)
+            self._spread = Spread() if all_see else False
+        spread = self._spread if isinstance(self._spread, Spread) else None
+        tensors = self._learner.export(explicit_lm_head=True, spread=spread is not None)
         if self._turns is not None:
             # The sender hashes tensors through numpy, which prevents torch from freeing a CPU weight's storage later.
             tensors = ((name, tensor.clone()) for name, tensor in tensors)
         if self._first:
-            self._live().engine.push(version, _after_barrier(tensors))
+            self._live().engine.push(version, _after_barrier(tensors), spread)
         else:
             control.barrier()
+            if spread is not None:
+                spread.write(cast_floats(tensors, self._config.rollout.dtype))
         for _ in tensors:  # other ranks take part in every gather
             pass
         self._served = version

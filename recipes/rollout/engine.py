@@ -9,15 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from megatron_ext.rl.types import Rollout
 from megatron_ext.sync.auth import TOKEN_VARIABLE
+from megatron_ext.sync.base import Ranks
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,15 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def push(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace all weights by ``tensors`` (Hugging Face names) or raise WeightUpdateError; serve ``version``."""
+    @property
+    def staging_root(self) -> Path | None:
+        """Directory in which other ranks of the learner may stage parts of an update; None: everything is in `push`."""
+
+    def push(self, version: int, tensors: Iterable[tuple[str, Tensor]], ranks: Ranks | None = None) -> None:
+        """Replace all weights by ``tensors`` (Hugging Face names) or raise WeightUpdateError; serve ``version``.
+
+        ``ranks`` stage the tensors that are not among ``tensors``.
+        """
         ...
 
     def close(self) -> None: ...
@@ -137,3 +146,10 @@ def check_request(prompts: Sequence[Sequence[int]], n: int, seeds: Sequence[int]
                 f"prompt {index} has {len(prompt)} tokens: need at least 1 and fewer than rollout.max_model_len="
                 f"{max_model_len}; filter long prompts or raise rollout.max_model_len"
             )
+
+
+def cast_floats(tensors: Iterable[tuple[str, Tensor]], dtype: str) -> Iterator[tuple[str, Tensor]]:
+    """Floating-point tensors in the servers' dtype, so that no bytes are sent to be rounded there; "auto": as is."""
+    target = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype)
+    for name, tensor in tensors:
+        yield name, tensor.to(target) if target is not None and tensor.is_floating_point() else tensor

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from megatron_ext import progress
 from megatron_ext.rl.types import Rollout
-from megatron_ext.sync.base import WeightUpdateError
+from megatron_ext.sync.base import Ranks, WeightUpdateError
 from recipes.rollout.engine import Request, Sampling, check_request, stop_tokens
 from recipes.rollout.routing import Experts, experts_of
 
@@ -125,7 +125,12 @@ class LocalEngine:
         )
         return output.logits[:, -1].float()
 
-    def push(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    @property
+    def staging_root(self) -> Path | None:
+        """The model is in this process."""
+        return None
+
+    def push(self, version: int, tensors: Iterable[tuple[str, Tensor]], ranks: Ranks | None = None) -> None:
         """See `RolloutEngine`. Nothing is copied before names and shapes of the whole update are checked."""
         with self._lock, torch.no_grad():
             given: dict[str, Tensor] = {}

@@ -164,6 +164,7 @@ def _measure(variant: Variant, model_dir: Path) -> Results:
         learner = _learner(variant, model_dir, dtype, "adam")
         if dtype == "float32":
             out |= {f"initial/{name}": tensor for name, tensor in _exported(learner).items()}
+            out |= {f"staged/{name}": tensor for name, tensor in _staged_by_all(learner, model_dir.parent).items()}
         stats = learner.statistics(cases.make_batch(learner.dtype, list(variant.order)))
         out |= {f"adam-{dtype}/{k}": v for k, v in _trained(variant, learner, "ce_gppo", stats).items()}
     if not sharded:
@@ -201,6 +202,25 @@ def _learner(variant: Variant, model_dir: Path, dtype: str, optimizer: str) -> L
 
 def _exported(learner: Learner) -> Results:
     return {name: tensor.clone() for name, tensor in learner.export()}
+
+
+def _staged_by_all(learner: Learner, parent: Path) -> Results:
+    """On rank 0: the weights as a server reads them, after every rank that gathers some has written its part."""
+    from megatron_ext.sync.base import Clock, stage_weights
+    from megatron_ext.sync.disk import DiskSync
+    from megatron_ext.sync.receive import Update, read_verified
+    from recipes.loop.spread import Spread
+
+    spread, tensors = Spread(), learner.export(spread=True)
+    if torch.distributed.get_rank():
+        spread.write(tensors)
+        return {}
+    sync = DiskSync(parent)
+    stage_weights(sync, 1, tensors, ranks=spread)
+    assert sync.info is not None
+    found = {name: tensor.clone() for name, tensor in read_verified(Update(**sync.info), Clock({})).items()}
+    sync.close()
+    return found
 
 
 def _trained(variant: Variant, learner: Learner, objective: str, stats: TokenStats) -> Results:

@@ -9,7 +9,7 @@ import heapq
 import itertools
 import resource
 import time
-from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +18,6 @@ import aiohttp
 import msgspec
 import numpy as np
 import torch
-from torch import Tensor
 
 from megatron_ext.rl.types import Rollout
 from recipes.rollout.engine import Sampling
@@ -296,10 +295,3 @@ def parse_choice(choice: Choice, labels: Mapping[str, int], experts: Experts | N
             if reason != "abort":  # a request that is cut off may lack some; its continuation is asked for all
                 raise ServerError(f"an answer with unusable experts: {error}") from error
     return Piece(tokens, logprobs, versions, reason, routed)
-
-
-def cast_floats(tensors: Iterable[tuple[str, Tensor]], dtype: str) -> Iterator[tuple[str, Tensor]]:
-    """Floating-point tensors in the servers' dtype, so that no bytes are sent to be rounded there; "auto": as is."""
-    target = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype)
-    for name, tensor in tensors:
-        yield name, tensor.to(target) if target is not None and tensor.is_floating_point() else tensor

@@ -25,11 +25,11 @@ from torch import Tensor
 from configs.schema import RolloutConfig
 from megatron_ext import progress
 from megatron_ext.rl.types import Rollout
-from megatron_ext.sync.base import WeightSync, WeightUpdateError, stage_weights
+from megatron_ext.sync.base import Ranks, WeightSync, WeightUpdateError, stage_weights
 from megatron_ext.sync.broadcast import BroadcastSync
 from megatron_ext.sync.disk import DiskSync
 from megatron_ext.sync.ipc import IpcSync
-from recipes.rollout.engine import Request, Sampling, check_request, request_seed, stop_tokens, url_token
+from recipes.rollout.engine import Request, Sampling, cast_floats, check_request, request_seed, stop_tokens, url_token
 from recipes.rollout.routing import FLAG, experts_of
 from recipes.rollout.vllm.client import (
     GivenUp,
@@ -38,7 +38,6 @@ from recipes.rollout.vllm.client import (
     Piece,
     Server,
     ServerError,
-    cast_floats,
     most_connections,
     parse_answer,
     request_body,
@@ -326,13 +325,18 @@ class VLLMPool:
 
     # ---- weight updates ---------------------------------------------------------------------------------------------
 
-    def push(self, version: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    @property
+    def staging_root(self) -> Path | None:
+        """See `RolloutEngine`: the directory of weight files."""
+        return self._sync.root if isinstance(self._sync, DiskSync) else None
+
+    def push(self, version: int, tensors: Iterable[tuple[str, Tensor]], ranks: Ranks | None = None) -> None:
         """See `RolloutEngine`. The servers continue to generate while the tensors are staged."""
         self._run(self._delivering.acquire())  # a server that is just coming back finishes first
         try:
             self.sync_seconds = {}
             cast = cast_floats(tensors, self._rollout.dtype)
-            checksum = stage_weights(self._sync, version, cast, self.sync_seconds)
+            checksum = stage_weights(self._sync, version, cast, self.sync_seconds, ranks)
             self._run(self._update(version, f"{version}-{checksum[:16]}"))
             self.sync_seconds |= self._updater.seconds
             if self._rollout.colocated:

@@ -31,8 +31,9 @@ LIMIT_S, SLOW_S = 2.0, 2.4  # of a collective on the device; of rank 0's work in
 class SlowEngine:
     counters: dict[str, int] = {}
     sync_seconds: dict[str, float] = {}
+    staging_root = None
 
-    def push(self, version: int, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    def push(self, version: int, tensors: Iterator[tuple[str, Tensor]], ranks: Any = None) -> None:
         if version == 1:
             time.sleep(SLOW_S)  # a server is restarting
         for _ in tensors:
@@ -66,7 +67,7 @@ class Learner:
     device = torch.device("cpu")
     replica = 0
 
-    def export(self, *, explicit_lm_head: bool) -> Iterator[tuple[str, Tensor]]:
+    def export(self, *, explicit_lm_head: bool, spread: bool = False) -> Iterator[tuple[str, Tensor]]:
         value = torch.ones(1)
         dist.all_reduce(value)
         if dist.get_rank() == 0:
@@ -111,6 +112,7 @@ def exchange(rank: int, root: Path) -> None:
             for size in (0, 1, 1 << 20):
                 sent = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
                 assert control.broadcast_bytes(sent if rank == 1 else b"", src=1) == sent
+                assert control.gather_bytes(sent[rank:]) == ([sent, sent[1:]] if rank == 0 else [])
             assert control.agree(rank == 0) and not control.agree(rank == 1)
 
 
