@@ -162,9 +162,9 @@ def _measure(variant: Variant, model_dir: Path) -> Results:
     # Megatron's distributed optimizer takes Adam only, and float32.
     for dtype in ("float32",) * (sharded or reference) + ("float64",) * (not sharded):
         learner = _learner(variant, model_dir, dtype, "adam")
+        _check_staged(learner, model_dir.parent)
         if dtype == "float32":
             out |= {f"initial/{name}": tensor for name, tensor in _exported(learner).items()}
-            out |= {f"staged/{name}": tensor for name, tensor in _staged_by_all(learner, model_dir.parent).items()}
         stats = learner.statistics(cases.make_batch(learner.dtype, list(variant.order)))
         out |= {f"adam-{dtype}/{k}": v for k, v in _trained(variant, learner, "ce_gppo", stats).items()}
     if not sharded:
@@ -204,23 +204,25 @@ def _exported(learner: Learner) -> Results:
     return {name: tensor.clone() for name, tensor in learner.export()}
 
 
-def _staged_by_all(learner: Learner, parent: Path) -> Results:
-    """On rank 0: the weights as a server reads them, after every rank that gathers some has written its part."""
+def _check_staged(learner: Learner, parent: Path) -> None:
+    """Files of which every rank that gathers writes a part hold what an export to rank 0 holds."""
     from megatron_ext.sync.base import Clock, stage_weights
     from megatron_ext.sync.disk import DiskSync
     from megatron_ext.sync.receive import Update, read_verified
     from recipes.loop.spread import Spread
 
+    exported = _exported(learner)
     spread, tensors = Spread(), learner.export(spread=True)
     if torch.distributed.get_rank():
         spread.write(tensors)
-        return {}
+        return
     sync = DiskSync(parent)
     stage_weights(sync, 1, tensors, ranks=spread)
     assert sync.info is not None
-    found = {name: tensor.clone() for name, tensor in read_verified(Update(**sync.info), Clock({})).items()}
+    found = read_verified(Update(**sync.info), Clock({}))
+    assert found.keys() == exported.keys() and all(torch.equal(found[name], exported[name]) for name in exported)
+    assert len(sync.info["files"]) >= learner.config.parallel.tp * learner.config.parallel.pp
     sync.close()
-    return found
 
 
 def _trained(variant: Variant, learner: Learner, objective: str, stats: TokenStats) -> Results:
