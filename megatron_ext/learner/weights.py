@@ -25,6 +25,7 @@ from conversion.pickled import open_hf
 from megatron_ext.learner import control
 
 BUCKET_BYTES = 256 << 20  # of full tensors, gathered at a time: a mixture has tens of thousands of small ones
+SMALLEST_BYTES = 16 << 20  # of a bucket where replicas share the work
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"(.*\.local_experts\.)(\d+)(\..*)")
 
@@ -75,7 +76,8 @@ class _Slices:
     rank: int
     size: int
     group: torch.distributed.ProcessGroup
-    first_replica: bool  # of the data- and context-parallel ranks that hold the same slice
+    replica: int  # of the data- and context-parallel ranks that hold the same slice
+    replicas: int
 
 
 def _slices() -> Callable[[str], _Slices]:
@@ -84,13 +86,15 @@ def _slices() -> Callable[[str], _Slices]:
         ps.get_tensor_model_parallel_rank(),
         ps.get_tensor_model_parallel_world_size(),
         ps.get_tensor_model_parallel_group(),
-        ps.get_data_parallel_rank(with_context_parallel=True) == 0,
+        ps.get_data_parallel_rank(with_context_parallel=True),
+        ps.get_data_parallel_world_size(with_context_parallel=True),
     )
     expert = _Slices(
         ps.get_expert_tensor_parallel_rank(),
         ps.get_expert_tensor_parallel_world_size(),
         ps.get_expert_tensor_parallel_group(),
-        ps.get_expert_data_parallel_rank() == 0,
+        ps.get_expert_data_parallel_rank(),
+        ps.get_expert_data_parallel_world_size(),
     )
     return lambda name: expert if _EXPERT.fullmatch(name) else dense
 
@@ -120,32 +124,27 @@ def export_hf(
     A collective: all ranks must exhaust the iterator, which yields nothing on ranks other than 0. The ranks that hold
     the first replica of a bucket's slices gather them; when rank 0 is not the first of these, it is sent the result.
 
-    With ``spread`` each tensor is yielded on one of the ranks that gathered it, about as many bytes on each of these.
+    With ``spread`` replicas take turns in gathering a bucket, and each tensor is yielded on one of the ranks that
+    gathered it, about as many bytes on each of these.
     """
     mine, slices = named_weights(chunks), _slices()
     rank = torch.distributed.get_rank()
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     names = conversion.megatron_names(hf)
-    leading = [name in mine and slices(name).first_replica and slices(name).rank == 0 for name in names]
+    leading = [name in mine and slices(name).replica == 0 and slices(name).rank == 0 for name in names]
     some = next(iter(mine.values()))
     # of every tensor, also those of other stages: all ranks hold the same dtypes
     dtypes = {name: torch.float32 if name.endswith(".router.expert_bias") else some.dtype for name in names}
     shapes = {name: _padded_shape(hf, name, tp_size) for name in names}
     owners = dict(zip(names, _owners(names, leading, some.device), strict=True))
-    for bucket in _buckets(names, owners, {name: math.prod(shapes[name]) * some.itemsize for name in names}):
+    nbytes = {name: math.prod(shapes[name]) * some.itemsize for name in names}
+    if spread:
+        yield from _spread(hf, mine, slices, owners, nbytes, explicit_lm_head=explicit_lm_head)
+        return
+    for bucket in _buckets(names, owners, nbytes, BUCKET_BYTES):
         part, owner = slices(bucket[0]), owners[bucket[0]]
         fulls: list[Tensor] = []
-        if spread:
-            if (
-                all(name in mine for name in bucket)
-                and torch.distributed.get_process_group_ranks(part.group)[0] == owner
-            ):
-                fulls = _gather([mine[name].detach() for name in bucket], bucket, part)
-                for index in _share([full.nbytes for full in fulls], part.rank, part.size):
-                    name, full = bucket[index], fulls[index]
-                    yield from conversion.export_tensors(hf, name, full, explicit_lm_head=explicit_lm_head)
-            continue
-        if all(name in mine for name in bucket) and part.first_replica:
+        if all(name in mine for name in bucket) and part.replica == 0:
             fulls = _gather([mine[name].detach() for name in bucket], bucket, part)
             if owner != 0 and rank == owner:
                 torch.distributed.send(_pack(fulls), dst=0)
@@ -157,6 +156,29 @@ def export_hf(
                 fulls = _unpack(packed, empty)
             for name, full in zip(bucket, fulls, strict=True):
                 yield from conversion.export_tensors(hf, name, full, explicit_lm_head=explicit_lm_head)
+
+
+def _spread(
+    hf: conversion.HFConfig,
+    mine: Mapping[str, Tensor],
+    slices: Callable[[str], _Slices],
+    owners: Mapping[str, int],
+    nbytes: Mapping[str, int],
+    *,
+    explicit_lm_head: bool,
+) -> Iterator[tuple[str, Tensor]]:
+    """This rank's part of an export of which every rank takes some."""
+    names, device = list(owners), next(iter(mine.values())).device
+    stages, here = _stages(names, mine, device), parallel_state.get_pipeline_model_parallel_rank()
+    dense = slices(names[0])  # at least as many replicas as of experts
+    limit = max(BUCKET_BYTES // dense.replicas, SMALLEST_BYTES)
+    for number, bucket in enumerate(_buckets(names, owners, nbytes, limit)):
+        part = slices(bucket[0])
+        if stages[bucket[0]] != here or number % part.replicas != part.replica or bucket[0] not in mine:
+            continue
+        fulls = _gather([mine[name].detach() for name in bucket], bucket, part)
+        for index in _share([full.nbytes for full in fulls], part.rank, part.size):
+            yield from conversion.export_tensors(hf, bucket[index], fulls[index], explicit_lm_head=explicit_lm_head)
 
 
 def _share(sizes: list[int], rank: int, count: int) -> list[int]:
@@ -177,13 +199,13 @@ def _padded_shape(hf: conversion.HFConfig, name: str, tp_size: int) -> list[int]
     return shape
 
 
-def _buckets(names: list[str], owners: Mapping[str, int], nbytes: Mapping[str, int]) -> Iterator[list[str]]:
-    """Neighbours that the same ranks gather, up to BUCKET_BYTES of full tensors together, or one that is larger."""
+def _buckets(names: list[str], owners: Mapping[str, int], nbytes: Mapping[str, int], limit: int) -> Iterator[list[str]]:
+    """Neighbours that the same ranks gather, up to ``limit`` bytes of full tensors together, or one that is larger."""
     for _, group in itertools.groupby(names, lambda name: (owners[name], _EXPERT.fullmatch(name) is None)):
         bucket: list[str] = []
         size = 0
         for name in group:
-            if bucket and size + nbytes[name] > BUCKET_BYTES:
+            if bucket and size + nbytes[name] > limit:
                 yield bucket
                 bucket, size = [], 0
             bucket.append(name)
@@ -227,6 +249,15 @@ def _owners(names: list[str], leading: list[bool], device: torch.device) -> list
     owners: list[int] = candidates.tolist()
     assert max(owners) < world, f"no rank holds {names[owners.index(world)]}"
     return owners
+
+
+def _stages(names: list[str], mine: Mapping[str, Tensor], device: torch.device) -> dict[str, int]:
+    """For each tensor the first pipeline stage that holds it: tied embeddings are in two."""
+    here = parallel_state.get_pipeline_model_parallel_rank()
+    nowhere = parallel_state.get_pipeline_model_parallel_world_size()
+    found = torch.tensor([here if name in mine else nowhere for name in names], device=device)
+    torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MIN)
+    return dict(zip(names, found.tolist(), strict=True))
 
 
 def nonfinite_parameters(chunks: Iterable[torch.nn.Module]) -> int:

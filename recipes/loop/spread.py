@@ -1,8 +1,8 @@
-"""Every rank that gathers weights writes its part of an update into files of its own.
+"""Every rank writes a part of an update into files of its own (`weights.export_hf` with ``spread``).
 
 Only where all ranks see the directory of the files: ranks of one machine, or a shared file system
-(``rollout.sync_dir``). Then copies, digests and writing are divided among the tensor-, pipeline- and expert-parallel
-ranks of one replica, and no weight goes through rank 0.
+(``rollout.sync_dir``). Then gathering, copies, digests and writing are divided among all ranks, and no weight goes
+through rank 0.
 """
 
 from __future__ import annotations
