@@ -175,12 +175,15 @@ class RolloutStream:
         if self._turns is not None:
             # The sender hashes tensors through numpy, which prevents torch from freeing a CPU weight's storage later.
             tensors = ((name, tensor.clone()) for name, tensor in tensors)
-        if self._first:
-            self._live().engine.push(version, _after_barrier(tensors), spread)
+        if spread is not None:  # the others wait until they are told where to write
+            if self._first:
+                self._live().engine.push(version, tensors, spread)
+            else:
+                spread.write(cast_floats(tensors, self._config.rollout.dtype))
+        elif self._first:
+            self._live().engine.push(version, _after_barrier(tensors))
         else:
             control.barrier()
-            if spread is not None:
-                spread.write(cast_floats(tensors, self._config.rollout.dtype))
         for _ in tensors:  # other ranks take part in every gather
             pass
         self._served = version

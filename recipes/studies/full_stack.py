@@ -41,7 +41,8 @@ def _stale(steps: int, *words: str) -> tuple[str, ...]:
 
 
 STALENESS = {"GRPO": ()} | {f"ahead {k}": _stale(k) for k in (1, 2, 4)}
-STALENESS |= {f"partial {k}": _stale(k, "rollout.partial=true") for k in (1, 2, 4)}
+# Two batches are decoded at a time: with one, the first batch would be complete before the second begins.
+STALENESS |= {f"partial {k}": _stale(k, "rollout.partial=true", "rollout.max_num_seqs=512") for k in (1, 2, 4)}
 
 
 FULL_STUDIES: dict[str, FullStudy] = {

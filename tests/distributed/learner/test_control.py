@@ -21,6 +21,8 @@ from configs.load import load_config
 from configs.schema import Config, ParallelConfig
 from megatron_ext.learner import control
 from megatron_ext.learner.model import distributed
+from megatron_ext.sync.base import stage_weights
+from megatron_ext.sync.disk import DiskSync
 from recipes.loop import stream
 from recipes.loop.metrics import StepMetrics
 
@@ -31,13 +33,19 @@ LIMIT_S, SLOW_S = 2.0, 2.4  # of a collective on the device; of rank 0's work in
 class SlowEngine:
     counters: dict[str, int] = {}
     sync_seconds: dict[str, float] = {}
-    staging_root = None
+
+    def __init__(self, parent: Path, by_all: bool) -> None:
+        self.sync = DiskSync(parent)
+        self.staging_root = self.sync.root if by_all else None
 
     def push(self, version: int, tensors: Iterator[tuple[str, Tensor]], ranks: Any = None) -> None:
         if version == 1:
             time.sleep(SLOW_S)  # a server is restarting
-        for _ in tensors:
-            pass
+        assert (ranks is None) == (self.staging_root is None)
+        stage_weights(self.sync, version, tensors, ranks=ranks)
+        assert self.sync.info is not None
+        names = ["rank 0", "rank 1"] if ranks else ["rank 0"]
+        assert sorted(self.sync.info["tensors"]) == names and len(self.sync.info["files"]) == len(names)
 
     def sleep(self) -> None: ...
 
@@ -45,8 +53,8 @@ class SlowEngine:
 
 
 class SlowCollector:
-    def __init__(self, *_: Any) -> None:
-        self.engine = SlowEngine()
+    def __init__(self, config: Config, root: Path, _: Path) -> None:
+        self.engine = SlowEngine(root, by_all=config.rollout.colocated)
 
     def begin(self, step: int, position: int, count: int, carried: Sequence[int] = ()) -> None: ...
 
@@ -58,7 +66,8 @@ class SlowCollector:
         time.sleep(SLOW_S)
         return {"kind": "eval", "step": step, "metrics": {"m": 0.5}}
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        self.engine.sync.close()
 
 
 class Learner:
@@ -70,8 +79,8 @@ class Learner:
     def export(self, *, explicit_lm_head: bool, spread: bool = False) -> Iterator[tuple[str, Tensor]]:
         value = torch.ones(1)
         dist.all_reduce(value)
-        if dist.get_rank() == 0:
-            yield "weight", value
+        if dist.get_rank() == 0 or spread:
+            yield f"rank {dist.get_rank()}", value
 
     def offload(self, *, weights: bool = False) -> None: ...
 
