@@ -172,20 +172,21 @@ def _spread(
     stages, here = _stages(names, mine, device), parallel_state.get_pipeline_model_parallel_rank()
     dense = slices(names[0])  # at least as many replicas as of experts
     limit = max(BUCKET_BYTES // dense.replicas, SMALLEST_BYTES)
+    loads: dict[_Slices, list[int]] = {}  # bytes that each rank of a group has taken
     for number, bucket in enumerate(_buckets(names, owners, nbytes, limit)):
         part = slices(bucket[0])
         if stages[bucket[0]] != here or number % part.replicas != part.replica or bucket[0] not in mine:
             continue
         fulls = _gather([mine[name].detach() for name in bucket], bucket, part)
-        for index in _share([full.nbytes for full in fulls], part.rank, part.size):
+        for index in _share([full.nbytes for full in fulls], part.rank, loads.setdefault(part, [0] * part.size)):
             yield from conversion.export_tensors(hf, bucket[index], fulls[index], explicit_lm_head=explicit_lm_head)
 
 
-def _share(sizes: list[int], rank: int, count: int) -> list[int]:
-    """Indices that ``rank`` of ``count`` takes: each goes to the rank that has the fewest bytes so far."""
-    loads, taken = [0] * count, []
+def _share(sizes: list[int], rank: int, loads: list[int]) -> list[int]:
+    """Indices that ``rank`` takes: each goes to the rank that has the fewest bytes so far, by ``loads``."""
+    taken = []
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-        least = min(range(count), key=loads.__getitem__)
+        least = min(range(len(loads)), key=loads.__getitem__)
         loads[least] += sizes[index]
         if least == rank:
             taken.append(index)
