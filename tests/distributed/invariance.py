@@ -230,7 +230,7 @@ def _check_staged_by_all(learner: Learner, parent: Path, exported: Results) -> N
     found = read_verified(Update(**sync.info), Clock({}))
     assert found.keys() == exported.keys() and all(torch.equal(found[name], exported[name]) for name in exported)
     writers = {name.split("-")[0] for name in sync.info["files"]}
-    assert len(writers) == torch.distributed.get_world_size()
+    assert len(writers) == torch.distributed.get_world_size(), sync.info["files"]
     sync.close()
 
 
