@@ -104,9 +104,16 @@ class WeightDigest:
 
     def manifest(self) -> dict[str, str]:
         """Of each tensor dtype, shape and a digest of its bytes: equal entries are equal tensors."""
-        found = {}
+        on_device = [parts for _, parts in self._parts.values() if isinstance(parts, Tensor)]
+        # Their rows come in one copy: each copy waits for the GPU.
+        rows = torch.cat(on_device).cpu() if on_device else torch.empty(0, 2, dtype=torch.int64)
+        found, start = {}, 0
         for name, (head, parts) in self._parts.items():
-            data = parts if isinstance(parts, bytes) else parts.cpu().numpy().tobytes()
+            if isinstance(parts, Tensor):
+                data = rows[start : start + len(parts)].numpy().tobytes()
+                start += len(parts)
+            else:
+                data = parts
             found[name] = head + hashlib.sha256(data).hexdigest()
         return found
 
@@ -134,10 +141,9 @@ def lanes(flat: Tensor) -> Tensor:
     weights = _lane_weights(flat.device)
     row_bytes = 4 * LANE_WORDS
     found = []
-    whole = len(flat) // row_bytes * row_bytes
-    if whole and not flat.data_ptr() % 4 and (fused := _fused_lanes(flat.device)) is not None:
-        found.append(fused(flat[:whole].view(torch.int32).view(-1, LANE_WORDS), weights))
-        flat = flat[whole:]
+    fused = _fused_lanes(flat.device) if len(flat) and not (len(flat) % 4 or flat.data_ptr() % 4) else None
+    if fused is not None:
+        return fused(flat.view(torch.int32), weights)
     for start in range(0, len(flat), LANE_PIECE_ROWS * row_bytes):
         piece = flat[start : start + LANE_PIECE_ROWS * row_bytes]
         if len(piece) % row_bytes or piece.data_ptr() % 4:
@@ -167,8 +173,10 @@ def _fused_lanes(device: torch.device) -> Callable[[Tensor, Tensor], Tensor] | N
     try:
         from megatron_ext.sync.triton_lanes import lanes as fused
 
-        words = torch.arange(5 * LANE_WORDS, dtype=torch.int32, device=device).view(5, LANE_WORDS) * -77_777_777
-        if torch.equal(fused(words, _lane_weights(device)), _lanes_of(words, _lane_weights(device))):
+        words = torch.arange(5 * LANE_WORDS, dtype=torch.int32, device=device) * -77_777_777
+        words[4 * LANE_WORDS + 7 :] = 0
+        expected = _lanes_of(words.view(5, LANE_WORDS), _lane_weights(device))
+        if torch.equal(fused(words[: 4 * LANE_WORDS + 7], _lane_weights(device)), expected):
             return fused
         why = "its results differ"
     except Exception as error:  # no compiler, an unknown GPU, another Triton: its errors have many classes

@@ -24,10 +24,13 @@ def test_the_kernel_gives_the_same_bits(triton_lanes: Any, rows: int, monkeypatc
     generator = torch.Generator().manual_seed(rows)
     words = torch.randint(-(2**31), 2**31, (rows, 64), generator=generator, dtype=torch.int64).int()
     weights = torch.randint(-(2**62), 2**62, (2, 64), generator=generator) * 2 + 1
-    assert torch.equal(triton_lanes.lanes(words, weights), base._lanes_of(words, weights))
+    assert torch.equal(triton_lanes.lanes(words.reshape(-1), weights), base._lanes_of(words, weights))
+    words[-1, 5:] = 0
+    short = words.reshape(-1)[: rows * 64 - 59]
+    assert torch.equal(triton_lanes.lanes(short, weights), base._lanes_of(words, weights))
 
 
-@pytest.mark.parametrize("nbytes", [0, 3, 256, 257, 4096 + 12])
+@pytest.mark.parametrize("nbytes", [0, 3, 12, 256, 257, 4096 + 12])
 def test_a_digest_by_the_kernel_is_the_same(triton_lanes: Any, nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "LANE_WORDS", 64)
     base._lane_weights.cache_clear()
