@@ -35,7 +35,7 @@ from megatron_ext.sync.base import Clock, WeightDigest, stage_weights
 from megatron_ext.sync.broadcast import BroadcastSync
 from megatron_ext.sync.disk import DiskSync
 from megatron_ext.sync.ipc import IpcSync, problem
-from megatron_ext.sync.receive import Update, read_shared, read_verified
+from megatron_ext.sync.receive import UPLOAD_BYTES, Update, Upload, read_shared, read_verified
 
 TINY = "tiny"
 BUS_BYTES = 1 << 30  # moved at a time by "bus"
@@ -83,8 +83,10 @@ def receiver(pipe: Any, shape: str, device: torch.device) -> None:
 
 def load(info: Update, parameters: dict[str, Tensor], device: torch.device, clock: Clock) -> None:
     found = read_shared(info, device, clock) if info.socket else read_verified(info, clock)
+    upload = Upload(device) if device.type == "cuda" and not info.socket else None
     for name, tensor in found.items():
-        parameters[name].copy_(tensor)
+        small = upload is not None and tensor.nbytes <= UPLOAD_BYTES
+        parameters[name].copy_(upload(tensor) if upload is not None and small else tensor)
     wait(device)
     clock.lap("load")
 

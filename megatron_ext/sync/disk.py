@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ext.sync.base import take_pages
 from megatron_ext.sync.node import stamps_of
 
 SHARD_BYTES = 1 << 30
@@ -183,6 +184,7 @@ class Shard:
         self.name, self.capacity = name, capacity
         self._fd = os.open(directory / name, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
         self._map: Tensor | None = None
+        self._written = 0  # bytes of the map that have pages
         self._pinned = 0  # bytes of the map that are registered with the GPU's driver
         if mapped:
             os.ftruncate(self._fd, HEADER_BYTES + capacity)  # takes no memory yet
@@ -208,7 +210,11 @@ class Shard:
         dtype = DTYPES[tensor.dtype]
         self._entries[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, self._end]}
         if self._map is not None:
-            placed = self._map[HEADER_BYTES + start : HEADER_BYTES + self._end].view(tensor.dtype).reshape(tensor.shape)
+            place = self._map[HEADER_BYTES + start : HEADER_BYTES + self._end]
+            if self._end > self._written:
+                take_pages(place)
+                self._written = self._end
+            placed = place.view(tensor.dtype).reshape(tensor.shape)
             placed.copy_(tensor)
             return placed
         host = tensor.cpu().contiguous()
@@ -223,7 +229,8 @@ class Shard:
         os.pwrite(self._fd, size.to_bytes(8, "little") + header.ljust(size), 0)
         if self._pinned not in (0, self._end):
             self._unpin()  # truncating would take pages from under the driver
-        os.ftruncate(self._fd, HEADER_BYTES + self._end)
+        os.ftruncate(self._fd, HEADER_BYTES + self._end)  # pages behind it are given back
+        self._written = min(self._written, self._end)
         if self._map is None:
             self.close()
         elif not self._pinned and torch.cuda.is_available():

@@ -15,13 +15,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_ext.sync.base import Clock, WeightDigest, checksum_of
+from megatron_ext.sync.base import Clock, WeightDigest, checksum_of, copy_by_threads
 from megatron_ext.sync.broadcast import broadcast
 from megatron_ext.sync.buckets import Entry, layout, tensors_of
 from megatron_ext.sync.ipc import fetch
 from megatron_ext.sync.node import Checks
 
 LM_HEAD = "lm_head.weight"
+UPLOAD_BYTES = 256 << 20  # of a tensor that `Upload` is used for; an embedding is larger
 
 
 @dataclass
@@ -120,6 +121,35 @@ def read_shared(
     clock.lap("check")
     stale = changed(info.tensors, held or {})
     return {key: tensor for key, tensor in found.items() if key in stale}
+
+
+class Upload:
+    """Copies tensors from the host to a GPU through two pinned buffers, one being filled while the other one is sent.
+
+    A plain copy from a mapped file reaches an eighth of the bus's speed (H100: 8 of 55 GB/s).
+    """
+
+    def __init__(self, device: torch.device, nbytes: int = 64 << 20) -> None:
+        on_gpu = device.type == "cuda"
+        self._device = device
+        self._buffers = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=on_gpu) for _ in range(2)]
+        self._sent = [torch.cuda.Event() for _ in range(2)] if on_gpu else []  # at first: complete
+        self._turn = 0
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """A copy on the device, in the order of the current stream."""
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        there = torch.empty(len(flat), dtype=torch.uint8, device=self._device)
+        for start in range(0, len(flat), len(self._buffers[0])):
+            part, self._turn = flat[start : start + len(self._buffers[0])], 1 - self._turn
+            if self._sent:
+                self._sent[self._turn].synchronize()
+            filled = self._buffers[self._turn][: len(part)]
+            copy_by_threads(filled, part)
+            there[start : start + len(part)].copy_(filled, non_blocking=True)
+            if self._sent:
+                self._sent[self._turn].record()
+        return there.view(tensor.dtype).reshape(tensor.shape)
 
 
 def check_list(info: Update) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,9 @@ from megatron_ext.sync.broadcast import Rendezvous, join_group
 from megatron_ext.sync.buckets import Entry
 from megatron_ext.sync.receive import (
     LM_HEAD,
+    UPLOAD_BYTES,
     Update,
+    Upload,
     check_complete,
     layer_of,
     read_shared,
@@ -115,7 +117,7 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                 weights = read_verified(update_info, clock, held)
             if weights:
                 with self._loading(embedding=any(not layer_of(name) for name in weights)):
-                    self._load(weights)
+                    self._load(self._uploaded(weights))
             self._held = dict(update_info.tensors)
             clock.lap("load")
         self.loaded = (update_info.version, update_info.checksum)
@@ -134,7 +136,7 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                     for name, tensor in weights.items():
                         digest.add(name, tensor)
                     clock.lap("check")
-                    self._load(weights)
+                    self._load(weights.items())
                     clock.lap("load")
             clock.lap("load")
             verify(digest, info)
@@ -153,8 +155,20 @@ class TransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         if self._tied and embedding:
             refresh_tied_head(self.model)
 
-    def _load(self, weights: dict[str, Tensor]) -> None:
-        self.model.load_weights([(name, w) for name, w in weights.items() if not (self._tied and name == LM_HEAD)])
+    def _uploaded(self, weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Tensors of files on this worker's GPU, one after the other, where whole tensors are worth uploading.
+
+        With more tensor-parallel ranks a worker needs a smaller part of each, which vLLM copies from the host. So it
+        does with tensors that take much of the GPU's memory.
+        """
+        few = self.device.type == "cuda" and self.parallel_config.tensor_parallel_size <= 2
+        upload = Upload(self.device) if few else None
+        for name, tensor in weights.items():
+            small = tensor.device.type == "cpu" and tensor.nbytes <= UPLOAD_BYTES
+            yield name, upload(tensor) if upload is not None and small else tensor
+
+    def _load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        self.model.load_weights((name, w) for name, w in weights if not (self._tied and name == LM_HEAD))
 
     def finish_weight_update(self) -> None:
         if self.loaded is None:

@@ -302,6 +302,34 @@ def test_buckets_keep_every_dtype_aligned() -> None:
     assert layout(entries) == ([0, 16, 32, 48], 48)
 
 
+@pytest.mark.parametrize("nbytes", [8, 64, 1 << 20])
+def test_an_upload_through_two_buffers_is_a_copy(nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "DIGEST_CHUNK_BYTES", 16)
+    upload = receive.Upload(torch.device("cpu"), nbytes)
+    for tensor in (*WEIGHTS.values(), torch.zeros(0), torch.arange(100.0), torch.arange(60.0).reshape(5, 12).t()):
+        copy = upload(tensor)
+        assert torch.equal(copy, tensor) and copy.dtype == tensor.dtype
+        assert not tensor.numel() or copy.data_ptr() != tensor.data_ptr()
+    first, second = upload(torch.ones(40)), upload(torch.zeros(40))
+    assert first.eq(1).all() and second.eq(0).all(), "the buffers are used again"
+
+
+def test_new_pages_of_a_file_are_taken_before_the_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first version, and where a later one is longer."""
+    taken: list[int] = []
+    real = base.take_pages
+    monkeypatch.setattr(disk, "take_pages", lambda memory: (taken.append(len(memory)), real(memory)))
+    sync = DiskSync()
+    try:
+        for version, sizes in enumerate([(4096, 8), (4096, 8), (8,), (4096, 8), (4096, 12)]):
+            weights = {f"w{index}": torch.full((size,), version + 1.0) for index, size in enumerate(sizes)}
+            assert stage_weights(sync, version, weights.items()) == digest(read(sync)) == digest(weights)
+            taken.append(0)
+    finally:
+        sync.close()
+    assert taken == [16384, 32, 0, 0, 0, 16384, 32, 0, 48, 0]
+
+
 # ---- shared memory -------------------------------------------------------------------------------------------------
 
 
