@@ -78,11 +78,6 @@ def test_one_server_that_breaks_an_update_by_shared_memory(
     assert torch.equal(stand_ins[0].received["w"], WEIGHTS["w"])
 
 
-@pytest.mark.parametrize("phase", ["/update_weights", "stale"])
-def test_an_update_by_shared_memory_that_nobody_takes(sharing: VLLMPool, stand_ins: list[StandIn], phase: str) -> None:
-    test_an_update_that_nobody_takes_raises_and_serves_nothing(sharing, stand_ins, phase)
-
-
 def test_shared_memory_that_changed_after_the_checksum_is_refused_by_all(
     sharing: VLLMPool, stand_ins: list[StandIn], monkeypatch: pytest.MonkeyPatch
 ) -> None:
