@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from typing import Any
 
 import torch
@@ -154,6 +155,8 @@ def megatron_lm_arguments(hf: HFConfig) -> dict[str, Any]:
         "add_position_embedding": False,
         "rotary_base": model["rotary_base"],
         "rotary_percent": model["rotary_percent"],
+        "rotary_interleaved": hf.rope.interleaved,
+        "apply_layernorm_1p": hf.norm_plus_one,
         "use_rope_scaling": model["rope_scaling"],
         "rope_scaling_factor": model["rope_scaling_factor"],
         "untie_embeddings_and_output_weights": not hf.tied,
@@ -208,15 +211,27 @@ def _scaled(hf: HFConfig) -> bool:
     return (hf.embedding_scale, hf.residual_scale, hf.logits_divisor) != (1.0, 1.0, 1.0)
 
 
+# What Megatron-LM's `load_args_from_checkpoint` does not restore (megatron/training/checkpointing.py, 0.16).
+_FLAGS: tuple[str, ...] = ("qk_layernorm", "window_size", "window_attn_skip_freq", "no_rope_freq")
+_FLAGS += ("moe_router_num_groups", "moe_router_group_topk", "moe_router_load_balancing_type", "moe_router_dtype")
+_FLAGS += ("moe_router_bias_update_rate", "moe_shared_expert_gate")
+_FLAGS += ("multi_latent_attention", "q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
+_FLAGS += ("rope_type", "rotary_scaling_factor", "mscale", "mscale_all_dim")
+
+
 def megatron_lm_flags(hf: HFConfig) -> list[str]:
     """Arguments for Megatron-LM's command line that `--use-checkpoint-args` leaves at their defaults."""
-    arguments = megatron_lm_arguments(hf)
     flags = ["--use-checkpoint-args", f"--norm-epsilon {hf.norm_eps:g}", "--ckpt-format torch_dist"]
-    flags += ["--qk-layernorm"] if arguments["qk_layernorm"] else []
-    if arguments["use_rope_scaling"]:
+    config = transformer_config(hf)
+    for key in _FLAGS:
+        value, flag = config.get(key), "--" + key.replace("_", "-")
+        if value is True:
+            flags.append(flag)
+        elif value is not None and value is not False:
+            written = ",".join(map(str, value)) if isinstance(value, tuple) else str(value).replace(" ", "")
+            flags.append(f"{flag} {shlex.quote(written)}")
+    if gpt_model_kwargs(hf)["rope_scaling"]:
         flags += ["--use-rope-scaling", f"--rope-scaling-factor {hf.rope.factor:g}"]
-    if hf.latent is not None:
-        flags.append("--multi-latent-attention")
     if hf.rope.kind == "linear":
         flags.append(f"--rotary-seq-len-interpolation-factor {hf.rope.factor:g}")
     return flags

@@ -96,3 +96,26 @@ def test_flags_say_what_the_checkpoint_cannot() -> None:
     moe = {**RAW, "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2}
     arguments = megatron_lm_arguments(conversion.parse_config(moe))
     assert (arguments["num_experts"], arguments["moe_router_topk"]) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "flags"),
+    [
+        ("MistralForCausalLM", {"sliding_window": 16}, {"--window-size 15,0"}),
+        ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0]}, {"--no-rope-freq '[0,1]'"}),
+        (
+            "Qwen2MoeForCausalLM",
+            {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+            | {"shared_expert_intermediate_size": 8},
+            {"--moe-shared-expert-gate", "--moe-router-load-balancing-type none"},
+        ),
+        (
+            "DeepseekV3ForCausalLM",
+            {"num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 6, "n_routed_experts": 8, "n_group": 4}
+            | {"topk_group": 2, "num_experts_per_tok": 4, "first_k_dense_replace": 1},
+            {"--multi-latent-attention", "--q-lora-rank 6", "--moe-router-num-groups 4", "--moe-router-group-topk 2"},
+        ),
+    ],
+)
+def test_what_changes_results_is_in_the_flags(architecture: str, changes: dict[str, Any], flags: set[str]) -> None:
+    assert flags <= set(megatron_lm_flags(conversion.parse_config({**RAW, "architectures": [architecture], **changes})))
