@@ -430,8 +430,12 @@ def test_nonsense_on_the_socket_gets_no_answer(shared: IpcSync, sent: bytes, cap
     assert "weights by ipc: a worker got no answer" in capfd.readouterr().err
 
 
-def test_another_process_tries_whether_memory_can_be_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_another_process_tries_whether_memory_can_be_shared() -> None:
     assert ipc.problem() is None
+
+
+def test_why_memory_cannot_be_shared_is_the_last_line_of_the_other_process(monkeypatch: pytest.MonkeyPatch) -> None:
     failed = SimpleNamespace(returncode=1, stderr="Traceback\n  ...\nRuntimeError: not supported\n")
     monkeypatch.setattr(ipc.subprocess, "run", lambda *_, **__: failed)
     assert ipc.problem() == "RuntimeError: not supported"
