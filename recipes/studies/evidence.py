@@ -110,6 +110,20 @@ def study_table(study: str, setting: str) -> Callable[[Results], str]:
     return make
 
 
+def staleness_table(read: Results) -> str:
+    """Age of the trained tokens, tokens that an update cut, and what both cost in accuracy, paired with synchronous."""
+    rows = []
+    for found in by_setting(read("staleness")).values():
+        for s in summarise(found):
+            ages = [report.mean_of(found[s.method], name) for name in ("staleness", "cut_tokens")]
+            age, cut = (0.0 if value is None else value.mean for value in ages)  # none: a synchronous run
+            cells = [s.method, f"{age:.2f}", f"{100 * cut:.0f} %", f"{s.means['avg_at_k']:.3f}"]
+            cells.append(signed(s.differences["avg_at_k"][0]) if "avg_at_k" in s.differences else "–")
+            rows.append([*cells, f"{s.means['final_entropy']:.3f}", f"{s.collapsed}/{s.seeds}"])
+    head = ["method", "age, steps", "tokens cut", "accuracy", "− GRPO", "entropy", "collapsed"]
+    return markdown(head, rows)
+
+
 def targets_table(read: Results) -> str:
     """Tracking error, final entropy and accuracy of the closed loop, per target and actuator."""
     rows = []
@@ -208,6 +222,7 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "network": study_table("losses", "L2, 16 updates"),
     "network64": study_table("losses", "L2, 64 updates"),
     "full_stack": study_table("full_stack", FULL[0]),
+    "staleness": staleness_table,
     "regions": study_table("regions", "16 updates"),
     "flexible": study_table("flexible", "16 updates"),
     "discriminators": study_table("discriminators", "16 updates"),
