@@ -90,7 +90,8 @@ class HostMemory:
 class IpcSync:
     """`WeightSync` by shared memory. The workers read by themselves, at any time while a version is staged.
 
-    Memory is overwritten by the next version, as files in memory are (`disk.DiskSync`).
+    Host memory is overwritten by the next version, as files in memory are (`disk.DiskSync`). On a GPU the next version
+    takes other memory if a worker still has the handles of this one, which torch counts.
 
     Args:
         device: of the buckets; default the current GPU, else the host.
@@ -133,7 +134,11 @@ class IpcSync:
     def begin(self, version: int) -> None:
         with self._lock:
             self.info = None
-            self._buckets.begin()
+            if self.device.type == "cuda":
+                self._buckets.clear()
+                torch.cuda.ipc_collect()
+            else:
+                self._buckets.begin()
 
     def send(self, name: str, tensor: Tensor) -> Tensor:
         """Stage a copy of one tensor, on the GPU if there is one."""
