@@ -52,7 +52,7 @@ def test_every_part_is_a_program_that_exists() -> None:
         for words in (part.words, part.tiny):
             assert importlib.util.find_spec(words[0]) is not None, words[0]
     assert len({part.name for part in PARTS}) == len(PARTS)
-    assert sum(part.minutes for part in PARTS) < 32, "most of it fits 25 minutes: parts rarely need their limit"
+    assert sum(part.minutes for part in PARTS) <= 33, "most of it fits 25 minutes: parts rarely need their limit"
 
 
 @pytest.mark.slow

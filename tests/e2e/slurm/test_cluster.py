@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+import pytest
 from cluster import Cluster, until
 
 
-def test_two_clusters_live_side_by_side(cluster: Cluster, tmp_path: Path) -> None:
-    other = Cluster(tmp_path)
+def test_two_clusters_live_side_by_side(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("two")  # a short name: slurmd's sockets lie below it
+    other = Cluster(folder)
     other.up(nodes=1)
     try:
         numbers = []
         for one in (cluster, other):
-            out = tmp_path / f"{one.link}.out"
+            out = folder / f"{one.link}.out"
             numbers.append(one.ask("sbatch", "--parsable", f"--output={out}", "--wrap=hostname; hostname -I"))
             until("the job", lambda one=one, out=out: out.exists() and one.subnet in out.read_text(), 120)  # type: ignore[misc]
             assert out.read_text().startswith("node1\n")
