@@ -8,6 +8,7 @@ correct gradients under tensor parallelism.
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
-from megatron.core.transformer import TransformerConfig, multi_latent_attention
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig, multi_latent_attention
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -112,22 +113,32 @@ class BranchProjection(RowParallelLinear):
         return output, bias
 
 
-class LocalRotaryAttention(SelfAttention):
-    """Attention of a layer whose rotary embedding is not the model's: unscaled, with another base."""
+class OwnAttention(SelfAttention):
+    """Attention with norms over all heads, or with a rotary embedding that is not the model's, or both.
 
-    def __init__(self, config: TransformerConfig, *args: Any, theta: float, **kwargs: Any) -> None:
-        config = copy.copy(config)
-        for key in [key for key in vars(config) if key.startswith("yarn_")]:
-            delattr(config, key)  # their presence alone scales cosine and sine
-        super().__init__(config, *args, **kwargs)
+    ``theta``: base of that embedding, which is not scaled; None: the layer uses the model's.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, *args: Any, theta: float | None, norm_over_heads: bool, **kwargs: Any
+    ) -> None:
+        own, had = copy.copy(config), config.qk_layernorm
+        if theta is not None:
+            for key in [key for key in vars(own) if key.startswith("yarn_")]:
+                delattr(own, key)  # their presence alone scales cosine and sine
+        own.qk_layernorm = had or norm_over_heads  # without it Megatron 0.19 builds no norm
+        super().__init__(own, *args, **kwargs)
+        own.qk_layernorm = had
         channels = torch.arange(0, config.kv_channels, 2, dtype=torch.float32, device=_device())
-        self.frequencies = 1.0 / theta ** (channels / config.kv_channels)
+        self.frequencies = None if theta is None else 1.0 / theta ** (channels / config.kv_channels)
 
     def forward(self, *args: Any, rotary_pos_emb: Any = None, **kwargs: Any) -> Any:
-        model_wide = rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb
-        positions = torch.arange(len(model_wide), dtype=torch.float32, device=self.frequencies.device)
-        angles = torch.outer(positions, self.frequencies)
-        return super().forward(*args, rotary_pos_emb=torch.cat((angles, angles), -1)[:, None, None], **kwargs)
+        if self.frequencies is not None:
+            model_wide = rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb
+            positions = torch.arange(len(model_wide), dtype=torch.float32, device=self.frequencies.device)
+            angles = torch.outer(positions, self.frequencies)
+            rotary_pos_emb = torch.cat((angles, angles), -1)[:, None, None]
+        return super().forward(*args, rotary_pos_emb=rotary_pos_emb, **kwargs)
 
 
 class LatentNorm(RMSNorm):
@@ -146,14 +157,27 @@ class LatentAttention(MLASelfAttention):
     and sums their gradient. Without sequence parallelism it cannot train a mixture of experts.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, config: MLATransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        # Not in the spec: Megatron 0.19 takes norms of latents from there only with `qk_layernorm`, and with that it
+        # needs Transformer Engine where queries have no latent.
+        if config.q_lora_rank is not None:
+            self.q_layernorm = LatentNorm(config, config.q_lora_rank)
+        self.kv_layernorm = LatentNorm(config, config.kv_lora_rank)
         if self.config.sequence_parallel:
             self.linear_kv_down_proj.register_forward_hook(self._gather)
 
     def _gather(self, module: Any, inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
         whole = tensor_parallel.gather_from_tensor_model_parallel_region(output[0])
         return scatter_to_sequence_parallel_region(whole), output[1]
+
+
+def _given(module: type, **arguments: Any) -> type:
+    """A class with some arguments of the constructor given.
+
+    All versions of Megatron-Core build classes, but only 0.16 builds a nested ModuleSpec, and only 0.19 a partial.
+    """
+    return type(module.__name__, (module,), {"__init__": functools.partialmethod(module.__init__, **arguments)})
 
 
 def needs_own_modules(hf: conversion.HFConfig) -> bool:
@@ -188,28 +212,33 @@ def _local_layer(config: TransformerConfig, hf: conversion.HFConfig, experts: in
     )
     layer = spec.submodules
     attention = layer.self_attention.submodules
+    identity = layer.pre_cross_attn_layernorm
     if hf.latent is not None:
         layer.self_attention.module = LatentAttention
-        attention.q_layernorm = attention.kv_layernorm = LatentNorm
+        attention.q_layernorm = attention.kv_layernorm = identity
         # Saved under the names of Transformer Engine's layers, which fuse these norms. Megatron's local spec does not
         # do so.
         layer.sharded_state_dict_keys_map = dict(_FUSED_WITH_LATENT)
-    if hf.local_rope is not None and windowed:
-        layer.self_attention.module = LocalRotaryAttention
-        layer.self_attention.params = {**layer.self_attention.params, "theta": hf.local_rope.theta}
+    theta = hf.local_rope.theta if hf.local_rope is not None and windowed else None
+    if theta is not None or hf.qk_norm_over_heads:
+        layer.self_attention.module = OwnAttention
+        own = {"theta": theta, "norm_over_heads": hf.qk_norm_over_heads}
+        layer.self_attention.params = {**layer.self_attention.params, **own}
     attention.core_attention = PackedAttention
-    identity = layer.pre_cross_attn_layernorm
     layer.input_layernorm = layer.pre_mlp_layernorm = identity if hf.norms == "after" else RMSNorm
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if hf.qk_norm_over_heads:
-        attention.q_layernorm = ModuleSpec(module=NormOverHeads, params={"keys": False})
-        attention.k_layernorm = ModuleSpec(module=NormOverHeads, params={"keys": True})
+        attention.q_layernorm, attention.k_layernorm = (
+            _given(NormOverHeads, keys=False),
+            _given(NormOverHeads, keys=True),
+        )
     if hf.norms != "before" or hf.residual_scale != 1:
-        branch = {"post_norm": hf.norms != "before", "scale": hf.residual_scale}
-        attention.linear_proj = ModuleSpec(module=BranchProjection, params=branch)
+        attention.linear_proj = _given(BranchProjection, post_norm=hf.norms != "before", scale=hf.residual_scale)
         layer.mlp = copy.deepcopy(layer.mlp)  # Megatron shares it between calls
-        layer.mlp.submodules.linear_fc2 = ModuleSpec(module=BranchProjection, params=branch)
+        newer = isinstance(layer.mlp, functools.partial)  # 0.19; in 0.16 it is a ModuleSpec
+        parts = layer.mlp.keywords["submodules"] if newer else layer.mlp.submodules
+        parts.linear_fc2 = attention.linear_proj
     if experts:
         # Megatron's local layers save this norm as if it were fused with the MLP; Transformer Engine's do not fuse it.
         layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
