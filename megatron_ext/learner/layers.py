@@ -177,7 +177,8 @@ def _given(module: type, **arguments: Any) -> type:
 
     All versions of Megatron-Core build classes, but only 0.16 builds a nested ModuleSpec, and only 0.19 a partial.
     """
-    return type(module.__name__, (module,), {"__init__": functools.partialmethod(module.__init__, **arguments)})
+    given = functools.partialmethod(module.__init__, **arguments)  # type: ignore[misc]
+    return type(module.__name__, (module,), {"__init__": given})
 
 
 def needs_own_modules(hf: conversion.HFConfig) -> bool:
