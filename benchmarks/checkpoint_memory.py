@@ -34,10 +34,6 @@ TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vo
 SIZES = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "vocab_size": 8192}
 
 
-def peak_beyond(run: Callable[[], object]) -> int:
-    return peak_bytes(run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 def measure(model_dir: Path, place: Path) -> dict[str, float]:
     """Bytes per parameter on this rank, by operation. Runs inside one of torchrun's processes."""
     from configs.schema import Config, ModelConfig, OptimConfig
@@ -56,9 +52,9 @@ def measure(model_dir: Path, place: Path) -> dict[str, float]:
         checkpoint.save(learner, place / "first", 1, {})  # allocates Adam's state
         background = checkpoint.Saver(place / "background", background=True)
         bytes_ = {
-            "save": peak_beyond(lambda: checkpoint.save(learner, place / "ours", 1, {})),
-            "load": peak_beyond(lambda: checkpoint.load(learner, place / "ours" / "step_000001")),
-            "save in the background": peak_beyond(lambda: background.save(learner, 1, {})),
+            "save": peak_bytes(lambda: checkpoint.save(learner, place / "ours", 1, {})),
+            "load": peak_bytes(lambda: checkpoint.load(learner, place / "ours" / "step_000001")),
+            "save in the background": peak_bytes(lambda: background.save(learner, 1, {})),
         }
         background.wait()
         bytes_["staged"] = background.staged_bytes
@@ -66,8 +62,8 @@ def measure(model_dir: Path, place: Path) -> dict[str, float]:
         checkpoint.use_pieces = lambda optimizer: None
         for part in learner.optimizer.chained_optimizers:
             _forget_pieces(part)
-        bytes_["save, megatron"] = peak_beyond(lambda: checkpoint.save(learner, place / "theirs", 1, {}))
-        bytes_["load, megatron"] = peak_beyond(lambda: checkpoint.load(learner, place / "theirs" / "step_000001"))
+        bytes_["save, megatron"] = peak_bytes(lambda: checkpoint.save(learner, place / "theirs", 1, {}))
+        bytes_["load, megatron"] = peak_bytes(lambda: checkpoint.load(learner, place / "theirs" / "step_000001"))
         checkpoint.use_pieces = use
         row = torch.tensor([float(value) for value in bytes_.values()], device=learner.device)
         torch.distributed.all_reduce(row, op=torch.distributed.ReduceOp.MAX)

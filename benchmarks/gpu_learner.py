@@ -66,11 +66,6 @@ def seconds(call: Callable[[], object], repeats: int) -> float:
     return min(times[1:])
 
 
-def _empty_cache() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -184,7 +179,7 @@ def main() -> None:
                 results.append({"shape": args.shape, "layers": args.layers, "kind": layers, **figures})
             print(json.dumps(results[-1]), flush=True)
             gc.collect()  # the learner is part of reference cycles
-            _empty_cache()
+            torch.cuda.empty_cache()  # nothing without a GPU
     if not (args.tiny or args.no_file):
         name = re.sub(r"\W+", "_", card()).lower()
         path = Path(__file__).parent / "results" / f"gpu_learner_{name}_{datetime.date.today():%Y-%m-%d}.json"

@@ -99,7 +99,7 @@ def measure(words: list[str]) -> dict[str, float]:
             learner.update(batch, range(each), weights_B, build_loss("ce_gppo"))
 
         update()  # allocates the optimizer's state
-        beyond = peak_bytes(update, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        beyond = peak_bytes(update)
         buffers = [b.grad_data for chunk in learner.chunks for b in chunk.buffers + chunk.expert_parallel_buffers]
         return {
             "weights": float(_bytes(model_tensors(learner.chunks))),

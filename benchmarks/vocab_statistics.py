@@ -79,8 +79,9 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Peak bytes allocated during a call, beyond those allocated before it."""
+def peak_bytes(run: Callable[[], object], device: torch.device | None = None) -> int:
+    """Peak bytes allocated during a call, beyond those allocated before it; default: on the GPU, if there is one."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

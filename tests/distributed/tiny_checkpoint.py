@@ -12,20 +12,7 @@ from safetensors.torch import save_file
 
 import conversion
 
-LLAMA: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 37,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "torch_dtype": "float32",
-}
-QWEN2: dict[str, Any] = {
-    "architectures": ["Qwen2ForCausalLM"],
+SIZES: dict[str, int] = {
     "vocab_size": 37,
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -33,6 +20,15 @@ QWEN2: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    **SIZES,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 64,
+    "torch_dtype": "float32",
+}
+QWEN2: dict[str, Any] = {"architectures": ["Qwen2ForCausalLM"], **SIZES}
 
 
 def write_random(directory: Path, raw: Mapping[str, Any] = LLAMA, dtype: torch.dtype = torch.float32) -> Path:

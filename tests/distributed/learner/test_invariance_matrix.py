@@ -106,7 +106,7 @@ def _weights(results: Results) -> list[str]:
 
 
 def test_the_table(root: Path) -> None:
-    """Print the table; the tests below check it."""
+    """Print the table, whose figures the tests below check; docs/layouts.md has the same layouts."""
     head = [f"{name:>9}" for name in (*COLUMNS, "selected", "Adam, lr", "waste", "CPU s")]
     lines = [f"{'layout':38}" + "".join(head)]
     for variant in OTHERS:
@@ -120,6 +120,9 @@ def test_the_table(root: Path) -> None:
         cells += ["-" if waste is None else f"{float(waste):.2f}", f"{float(got['seconds']):.1f}"]
         lines.append(f"{variant.name:38}" + "".join(f"{cell:>9}" for cell in cells))
     print("\n" + "\n".join(lines))
+    table = (Path(__file__).parents[3] / "docs" / "layouts.md").read_text().partition("\nlayout  ")[2]
+    documented = [line[:38].rstrip() for line in table.partition("```")[0].splitlines()[1:]]
+    assert documented == [variant.name for variant in OTHERS]
 
 
 @pytest.mark.parametrize("name", EXACT)

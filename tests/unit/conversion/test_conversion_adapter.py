@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_checkpoint import write_random
+from tiny_checkpoint import SIZES, write_random
 
 import conversion
 from conversion import hf_to_megatron, megatron_to_hf
@@ -18,12 +18,7 @@ from conversion import hf_to_megatron, megatron_to_hf
 RAW: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "vocab_size": 37,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    **SIZES,
     "torch_dtype": "float32",
 }
 CONFIG: dict[str, Any] = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_checkpoint import write_random
+from tiny_checkpoint import SIZES, write_random
 
 import conversion
 from conversion import hf_to_megatron, megatron_to_hf
@@ -25,12 +25,7 @@ from conversion.verify import compare
 
 RAW: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
-    "vocab_size": 37,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    **SIZES,
     "head_dim": 4,
     "rms_norm_eps": 1e-6,
     "rope_theta": 1e6,

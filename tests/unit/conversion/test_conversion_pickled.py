@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_checkpoint import SIZES
 
 import conversion
 from conversion import hf_to_megatron
@@ -17,15 +18,7 @@ from conversion.pickled import INDEX, SINGLE, PickledReader
 from conversion.sources import HFSource, open_source
 from conversion.verify import compare
 
-RAW = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 37,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+RAW = {"architectures": ["LlamaForCausalLM"], **SIZES}
 State = dict[str, Any]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_checkpoint import contents, write_random
+from tiny_checkpoint import SIZES, contents, write_random
 
 from conversion import hf_to_megatron, megatron_to_hf, units
 from conversion.publish import working_directory
@@ -19,12 +19,7 @@ from conversion.units import Work
 
 RAW: dict[str, Any] = {
     "architectures": ["Qwen3MoeForCausalLM"],
-    "vocab_size": 37,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    **SIZES,
     "head_dim": 8,
     "num_experts": 4,
     "num_experts_per_tok": 2,
