@@ -26,6 +26,17 @@ def wait_for(what: Callable[[], object]) -> None:
         time.sleep(0.1)
 
 
+def ranks_handle_signals(trainer: subprocess.Popen[bytes]) -> bool:
+    """Whether both ranks have installed `StopSignal`; one that has not ends at the first Ctrl-C."""
+    try:
+        below = psutil.Process(trainer.pid).children(recursive=True)
+        ranks = [p for p in below if "RANK" in p.environ() and "RANK" not in psutil.Process(p.ppid()).environ()]
+        lines = [Path(f"/proc/{rank.pid}/status").read_text().partition("SigCgt:\t")[2].split()[0] for rank in ranks]
+    except (psutil.Error, OSError):
+        return False  # one ended meanwhile
+    return len(ranks) == 2 and all(int(line, 16) >> (signal.SIGUSR1 - 1) & 1 for line in lines)
+
+
 def start(words: list[str], log: Path, folder: Path = REPOSITORY) -> subprocess.Popen[bytes]:
     """Start in a separate process group, as a shell does; custom modules are imported from ``folder``."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(REPOSITORY)])}
@@ -66,6 +77,8 @@ def test_ctrl_c_saves_and_a_second_one_leaves_at_once(model: Path, tmp_path: Pat
     try:
         events = run_dir / "logs" / "latest" / "learner.events.jsonl"
         wait_for(lambda: trainer.poll() is not None or (events.exists() and '"engine"' in events.read_text()))
+        wait_for(lambda: trainer.poll() is not None or ranks_handle_signals(trainer))
+        assert trainer.poll() is None, log.read_text()
         below = psutil.Process(trainer.pid).children(recursive=True)
         os.killpg(trainer.pid, signal.SIGINT)
         wait_for(lambda: "Ctrl-C again leaves at once" in log.read_text())
